@@ -1,0 +1,41 @@
+# Two commands do everything: `make demo` and `make test`. Both install first.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS = 1
+DEMO := build/demo
+
+.PHONY: install demo demo-data demo-towers test test-all lint bench
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+demo-data: install
+	$(BIN)/python shards/demo_data.py --out $(DEMO)/videos
+	for split in train val test; do \
+	  $(BIN)/python shards/make_shards.py --source manifest --annotations $(DEMO)/videos/manifest.jsonl \
+	    --videos $(DEMO)/videos --split $$split --out $(DEMO)/shards/$$split --image-size 32 || exit 1; \
+	done
+
+demo: demo-data
+	rm -rf runs/demo
+	$(BIN)/python launch/submit.py --cluster local --config demo.yaml
+
+demo-towers: install
+	$(BIN)/python shards/demo_towers.py --out configs/towers
+
+test: install
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: install
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

@@ -1,0 +1,79 @@
+"""Every entry point: --help in under a second, and a person's mistake is one line without a traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRY_POINTS = [
+    ["-m", "tmass_dist.train"],
+    ["-m", "tmass_dist.evaluate"],
+    ["launch/submit.py"],
+    ["shards/make_shards.py"],
+    ["shards/verify_shards.py"],
+    ["shards/demo_data.py"],
+    ["shards/demo_towers.py"],
+]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=env | environment, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS, ids=lambda e: e[-1])
+def test_help_imports_nothing_heavy(entry: list[str]) -> None:
+    # What makes help slow is importing torch and its kin: that is what is tested, a clock would only be noise.
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:] + ['--help']\n"
+        "try:\n    (runpy.run_module if sys.argv[0].count('.') == 1 and '/' not in sys.argv[0] else runpy.run_path)"
+        "(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert stop.code in (0, None), stop.code\n"
+        "heavy = {'torch', 'deepspeed', 'open_clip', 'webdataset', 'tensorboard', 'av'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = run("-c", code, entry[-1])
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+def _fails_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lrr=1", "did you mean optim.lr"),
+        ("data.batch_size=1", "data.batch_size is 1"),
+        ("stochastic.num_trials=0", "at least one sample"),
+        ("data.train=/nowhere/shards", "/nowhere/shards"),
+        ("optim.lr=fast", "fast"),
+        ("model.radius=round", "round"),
+    ],
+)
+def test_bad_setting_is_one_line(override: str, said: str) -> None:
+    assert said in _fails_in_one_line(run("-m", "tmass_dist.train", "--config", "demo.yaml", override))
+
+
+def test_missing_config_lists_what_is_there() -> None:
+    assert "msrvtt.yaml" in _fails_in_one_line(run("-m", "tmass_dist.train", "--config", "vatx.yaml"))
+
+
+def test_partly_set_environment_names_the_missing_variable() -> None:
+    said = _fails_in_one_line(run("-m", "tmass_dist.train", "--config", "demo.yaml", RANK="0", WORLD_SIZE="2"))
+    assert "MASTER_ADDR" in said and "LOCAL_RANK" in said
+
+
+def test_dry_run_prints_the_config() -> None:
+    done = run("launch/submit.py", "--cluster", "local", "--config", "demo.yaml", "--dry-run", "optim.lr=2e-5")
+    assert done.returncode == 0, done.stderr
+    assert "lr: 2.0e-05" in done.stdout and "2 tasks" in done.stdout

@@ -1,0 +1,56 @@
+"""The global-batch objective: any number of ranks gives the loss and the gradient of one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.ranks import on_ranks
+from tmass_dist.models.head import build_head
+from tmass_dist.objective import global_losses
+
+# Shapes: N pairs of the world, F frames, D embedding width.
+N, F, D = 12, 4, 8
+
+
+def _loss_and_gradients(radius: str, text_ND: Tensor, frames_NFD: Tensor, noise_ND: Tensor) -> dict[str, Tensor]:
+    """The loss, this rank's input gradients, and its share of the parameters' gradients."""
+    torch.manual_seed(0)
+    head = build_head(embed_dim=D, num_frames=F, pooling="xpool", num_heads=2, dropout=0.0, radius=radius).double()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    several = dist.is_initialized()
+    world, rank = (dist.get_world_size(), dist.get_rank()) if several else (1, 0)
+    text_BD, frames_BFD, noise_BD = (x.chunk(world)[rank].clone() for x in (text_ND, frames_NFD, noise_ND))
+    text_BD.requires_grad_()
+    frames_BFD.requires_grad_()
+    logit_scale = torch.full((1,), 2.0, dtype=torch.float64, requires_grad=True)
+    losses = global_losses(head, text_BD, frames_BFD, None if radius == "none" else noise_BD, logit_scale, 0.8)
+    losses.total.backward()
+    parameters = {name: parameter.grad for name, parameter in head.named_parameters() if parameter.grad is not None}
+    found = {"loss": losses.total.detach(), "text": text_BD.grad, "frames": frames_BFD.grad, "scale": logit_scale.grad}
+    return {**found, **parameters}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("radius", ["exp_linear", "none"])
+def test_ranks_give_the_loss_and_gradients_of_one_process(num_ranks: int, radius: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (N, F, D), (N, D))]
+    alone = _loss_and_gradients(radius, *inputs)
+
+    shares = on_ranks(num_ranks, _loss_and_gradients, radius, *inputs, tmp_path=tmp_path)
+
+    for share in shares:
+        torch.testing.assert_close(share["loss"], alone["loss"], rtol=1e-12, atol=0)
+    for name, expected in alone.items():
+        if name in ("text", "frames"):  # rows live on the rank they came from; the mean is over ranks
+            found = torch.cat([share[name] for share in shares]) / num_ranks
+        elif name != "loss":
+            found = torch.stack([share[name] for share in shares]).mean(0)
+        else:
+            continue
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, msg=name)

@@ -1,0 +1,247 @@
+"""Every setting of a run: the dataclasses are the manual, a YAML page holds what differs, an override has the last word."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+
+
+def _require(condition: bool, key: str, value: object, reason: str) -> None:
+    if not condition:
+        raise ValueError(f"{key} is {value!r}: {reason}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the shards lie and how they are read."""
+
+    train: str = "data/train"
+    """Directory of training shards, as written by ``shards/make_shards.py``."""
+    val: str = "data/val"
+    """Directory of the split that chooses the checkpoint."""
+    test: str = "data/test"
+    """Directory of the split that is reported."""
+    batch_size: int = 32
+    """Pairs in one global batch, over all ranks: the negatives of the loss."""
+    num_workers: int = 2
+    """Decoding processes of each rank; 0 decodes in the training process."""
+    eval_batch_size: int = 16
+    """Videos encoded at a time by one rank during evaluation."""
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "a contrastive loss needs at least 2 pairs")
+        _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "it cannot be negative")
+        _require(self.eval_batch_size >= 1, "data.eval_batch_size", self.eval_batch_size, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The towers and the text-conditioned head."""
+
+    architecture: str = "ViT-B-32-quickgelu"
+    """An open_clip name, or a tower description (.json) of one's own."""
+    pretrained: str | None = "openai"
+    """An open_clip tag, a local weights file, or null for random weights."""
+    num_frames: int = 12
+    """Frames of a video; the radius is built for this number."""
+    pooling: Literal["xpool", "mean"] = "xpool"
+    """``xpool`` pools the frames upon the text; ``mean`` ignores it."""
+    num_heads: int = 1
+    """Attention heads of the pooling."""
+    dropout: float = 0.3
+    """Dropout inside the pooling; the paper uses 0.4 on DiDeMo."""
+    radius: Literal["none", "exp_linear", "exp_mean", "linear", "scaled_exp_mean"] = "exp_linear"
+    """How the mass's radius follows the cosines; ``none`` is X-Pool itself, without stochastic text."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_frames >= 1, "model.num_frames", self.num_frames, "a video needs at least one frame")
+        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "it must lie in [0, 1)")
+        _require(self.num_heads >= 1, "model.num_heads", self.num_heads, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StochasticConfig:
+    """The noise of the text mass."""
+
+    prior: Literal["uniform", "normal"] = "uniform"
+    """``uniform`` draws from [0, 1), as the published code does; ``normal`` is centred on zero."""
+    prior_std: float = 1.0
+    """Standard deviation of the normal prior, in radii. The authors use 3e-3 on LSMDC."""
+    support_weight: float = 0.8
+    """Weight of the support-text loss (0.8 on MSR-VTT; 0 switches it off)."""
+    num_trials: int = 20
+    """Samples of each text at evaluation; the closest one scores the pair (the paper's M)."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_trials >= 1, "stochastic.num_trials", self.num_trials, "a pair needs at least one sample")
+        _require(self.prior_std > 0, "stochastic.prior_std", self.prior_std, "it must be positive")
+        _require(self.support_weight >= 0, "stochastic.support_weight", self.support_weight, "it cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with a warmed-up half cosine, stepped per batch."""
+
+    kind: Literal["authors", "torch"] = "authors"
+    """``authors`` adds eps before the bias correction, as the published optimiser; ``torch`` is torch.optim.AdamW."""
+    clip_lr: float = 1e-6
+    """Peak learning rate of the pretrained towers."""
+    lr: float = 3e-5
+    """Peak learning rate of the head (3e-5 on MSR-VTT, 1e-5 on the others)."""
+    weight_decay: float = 0.2
+    """Decoupled decay, on every parameter."""
+    warmup: float = 0.1
+    """Share of all steps spent warming up."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped at this global norm."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0 and self.clip_lr >= 0, "optim.lr", (self.lr, self.clip_lr), "it cannot be negative")
+        _require(0 <= self.warmup < 1, "optim.warmup", self.warmup, "it is a share of all steps, in [0, 1)")
+        _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "it must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """DeepSpeed and the hardware."""
+
+    zero_stage: int = 1
+    """ZeRO stage of DeepSpeed: 0, 1 or 2."""
+    bf16: bool = False
+    """Train in bfloat16 with float32 master weights (GPUs)."""
+
+    def __post_init__(self) -> None:
+        _require(self.zero_stage in (0, 1, 2), "engine.zero_stage", self.zero_stage, "0, 1 and 2 are supported")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is scored, and how the result is labelled."""
+
+    protocol: Literal["query_conditioned", "published_code"] = "query_conditioned"
+    """``published_code`` pools every video with its own caption, a leak; it exists for parity only."""
+    selected_on: Literal["val", "test"] = "val"
+    """Split whose t2v R@1 chooses the checkpoint; ``test`` is printed in every result."""
+    post_processing: Literal["none", "dsl"] = "none"
+    """``dsl`` looks at all queries at once (transductive)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run_dir: str = "runs/default"
+    """Everything a run writes; starting again with the same directory resumes."""
+    seed: int = 0
+    """Seed of the data order, the noise and the initial weights."""
+    epochs: int = 5
+    """Passes over the (video, caption) pairs."""
+    max_steps: int | None = None
+    """Stop after this many steps, whatever the epochs; the schedule ends there."""
+    eval_every: int = 100
+    """Steps between a validation, each followed by a checkpoint."""
+    log_every: int = 10
+    """Steps between two points in TensorBoard and the log."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stochastic: StochasticConfig = field(default_factory=StochasticConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "eval_every", "log_every"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
+
+
+def find_config(name: str) -> Path:
+    """The page as given, else in ``configs/``.
+
+    Raises:
+        ValueError: there is no such page; the pages that exist are listed.
+    """
+    for path in (Path(name), CONFIG_DIR / name):
+        if path.is_file():
+            return path
+    pages = ", ".join(sorted(page.name for page in CONFIG_DIR.glob("*.yaml")))
+    raise ValueError(f"No config {name!r}, neither here nor in configs/, which holds: {pages}")
+
+
+def load_config(name: str, overrides: list[str] | None = None) -> Config:
+    """Defaults, then the page, then dotted overrides (``optim.lr=1e-5``).
+
+    Raises:
+        ValueError: in one line, for an unknown key (nearest name offered), a value of the wrong kind or out of range.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for override in overrides or []:
+        if "=" not in override or override.startswith("-"):
+            raise ValueError(f"{override!r} is not an override; write key=value, as in optim.lr=1e-5")
+    try:
+        given = OmegaConf.merge(OmegaConf.load(find_config(name)), OmegaConf.from_dotlist(overrides or []))
+        _check_keys(OmegaConf.to_container(given, resolve=True), Config)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
+        return _require_config(OmegaConf.to_object(merged))
+    except (OmegaConfBaseException, OSError) as error:
+        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise
+
+
+def _require_config(value: object) -> Config:
+    assert isinstance(value, Config)
+    return value
+
+
+def _check_keys(given: Any, cls: type, prefix: str = "") -> None:
+    """Name an unknown key with its nearest known one before OmegaConf says it in its own, longer words."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'the config'} must be a mapping of keys to values")
+    known = {f.name: f for f in fields(cls)}
+    for key, value in given.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"unknown config key {prefix}{key}; {hint}")
+        factory = known[key].default_factory
+        if isinstance(factory, type) and is_dataclass(factory):
+            _check_keys(value, factory, f"{prefix}{key}.")
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved page: enough to run again."""
+    import yaml
+
+    # PyYAML writes 1e-06, which YAML 1.1 readers take for a string: give it the dot that makes it a number.
+    return re.sub(r"(?m)(: -?\d+)(e[-+]\d+)$", r"\1.0\2", yaml.safe_dump(asdict(config), sort_keys=False))
+
+
+# What a second start may change and still be the same run.
+_FREE_KEYS = {"run_dir", "data.num_workers", "data.eval_batch_size", "log_every"}
+
+
+def differing_keys(one: Config, other: Config) -> list[str]:
+    """Dotted keys in which two runs differ, but for those that do not change the result."""
+    a, b = _flat(asdict(one)), _flat(asdict(other))
+    return [
+        f"{key}: saved {a.get(key)!r}, given {b.get(key)!r}"
+        for key in a
+        if a[key] != b.get(key) and key not in _FREE_KEYS
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

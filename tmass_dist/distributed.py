@@ -1,0 +1,131 @@
+"""The one door to torch.distributed: who we are, and every collective. One process is the same code path."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check_environment() -> bool:
+    """Is this process one of several? torchrun's variables are wholly set or wholly unset.
+
+    Raises:
+        ValueError: some are set and others missing; it names both.
+    """
+    missing = [name for name in _VARIABLES if name not in os.environ]
+    if missing and len(missing) < len(_VARIABLES):
+        present = [name for name in _VARIABLES if name in os.environ]
+        raise ValueError(
+            f"the distributed environment is partly set: {', '.join(present)} given but {', '.join(missing)} missing; "
+            "set all of them (torchrun does) or none"
+        )
+    if missing:
+        return False
+    rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={world} do not fit: 0 <= RANK < WORLD_SIZE")
+    return True
+
+
+def initialise(timeout_s: float = 600.0) -> torch.device:
+    """Join the process group the environment describes (none when alone) and return this rank's device."""
+    several = check_environment()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if several and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    return device
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def is_main() -> bool:
+    """Ask only to write a file or a log."""
+    return rank() == 0
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather forward; backward sums every rank's gradient of our rows."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        ctx.num_rows = local.shape[0]
+        parts = [torch.empty_like(local) for _ in range(world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # gloo has no reduce-scatter: sum everything, keep our rows. The same numbers.
+        total = gradients[0].contiguous().clone()
+        dist.all_reduce(total)
+        return total.narrow(0, rank() * ctx.num_rows, ctx.num_rows)
+
+
+def gather_rows(local: Tensor) -> Tensor:
+    """Stack every rank's rows in rank order, with gradients flowing back to the rank they came from.
+
+    The backward pass sums over ranks. When each rank then computes the same global loss, the mean that DDP
+    or ZeRO takes over ranks is exactly the gradient of that loss.
+
+    Args:
+        local: ``(rows, ...)``, the same shape on every rank.
+
+    Returns:
+        ``(world_size * rows, ...)``; ``local`` itself when there is a single process.
+    """
+    return local if world_size() == 1 else _GatherRows.apply(local)  # pyright: ignore[reportReturnType]
+
+
+def gather_objects(local: Any) -> list[Any]:
+    """Every rank's object, in rank order. Only for what our own ranks wrote: it pickles."""
+    if world_size() == 1:
+        return [local]
+    parts: list[Any] = [None] * world_size()
+    dist.all_gather_object(parts, local)
+    return parts
+
+
+def max_over_ranks(value: float) -> float:
+    """The largest of every rank's number; how all ranks agree to stop, or that something failed."""
+    if world_size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.item()
+
+
+def share_failure(error: Exception | None) -> None:
+    """Raise on every rank when any rank failed, so that none waits for a peer that is gone."""
+    messages = [message for message in gather_objects(None if error is None else str(error)) if message]
+    if messages:
+        raise ValueError(messages[0]) from error
