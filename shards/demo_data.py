@@ -1,0 +1,204 @@
+"""A generated data set: real mp4 clips of several scenes, each caption describing one scene only.
+
+``python shards/demo_data.py --out DIR`` writes ``videos/*.mp4`` and ``manifest.jsonl``. The same seed gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tmass_dist.cli import run_command, writable_dir  # noqa: E402
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SIDE = 64
+NUM_FRAMES = 24
+NUM_SCENES = 3
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 60),
+    "blue": (50, 80, 230),
+    "yellow": (230, 210, 50),
+    "white": (240, 240, 240),
+    "purple": (160, 60, 190),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0), "shaking": (0, 0)}
+TEXTURES = ("plain", "striped", "dotted", "checked")
+# The first word of each is the one the towers are pretrained with; the video stage meets the others for the first time.
+SYNONYMS = {
+    **{word: (word,) for word in (*COLOURS, *SHAPES, *TEXTURES)},
+    "red": ("red", "crimson"),
+    "green": ("green", "emerald"),
+    "blue": ("blue", "azure"),
+    "yellow": ("yellow", "golden"),
+    "white": ("white", "pale"),
+    "purple": ("purple", "violet"),
+    "circle": ("circle", "disc"),
+    "square": ("square", "box"),
+    "triangle": ("triangle", "wedge"),
+    "cross": ("cross", "plus"),
+    "ring": ("ring", "hoop"),
+    "left": ("moving left", "heading west"),
+    "right": ("moving right", "heading east"),
+    "up": ("moving up", "rising"),
+    "down": ("moving down", "sinking"),
+    "still": ("standing still", "resting"),
+    "shaking": ("shaking", "trembling"),
+    "striped": ("striped", "lined"),
+    "dotted": ("dotted", "speckled"),
+    "checked": ("checked", "tiled"),
+    "plain": ("plain", "empty"),
+}
+VOCABULARY = sorted(
+    {word for words in SYNONYMS.values() for phrase in words for word in phrase.split()} | {"a", "on", "ground"}
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One moving shape on one ground; ``720`` different ones."""
+
+    colour: str
+    shape: str
+    motion: str
+    texture: str
+
+
+SCENES = [Scene(c, s, m, t) for c in COLOURS for s in SHAPES for m in MOTIONS for t in TEXTURES]
+
+
+def caption(scene: Scene, rng: np.random.Generator, *, new_words: bool) -> str:
+    """One sentence; with ``new_words`` each word may be the synonym that pretraining never showed."""
+
+    def word(key: str) -> str:
+        words = SYNONYMS[key]
+        return words[int(rng.integers(len(words)))] if new_words else words[0]
+
+    colour, shape, motion, texture = (word(k) for k in (scene.colour, scene.shape, scene.motion, scene.texture))
+    if rng.integers(2):
+        return f"a {colour} {shape} {motion} on a {texture} ground"
+    return f"on a {texture} ground a {colour} {shape} {motion}"
+
+
+def render(scene: Scene, num_frames: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """uint8 ``(num_frames, side, side, 3)``; motion leaves a fading trail, so that a single frame shows it."""
+    import numpy as np
+
+    y, x = np.mgrid[0:side, 0:side] / side
+    ground = np.full((side, side), 70.0)
+    if scene.texture == "striped":
+        ground += 40 * (np.floor(x * 8) % 2)
+    elif scene.texture == "dotted":
+        ground += 60 * (((x * 6) % 1 - 0.5) ** 2 + ((y * 6) % 1 - 0.5) ** 2 < 0.08)
+    elif scene.texture == "checked":
+        ground += 40 * ((np.floor(x * 6) + np.floor(y * 6)) % 2)
+    colour, (dx, dy) = np.array(COLOURS[scene.colour], float), MOTIONS[scene.motion]
+    radius = rng.uniform(0.2, 0.26)
+    centre = rng.uniform(0.38, 0.62, size=2)
+
+    def mask(cx: float, cy: float) -> np.ndarray:
+        u, v = x - cx, y - cy
+        distance = np.hypot(u, v)
+        if scene.shape == "circle":
+            return distance < radius
+        if scene.shape == "square":
+            return np.maximum(abs(u), abs(v)) < radius * 0.85
+        if scene.shape == "triangle":
+            return (v < radius * 0.8) & (v > 2 * abs(u) - radius)
+        if scene.shape == "cross":
+            return (np.minimum(abs(u), abs(v)) < radius * 0.33) & (np.maximum(abs(u), abs(v)) < radius)
+        return (distance < radius) & (distance > radius * 0.6)
+
+    frames = np.empty((num_frames, side, side, 3), np.uint8)
+    for number in range(num_frames):
+        travelled = 0.24 * (number / max(num_frames - 1, 1) - 0.5)
+        cx, cy = centre[0] + dx * travelled, centre[1] + dy * travelled
+        if scene.motion == "shaking":
+            cx, cy = cx + rng.uniform(-0.03, 0.03), cy + rng.uniform(-0.03, 0.03)
+        picture = np.repeat(ground[:, :, None], 3, axis=2)
+        ghosts = [(k * 0.09 * dx, k * 0.09 * dy) for k in (3, 2, 1)]
+        if scene.motion == "shaking":
+            ghosts = [(-0.09, 0.0), (0.09, 0.0), (0.0, 0.09)]
+        if scene.motion != "still":
+            for strength, (gx, gy) in zip((0.25, 0.4, 0.55), ghosts):
+                ghost = mask(cx - gx, cy - gy)
+                picture[ghost] = (1 - strength) * picture[ghost] + strength * colour
+        picture[mask(cx, cy)] = colour
+        frames[number] = np.clip(picture + rng.normal(0, 8, picture.shape), 0, 255)
+    return frames
+
+
+def write_video(path: Path, frames: np.ndarray) -> None:
+    """One mp4 at 12 frames a second, by one thread, so that the same frames give the same bytes."""
+    import av
+
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=12, options={"qscale": "3", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.bit_rate = 1_000_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def generate(out: Path, sizes: dict[str, int], seed: int) -> None:
+    """Write the clips and the manifest.
+
+    In ``val`` and ``test`` a caption's scene occurs in no other video of its gallery, so it fits one video only.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    for split in ("val", "test"):
+        if sizes[split] > len(SCENES) // 2:
+            raise ValueError(f"--{split} is {sizes[split]}; at most {len(SCENES) // 2} captions can be told apart")
+    writable_dir(out / "videos")
+    rows = []
+    with tqdm(total=sum(sizes.values()), desc="videos", unit="video") as bar:
+        for split_number, (split, size) in enumerate(sizes.items()):
+            rng = np.random.default_rng((seed, split_number))
+            order = rng.permutation(len(SCENES))
+            # The captioned scenes of a gallery are all different; the rest of each video comes from other scenes.
+            own, others = order[:size], order[size:]
+            for number in range(size):
+                if split == "train":
+                    chosen = rng.choice(len(SCENES), NUM_SCENES, replace=False)
+                    told = list(chosen)
+                else:
+                    told = [own[number]]
+                    chosen = rng.permutation([own[number], *rng.choice(others, NUM_SCENES - 1, replace=False)])
+                cuts = np.sort(rng.choice(np.arange(1, NUM_FRAMES // 4), NUM_SCENES - 1, replace=False)) * 4
+                lengths = np.diff([0, *cuts, NUM_FRAMES])
+                video_id = f"{split}{number:05d}"
+                frames = [render(SCENES[s], int(n), SIDE, rng) for s, n in zip(chosen, lengths)]
+                write_video(out / "videos" / f"{video_id}.mp4", np.concatenate(frames))
+                captions = [caption(SCENES[s], rng, new_words=True) for s in told]
+                rows.append({"id": video_id, "path": f"videos/{video_id}.mp4", "captions": captions, "split": split})
+                bar.update()
+    manifest = out / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python shards/demo_data.py", description=__doc__)
+    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--train", type=int, default=1000, help="training videos")
+    parser.add_argument("--val", type=int, default=100, help="validation videos")
+    parser.add_argument("--test", type=int, default=200, help="test videos")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    generate(arguments.out, {s: getattr(arguments, s) for s in ("train", "val", "test")}, arguments.seed)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,69 @@
+"""From a video file to JPEG frames: PyAV, one sequential pass, no seeks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tmass_dist.data.frames import uniform_frame_indices
+
+
+class BadVideo(ValueError):
+    """A video that cannot be packed; the message is the reason written to the quarantine."""
+
+
+def _decode(path: Path, start_s: float | None, end_s: float | None) -> Any:
+    """Yield the frames between two times; whatever decodes, decodes."""
+    import av
+
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise BadVideo("no video stream")
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        for frame in container.decode(stream):
+            time_s = frame.time or 0.0
+            if (start_s is None or time_s >= start_s) and (end_s is None or time_s < end_s):
+                yield frame
+
+
+def pack_video(
+    path: Path, num_frames: int, image_size: int, quality: int, start_s: float | None = None, end_s: float | None = None
+) -> tuple[list[bytes], dict[str, Any]]:
+    """``num_frames`` JPEGs of ``image_size`` square, and what was decoded.
+
+    Frames are counted by decoding, since headers lie; the short side is resized (bicubic) and the centre cropped.
+
+    Raises:
+        BadVideo: nothing decodes, no video stream, or the file is missing.
+    """
+    import av
+    import numpy as np
+    import simplejpeg
+    from PIL import Image
+
+    if not path.is_file():
+        raise BadVideo("the file is missing")
+    if path.stat().st_size == 0:
+        raise BadVideo("the file is empty")
+    frames, damaged = [], None
+    try:
+        for frame in _decode(path, start_s, end_s):
+            # Kept at final size: a pass over the file, and 4K videos do not fill the memory.
+            picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
+            rotation = int(getattr(frame, "rotation", 0) or 0)
+            if rotation:
+                picture = picture.rotate(rotation, expand=True)
+            scale = image_size / min(picture.size)
+            size = tuple(max(image_size, round(side * scale)) for side in picture.size)
+            left, top = ((side - image_size) // 2 for side in size)
+            picture = picture.resize(size, Image.Resampling.BICUBIC)
+            frames.append(np.asarray(picture.crop((left, top, left + image_size, top + image_size))))
+    except av.FFmpegError as error:
+        damaged = str(error)
+    if not frames:
+        raise BadVideo(damaged or "no frame decodes")
+    indices = uniform_frame_indices(len(frames), num_frames)
+    jpegs = {i: simplejpeg.encode_jpeg(np.ascontiguousarray(frames[i]), quality=quality) for i in set(indices)}
+    facts = {"num_decoded_frames": len(frames), "frame_indices": indices, "damaged_end": damaged}
+    return [jpegs[i] for i in indices], facts

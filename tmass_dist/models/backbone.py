@@ -1,0 +1,160 @@
+"""The one door to open_clip: the text and frame towers, and their tokenizer."""
+
+# Shapes: B videos (or texts), F frames, H W pixels, C colours, L tokens, D embedding width.
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
+_kept_libraries: list[Any] = []
+
+
+def _open_clip() -> Any:
+    if torch.version.cuda is None and not _kept_libraries:
+        # PyPI's torchvision carries CUDA operators that do not load beside a CPU torch, and then fails to import.
+        # Declaring the two it looks for is enough; the Library must stay alive.
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _kept_libraries.append(library)
+    import open_clip
+
+    return open_clip
+
+
+def _find(path: str) -> Path:
+    """As given, else below ``configs/``."""
+    for candidate in (Path(path), _CONFIG_DIR / path):
+        if candidate.is_file():
+            return candidate
+    raise ValueError(f"no file {path}, neither here nor in configs/")
+
+
+def _description(architecture: str) -> dict[str, Any]:
+    path = _find(architecture)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not a tower description: {error}") from error
+
+
+class Towers(nn.Module):
+    """The two towers of a CLIP; embeddings are raw, not normalised."""
+
+    mean_C: Tensor
+    std_C: Tensor
+
+    def __init__(self, clip: Any, context_length: int) -> None:
+        super().__init__()
+        self.clip = clip
+        size = clip.visual.image_size
+        self.image_size: int = size[0] if isinstance(size, tuple | list) else size
+        self.context_length = context_length
+        self.embed_dim: int = clip.visual.output_dim
+        # CLIP's own normalisation (Radford et al., 2021).
+        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+        self.register_buffer("mean_C", torch.tensor(mean), persistent=False)
+        self.register_buffer("std_C", torch.tensor(std), persistent=False)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """Log of the temperature, shape [1] (DeepSpeed refuses 0-dim parameters)."""
+        return self.clip.logit_scale
+
+    def encode_text(self, tokens_BL: Tensor) -> Tensor:
+        """``text_BD`` of token ids."""
+        return self.clip.encode_text(tokens_BL)
+
+    def encode_frames(self, pixels_BFHWC: Tensor) -> Tensor:
+        """``frames_BFD`` of uint8 frames; normalised here, so that bytes travel to the device and not floats."""
+        num_videos, num_frames = pixels_BFHWC.shape[:2]
+        pixels = (pixels_BFHWC.flatten(0, 1).to(self.clip.logit_scale.dtype) / 255 - self.mean_C) / self.std_C
+        return self.clip.encode_image(pixels.permute(0, 3, 1, 2)).unflatten(0, (num_videos, num_frames))
+
+
+def build_towers(architecture: str, pretrained: str | None) -> Towers:
+    """Towers of an open_clip name, or of a description (.json) of one's own.
+
+    Args:
+        architecture: ``ViT-B-32-quickgelu``, or a path, as given or below ``configs/``.
+        pretrained: None, an open_clip tag such as ``openai``, or a weights file (.safetensors, .pt).
+
+    Raises:
+        ValueError: an unknown architecture (nearest names), or a file that is missing, torn or of another shape.
+    """
+    open_clip = _open_clip()
+    if architecture.endswith(".json"):
+        description = _description(architecture)
+        clip = open_clip.CLIP(
+            embed_dim=description["embed_dim"],
+            vision_cfg=description["vision_cfg"],
+            text_cfg=description["text_cfg"],
+            nonscalar_logit_scale=True,
+        )
+        context_length = description["text_cfg"]["context_length"]
+    else:
+        if architecture not in open_clip.list_models():
+            near = difflib.get_close_matches(architecture, open_clip.list_models(), n=3, cutoff=0.3)
+            raise ValueError(f"open_clip knows no architecture {architecture!r}; the nearest are {', '.join(near)}")
+        tag = pretrained if pretrained and not pretrained.endswith((".safetensors", ".pt")) else None
+        clip = open_clip.create_model(architecture, pretrained=tag)
+        # Published scalars are 0-dim; DeepSpeed wants [1].
+        clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
+        context_length = clip.context_length
+        pretrained = None if tag else pretrained
+    towers = Towers(clip, context_length)
+    if pretrained:
+        _load(towers.clip, _find(pretrained))
+    return towers
+
+
+def _load(clip: nn.Module, path: Path) -> None:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            weights = load_file(path)
+        else:
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = {name: tensor.float() for name, tensor in weights.items()}
+    except Exception as error:
+        raise ValueError(f"{path} is torn, or not a file of weights: {str(error).splitlines()[0]}") from error
+    if "logit_scale" in weights:
+        weights["logit_scale"] = weights["logit_scale"].reshape(1)
+    try:
+        clip.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is of another architecture: {' '.join(str(error).split())[:300]}") from error
+
+
+class WordTokenizer:
+    """Words of a small vocabulary; the end token has the highest id, since CLIP pools where the id is largest."""
+
+    def __init__(self, vocabulary: list[str], context_length: int) -> None:
+        self.ids = {word: number + 2 for number, word in enumerate(vocabulary)}  # 0 pads, 1 is an unknown word
+        self.end, self.context_length = len(vocabulary) + 2, context_length
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, text in enumerate(texts):
+            ids = [self.ids.get(word, 1) for word in re.findall(r"[a-z0-9]+", text.lower())]
+            ids = [*ids[: self.context_length - 1], self.end]
+            tokens[row, : len(ids)] = torch.tensor(ids)
+        return tokens
+
+
+def build_tokenizer(architecture: str) -> Callable[[list[str]], Tensor]:
+    """Texts to token ids ``(len(texts), context_length)``, for the towers of the same name."""
+    if architecture.endswith(".json"):
+        description = _description(architecture)
+        return WordTokenizer(description["vocabulary"], description["text_cfg"]["context_length"])
+    return _open_clip().get_tokenizer(architecture)

@@ -1,0 +1,65 @@
+"""Text-conditioned pooling of a video's frames (X-Pool), and its plain alternative."""
+
+# Shapes: T texts, V videos, F frames, H heads, D embedding width, E = D / H.
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class XPool(nn.Module):
+    """One attention layer in which every text asks every video's frames.
+
+    Source: Gorti et al., CVPR 2022, as T-MASS uses it. No residual from the text, none around the attention.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int = 1, dropout: float = 0.3) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"model.num_heads is {num_heads}: it must divide the embedding width {embed_dim}")
+        self.num_heads = num_heads
+        self.query, self.key, self.value, self.out, self.linear = (nn.Linear(embed_dim, embed_dim) for _ in range(5))
+        self.norm_in, self.norm_attended, self.norm_out = (nn.LayerNorm(embed_dim) for _ in range(3))
+        self.dropout = nn.Dropout(dropout)
+        for layer in (self.query, self.key, self.value, self.out, self.linear):
+            nn.init.eye_(layer.weight)  # as the authors start it: pooling begins as plain attention
+            nn.init.zeros_(layer.bias)
+
+    def attention(self, text_TD: Tensor, frames_VFD: Tensor) -> Tensor:
+        """Weights ``(V, H, T, F)``; each sums to one over the frames."""
+        query_HTE = self.query(self.norm_in(text_TD)).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+        key_VHFE = self.key(self.norm_in(frames_VFD)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        scale = query_HTE.shape[-1] ** -0.5
+        return (query_HTE[None] @ key_VHFE.transpose(-1, -2) * scale).softmax(dim=-1)
+
+    def values(self, frames_VFD: Tensor) -> Tensor:
+        """What each frame and head adds to the output projection, ``(V, H, F, D)``.
+
+        The weights of a head sum to one, so the projection and its bias may be applied to the frames, V F rows,
+        in place of the V T pooled rows.
+        """
+        value_VFHE = self.value(self.norm_in(frames_VFD)).unflatten(-1, (self.num_heads, -1))
+        weight_DHE = self.out.weight.unflatten(1, (self.num_heads, -1))
+        return torch.einsum("vfhe,dhe->vhfd", value_VFHE, weight_DHE) + self.out.bias / self.num_heads
+
+    def forward(self, text_TD: Tensor, frames_VFD: Tensor) -> Tensor:
+        """Every video as every text sees it, ``pooled_VTD``; embeddings of any norm.
+
+        Args:
+            text_TD: text embeddings (never the sampled ones).
+            frames_VFD: frame embeddings in time order.
+        """
+        weights_VTK = self.attention(text_TD, frames_VFD).transpose(1, 2).flatten(2)
+        attended_VTD = self.norm_attended(weights_VTK @ self.values(frames_VFD).flatten(1, 2))
+        return self.norm_out(attended_VTD + self.dropout(self.linear(attended_VTD)))
+
+
+class MeanPool(nn.Module):
+    """The mean of the normalised frames, whatever the text."""
+
+    def forward(self, text_TD: Tensor, frames_VFD: Tensor) -> Tensor:
+        """``pooled_VTD``, the same for every text (a view)."""
+        mean_VD = F.normalize(frames_VFD, dim=-1).mean(dim=1)
+        return mean_VD[:, None].expand(-1, len(text_TD), -1)

@@ -1,0 +1,62 @@
+"""The text mass: a text is a region around its embedding, as wide as its match with the video's frames says."""
+
+# Shapes: B pairs, P any leading shape of pairs, F frames, D embedding width.
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RadiusKind = Literal["exp_linear", "exp_mean", "linear", "scaled_exp_mean"]
+
+
+class TextMass(nn.Module):
+    """Radius, sample and support of each text's mass.
+
+    Source: Wang et al., "Text Is MASS", CVPR 2024, arXiv:2403.17998. The authors' code names the radius
+    ``text_std`` and its logarithm ``log_var``; both are the paper's R.
+    """
+
+    def __init__(self, num_frames: int, embed_dim: int, radius: RadiusKind = "exp_linear") -> None:
+        super().__init__()
+        self.kind, self.num_frames = radius, num_frames
+        if radius in ("exp_linear", "linear"):
+            self.linear = nn.Linear(num_frames, embed_dim)
+            nn.init.eye_(self.linear.weight)  # as the authors start it: one frame's cosine per dimension
+            nn.init.zeros_(self.linear.bias)
+        elif radius == "scaled_exp_mean":
+            self.scale = nn.Parameter(torch.ones(1))
+
+    def radius_of(self, cosine_PF: Tensor) -> Tensor:
+        """Radius ``(..., D)`` (or ``(..., 1)`` for the kinds without a linear layer) of the frame cosines.
+
+        Raises:
+            ValueError: another number of frames than this radius was built for.
+        """
+        if cosine_PF.shape[-1] != self.num_frames:
+            raise ValueError(
+                f"videos have {cosine_PF.shape[-1]} frames and the radius was built for {self.num_frames}; "
+                "set model.num_frames, or pack the shards again"
+            )
+        if self.kind == "exp_linear":
+            return self.linear(cosine_PF).exp()
+        if self.kind == "linear":
+            return self.linear(cosine_PF)
+        mean = cosine_PF.mean(dim=-1, keepdim=True).exp()
+        return mean if self.kind == "exp_mean" else self.scale * mean
+
+    def radius(self, text_BD: Tensor, frames_BFD: Tensor) -> Tensor:
+        """Radius ``(B, D)`` of the own pairs, in units of the text embedding."""
+        cosine_BF = (F.normalize(frames_BFD, dim=-1) @ F.normalize(text_BD, dim=-1)[:, :, None]).squeeze(-1)
+        return self.radius_of(cosine_BF).expand_as(text_BD)
+
+    def sample(self, text_BD: Tensor, radius_BD: Tensor, noise_BD: Tensor) -> Tensor:
+        """One point of each mass, ``t_s = t + R * eps``; the caller draws ``eps``."""
+        return text_BD + radius_BD * noise_BD
+
+    def support(self, text_BD: Tensor, radius_BD: Tensor, pooled_mean_BD: Tensor) -> Tensor:
+        """The mass's edge towards its video, ``t + R * p/|p|`` with ``p = mean of pooled over texts - t``."""
+        return text_BD + radius_BD * F.normalize(pooled_mean_BD - text_BD, dim=-1)
