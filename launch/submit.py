@@ -128,11 +128,10 @@ def _follow(job: Any, tasks: int) -> None:
         job.cancel()
         raise
     pump()
-    failed = [n for n in range(tasks) if job.task(n).exception() is not None] if tasks > 1 else []
-    if failed or (tasks == 1 and job.exception() is not None):
-        raise ValueError(
-            f"rank {failed[0] if failed else 0} failed; its log is {folder}/{job.job_id}_{failed[0] if failed else 0}_log.err"
-        )
+    ranks = [job.task(number) for number in range(tasks)] if tasks > 1 else [job]
+    for number, task in enumerate(ranks):
+        if task.exception() is not None:
+            raise ValueError(f"rank {number} failed; its log is {folder}/{job.job_id}_{number}_log.err")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A generated data set: real mp4 clips of several scenes, each caption describing one scene only.
 
-``python shards/demo_data.py --out DIR`` writes ``videos/*.mp4`` and ``manifest.jsonl``. The same seed gives the same bytes.
+``python shards/demo_data.py --out DIR`` writes ``videos/*.mp4`` and ``manifest.jsonl``.
+The same seed gives the same bytes.
 """
 
 from __future__ import annotations

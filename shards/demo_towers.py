@@ -43,7 +43,7 @@ def pretrain(out: Path, steps: int, batch_size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     towers = build_towers(str(out / "demo.json"), None)
     tokenize = build_tokenizer(str(out / "demo.json"))
-    # Rendered once: six pictures of every scene, taken at random from its motion, and shrunk from 64 px as packing does.
+    # Rendered once: twelve pictures of every scene, shrunk from 64 px as packing does.
     pictures = []
     for scene in tqdm(SCENES, desc="pictures"):
         pictures.append(np.concatenate([render(scene, 2, 64, rng) for _ in range(6)]))

@@ -63,7 +63,7 @@ def read_manifest(path: Path, split: str) -> list[dict[str, Any]]:
 
 
 def read_folder(videos: Path, split: str) -> list[dict[str, Any]]:
-    """A directory of videos with ``captions.jsonl`` or ``captions.csv`` (``file``, ``caption``), or same-name ``.txt``."""
+    """A directory of videos with ``captions.jsonl`` or ``.csv`` (``file``, ``caption``), or same-name ``.txt``."""
     import csv
 
     captions: dict[str, list[str]] = {}
@@ -85,7 +85,7 @@ def read_folder(videos: Path, split: str) -> list[dict[str, Any]]:
 
 def _pack(job: tuple[dict[str, Any], Path, int, int, int]) -> tuple[dict[str, Any], list[bytes] | None, Any]:
     """One row in a worker: its frames and facts, or None and the reason."""
-    from shards.video import BadVideo, pack_video
+    from shards.video import BadVideoError, pack_video
 
     row, videos, num_frames, image_size, quality = job
     try:
@@ -93,7 +93,7 @@ def _pack(job: tuple[dict[str, Any], Path, int, int, int]) -> tuple[dict[str, An
             videos / row["path"], num_frames, image_size, quality, row.get("start"), row.get("end")
         )
         return row, jpegs, facts
-    except BadVideo as error:
+    except BadVideoError as error:
         return row, None, str(error)
     except Exception as error:
         return row, None, f"{type(error).__name__}: {error}"
@@ -178,7 +178,7 @@ def _share(text: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python shards/make_shards.py", description=__doc__.replace("%", "%%"))
+    parser = argparse.ArgumentParser(prog="python shards/make_shards.py", description=__doc__)
     parser.add_argument("--source", choices=("manifest", "folder"), required=True)
     parser.add_argument("--annotations", type=Path, help="the manifest; a folder brings its own captions")
     parser.add_argument("--videos", type=Path, required=True)

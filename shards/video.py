@@ -8,7 +8,7 @@ from typing import Any
 from tmass_dist.data.frames import uniform_frame_indices
 
 
-class BadVideo(ValueError):
+class BadVideoError(ValueError):
     """A video that cannot be packed; the message is the reason written to the quarantine."""
 
 
@@ -18,7 +18,7 @@ def _decode(path: Path, start_s: float | None, end_s: float | None) -> Any:
 
     with av.open(str(path)) as container:
         if not container.streams.video:
-            raise BadVideo("no video stream")
+            raise BadVideoError("no video stream")
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         for frame in container.decode(stream):
@@ -35,7 +35,7 @@ def pack_video(
     Frames are counted by decoding, since headers lie; the short side is resized (bicubic) and the centre cropped.
 
     Raises:
-        BadVideo: nothing decodes, no video stream, or the file is missing.
+        BadVideoError: nothing decodes, no video stream, or the file is missing.
     """
     import av
     import numpy as np
@@ -43,9 +43,9 @@ def pack_video(
     from PIL import Image
 
     if not path.is_file():
-        raise BadVideo("the file is missing")
+        raise BadVideoError("the file is missing")
     if path.stat().st_size == 0:
-        raise BadVideo("the file is empty")
+        raise BadVideoError("the file is empty")
     frames, damaged = [], None
     try:
         for frame in _decode(path, start_s, end_s):
@@ -55,14 +55,14 @@ def pack_video(
             if rotation:
                 picture = picture.rotate(rotation, expand=True)
             scale = image_size / min(picture.size)
-            size = tuple(max(image_size, round(side * scale)) for side in picture.size)
-            left, top = ((side - image_size) // 2 for side in size)
-            picture = picture.resize(size, Image.Resampling.BICUBIC)
+            width, height = (max(image_size, round(side * scale)) for side in picture.size)
+            left, top = (width - image_size) // 2, (height - image_size) // 2
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
             frames.append(np.asarray(picture.crop((left, top, left + image_size, top + image_size))))
     except av.FFmpegError as error:
         damaged = str(error)
     if not frames:
-        raise BadVideo(damaged or "no frame decodes")
+        raise BadVideoError(damaged or "no frame decodes")
     indices = uniform_frame_indices(len(frames), num_frames)
     jpegs = {i: simplejpeg.encode_jpeg(np.ascontiguousarray(frames[i]), quality=quality) for i in set(indices)}
     facts = {"num_decoded_frames": len(frames), "frame_indices": indices, "damaged_end": damaged}

@@ -1,4 +1,4 @@
-"""Every setting of a run: the dataclasses are the manual, a YAML page holds what differs, an override has the last word."""
+"""Every setting of a run: the dataclasses are the manual, a page holds what differs, an override has the last word."""
 
 from __future__ import annotations
 

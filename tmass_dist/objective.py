@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from tmass_dist.distributed import gather_rows
 from tmass_dist.losses import symmetric_info_nce
+from tmass_dist.models.backbone import Towers
+from tmass_dist.models.head import RetrievalHead
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Losses:
 
 
 def global_losses(
-    head: nn.Module,
+    head: RetrievalHead,
     text_BD: Tensor,
     frames_BFD: Tensor,
     noise_BD: Tensor | None,
@@ -38,7 +40,7 @@ def global_losses(
     """The loss of the whole global batch, from this rank's rows; every rank returns the same number.
 
     Args:
-        head: a :class:`tmass_dist.models.head.RetrievalHead`.
+        head: pooling and mass.
         text_BD, frames_BFD: this rank's raw embeddings; row ``i`` of one belongs to row ``i`` of the other.
         noise_BD: ``eps`` of the own texts, or None for a head without a mass.
         logit_scale: log of the temperature, shape [1]; limited to ln 100 in the forward.
@@ -72,7 +74,7 @@ def global_losses(
 class Objective(nn.Module):
     """Towers and head with their loss, in one forward, as ZeRO wants it."""
 
-    def __init__(self, towers: nn.Module, head: nn.Module, support_weight: float) -> None:
+    def __init__(self, towers: Towers, head: RetrievalHead, support_weight: float) -> None:
         super().__init__()
         self.towers, self.head, self.support_weight = towers, head, support_weight
 

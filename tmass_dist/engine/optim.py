@@ -19,7 +19,7 @@ class AuthorsAdamW(torch.optim.Optimizer):
         self,
         params: Any,
         lr: float,
-        betas: tuple[float, float] = (0.9, 0.98),
+        betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.2,
     ) -> None:
