@@ -84,7 +84,7 @@ def test_resumed_run_ends_with_the_weights_of_an_unbroken_one(data: list[str], w
         "checkpoint.save = save_and_die\n"
         "from tmass_dist.train import main\nmain()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     (tmp_path / "die.py").write_text(code)
     overrides = [*data, f"run_dir={tmp_path / 'run'}"]
     died = subprocess.run(
@@ -136,7 +136,7 @@ def test_training_loss_falls(data: list[str], tmp_path: Path) -> None:
     losses = [
         float(line.split("loss ")[1].split(",")[0])
         for line in (tmp_path / "train.log").read_text().splitlines()
-        if "loss" in line
+        if " loss " in line
     ]
     assert len(losses) == 40 and sum(losses[-8:]) < 0.8 * sum(losses[:8])
     assert load_file(tmp_path / "checkpoints" / "best.safetensors")
