@@ -10,7 +10,7 @@ DOORS = {
     "torch.distributed": {"tmass_dist/distributed.py"},
     "deepspeed": {"tmass_dist/engine/zero.py"},
     "open_clip": {"tmass_dist/models/backbone.py"},
-    "submitit": {"launch/submit.py", "launch/job.py"},
+    "submitit": {"launch/cluster.py", "launch/job.py"},
     "torch.utils.tensorboard": {"tmass_dist/monitor.py"},
     "omegaconf": {"tmass_dist/config.py"},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ def finish() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    _host_groups.clear()
 
 
 def rank() -> int:
@@ -114,14 +116,37 @@ def gather_objects(local: Any) -> list[Any]:
     return parts
 
 
+_host_groups: list[Any] = []
+
+
 def max_over_ranks(value: float) -> float:
-    """The largest of every rank's number; how all ranks agree to stop, or that something failed."""
+    """The largest of every rank's number; how all ranks agree to stop, or that something failed.
+
+    It runs between the hosts' processors, so that asking at every step does not wait for the GPU.
+    """
     if world_size() == 1:
         return value
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    if not _host_groups:
+        _host_groups.append(None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
+    tensor = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_groups[0])
     return tensor.item()
+
+
+class StopRequest:
+    """SIGTERM or SIGUSR2 (a time limit, a preemption) only sets a flag; the ranks agree on it between two steps."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self.asked = True
+
+    def agreed(self) -> bool:
+        """Was any rank asked? Every rank calls it, and every rank gets the same answer."""
+        return max_over_ranks(float(self.asked)) > 0
 
 
 def share_failure(error: Exception | None) -> None:

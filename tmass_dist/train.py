@@ -7,14 +7,27 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tmass_dist.cli import run_command, writable_dir
 from tmass_dist.config import Config, differing_keys, load_config, to_yaml
+
+if TYPE_CHECKING:
+    from tmass_dist.distributed import StopRequest
+
+
+def check_batch(config: Config, world: int) -> None:
+    """Raises: ValueError: the global batch does not divide by the ranks."""
+    if config.data.batch_size % world:
+        fitting = [n for n in range(1, config.data.batch_size + 1) if config.data.batch_size % n == 0]
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size} is not divisible by {world} ranks; use one of {fitting} ranks"
+        )
 
 
 def check(config: Config, world: int) -> None:
@@ -25,11 +38,7 @@ def check(config: Config, world: int) -> None:
     """
     from tmass_dist.data.index import load_index
 
-    if config.data.batch_size % world:
-        fitting = [n for n in range(1, config.data.batch_size + 1) if config.data.batch_size % n == 0]
-        raise ValueError(
-            f"data.batch_size={config.data.batch_size} is not divisible by {world} ranks; use one of {fitting} ranks"
-        )
+    check_batch(config, world)
     selection = config.data.val if config.evaluation.selected_on == "val" else config.data.test
     for directory in (config.data.train, selection):
         load_index(directory)
@@ -44,8 +53,16 @@ def check(config: Config, world: int) -> None:
             )
 
 
-def train(config: Config) -> None:
-    """Train to the end, or on to the end; every rank calls it."""
+def train(config: Config, stop: StopRequest | None = None) -> bool:
+    """Train to the end, or on to the end; every rank calls it.
+
+    Args:
+        config: the run.
+        stop: asked after every step; when any rank was told to stop, all save and come back.
+
+    Returns:
+        Whether the end was reached.
+    """
     import torch
     from safetensors.torch import save_file
     from tqdm import tqdm
@@ -154,9 +171,14 @@ def train(config: Config) -> None:
             if norm is not None:
                 values["optim/grad_norm"] = float(norm)
             monitor.scalars(values, step)
-            log.info("step %d/%d loss %.4f, %.1f videos/s", step, num_steps, total, values["speed/videos_per_s"])
+            rate = values["speed/videos_per_s"]
+            left = datetime.timedelta(seconds=round((num_steps - step) * config.data.batch_size / rate))
+            log.info("step %d/%d loss %.4f, %.1f videos/s, ETA %s", step, num_steps, total, rate, left)
             waited_s, logged_at, logged_step = 0.0, time.perf_counter(), step
 
+        stopping = stop is not None and stop.agreed()
+        if stopping and step < num_steps and step % config.eval_every:
+            checkpoint.save(engine, checkpoints, step)
         if step % config.eval_every == 0 or step == num_steps:
             model.eval()
             features = encode(model, selection, tokenize, config, device)
@@ -179,10 +201,15 @@ def train(config: Config) -> None:
                     checkpoint.write_json(best_path, {"step": step, "selected_on": split, "R@1": best})
             checkpoint.save(engine, checkpoints, step)
             logged_at, logged_step, waited_s = time.perf_counter(), step, 0.0
+        if stopping and step < num_steps:
+            log.info("asked to stop: saved at step %d of %d; the same command goes on from there", step, num_steps)
+            break
     bar.close()
     monitor.close()
     distributed.barrier()
-    log.info("trained: %s", run_dir)
+    if step == num_steps:
+        log.info("trained: %s", run_dir)
+    return step == num_steps
 
 
 def main() -> None:
@@ -190,12 +217,12 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a page of configs/, or a path")
     parser.add_argument("overrides", nargs="*", help="dotted overrides, as optim.lr=1e-5")
     arguments = parser.parse_args()
-    from tmass_dist.distributed import check_environment, finish
+    from tmass_dist.distributed import StopRequest, check_environment, finish
 
     config = load_config(arguments.config, arguments.overrides)
     several = check_environment()
     check(config, int(os.environ["WORLD_SIZE"]) if several else 1)
-    train(config)
+    train(config, StopRequest())
     finish()
 
 

@@ -1,0 +1,231 @@
+"""The one door to submitit: resources become an executor, an sbatch text, or a job on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+FINAL_ERROR = "final-error.txt"
+"""Written beside the job's logs when starting again cannot help; a requeue asks for it."""
+
+_TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What a job asks of the cluster; the names are SLURM's."""
+
+    cluster: Literal["slurm", "local"] = "slurm"
+    nodes: int = 1
+    gpus: int = 0
+    """GPUs, and so tasks, of a node; 0 runs ``procs`` tasks on CPU."""
+    procs: int = 2
+    cpus: int = 1
+    minutes: int = 24 * 60
+    requeues: int = 3
+    """How often the job may start again after a time limit, a preemption, a lost node or a killed rank."""
+    flags: dict[str, str] = field(default_factory=dict)
+    """partition, account, qos, constraint, exclude, mem, dependency: passed on where given."""
+
+    @property
+    def tasks(self) -> int:
+        return self.gpus or self.procs
+
+
+def minutes_of(text: str) -> int:
+    """Minutes of a SLURM time: ``90``, ``MM:SS``, ``HH:MM:SS``, ``D-HH``, ``D-HH:MM`` or ``D-HH:MM:SS``.
+
+    Raises:
+        ValueError: another form, or no time at all.
+    """
+    if not _TIME.fullmatch(text):
+        raise ValueError(f"--time {text} is no time; write minutes, HH:MM:SS or D-HH:MM:SS")
+    days, _, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days:
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:
+        hours, minutes, seconds = 0, parts[0], parts[1] if len(parts) == 2 else 0
+    total = int(days or 0) * 24 * 60 + hours * 60 + minutes + (seconds > 0)
+    if total < 1:
+        raise ValueError(f"--time {text} is less than a minute")
+    return total
+
+
+def num_gpus() -> int:
+    """GPUs of this machine, without importing torch."""
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def local_executor(resources: Resources, folder: Path, root: Path) -> Any:
+    """Runs the job's tasks as processes of this machine."""
+    import submitit
+
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+    os.environ["OMP_NUM_THREADS"] = str(resources.cpus)
+    executor = submitit.LocalExecutor(folder=folder)
+    executor.update_parameters(
+        nodes=1, tasks_per_node=resources.tasks, gpus_per_node=resources.gpus, timeout_min=resources.minutes
+    )
+    return executor
+
+
+def slurm_executor(resources: Resources, folder: Path, root: Path, name: str) -> Any:
+    """Submits with sbatch; ``root`` is the checkout that the job imports.
+
+    The job goes on after whatever ended it: SLURM itself requeues a preempted job and one whose node died, and the
+    lines after srun requeue one that stopped for its time limit or lost a rank, at most ``requeues`` times.
+    """
+    import submitit
+
+    class Executor(submitit.SlurmExecutor):
+        """Where there is no SLURM, the sbatch text can still be shown."""
+
+        @classmethod
+        def affinity(cls) -> int:
+            return 1
+
+    flags = dict(resources.flags)
+    exports = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(resources.cpus)}
+    extra: dict[str, Any] = {"requeue": True, "open-mode": "append"}
+    if "dependency" in flags:
+        extra["kill-on-invalid-dep"] = "yes"
+    executor = Executor(folder=folder)
+    executor.update_parameters(
+        job_name=name,
+        time=resources.minutes,
+        nodes=resources.nodes,
+        ntasks_per_node=resources.tasks,
+        cpus_per_task=resources.cpus,
+        **({"gpus_per_node": resources.gpus} if resources.gpus else {}),
+        # srun of SLURM 22.05 and later does not inherit --cpus-per-task.
+        srun_args=[f"--cpus-per-task={resources.cpus}", "--kill-on-bad-exit=1"],
+        setup=[
+            *(f"export {key}={shlex.quote(value)}" for key, value in exports.items()),
+            f"cd {shlex.quote(str(root))}",
+        ],
+        teardown=_requeue_lines(folder, resources.requeues),
+        additional_parameters=extra,
+        **flags,
+    )
+    return executor
+
+
+def _requeue_lines(folder: Path, requeues: int) -> list[str]:
+    final = shlex.quote(str(folder / FINAL_ERROR))
+    return [
+        "rc=$?",
+        f'if [ $rc -ne 0 ] && [ ! -e {final} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then',
+        f"  rm -f {shlex.quote(str(folder))}/${{SLURM_JOB_ID}}_*_result.pkl",
+        '  echo "exit code $rc: the job is queued again" && scontrol requeue "$SLURM_JOB_ID" && sleep 60',
+        "fi",
+        "exit $rc",
+    ]
+
+
+def sbatch_text(executor: Any) -> str:
+    """What sbatch would be given."""
+    return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+
+
+def submit(executor: Any, task: Any) -> Any:
+    """Submit one job.
+
+    Raises:
+        ValueError: sbatch refuses; its own words, once.
+    """
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    try:
+        return executor.submit(task)
+    except (FailedJobError, FailedSubmissionError) as error:
+        words = str(error.__cause__ or error) + str(getattr(error.__cause__, "stderr", "") or "")
+        said = re.findall(r"sbatch: error: ([^\n\\]+)", words) or [" ".join(words.split())[-300:]]
+        raise ValueError(f"sbatch refused the job: {'; '.join(dict.fromkeys(said))}") from error
+
+
+def require_slurm() -> None:
+    """Raises: ValueError: this machine cannot submit."""
+    if shutil.which("sbatch") is None:
+        raise ValueError("no sbatch on this machine: submit from a SLURM login node, or use --cluster local")
+
+
+def slurm_state(job_id: str) -> str:
+    """The state that SLURM itself reports (never submitit's cache): PENDING, RUNNING, COMPLETED, FAILED, ..."""
+    if shutil.which("squeue") is None:
+        return "UNKNOWN"
+    for command in (
+        ["squeue", "--noheader", "--states=all", "--jobs", job_id, "--format=%T"],
+        ["sacct", "--noheader", "-X", "--parsable2", "--jobs", job_id, "--format=State"],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        states = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
+        if done.returncode == 0 and states:
+            return next((state for state in states if state in _ALIVE), states[-1])
+    return "UNKNOWN"
+
+
+_ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED", "RESIZING"}
+
+
+def is_alive(state: str) -> bool:
+    return state in _ALIVE
+
+
+def wait(job_id: str, poll_s: float = 2.0) -> str:
+    """Wait for the end of a SLURM job by SLURM's own word; returns its last state."""
+    unknown = 0
+    while True:
+        state = slurm_state(job_id)
+        unknown = unknown + 1 if state == "UNKNOWN" else 0
+        # A job that is requeued shows its old end for a moment.
+        if not is_alive(state) and (unknown == 0 or unknown > 10):
+            time.sleep(poll_s)
+            if not is_alive(slurm_state(job_id)):
+                return state
+        time.sleep(poll_s)
+
+
+def follow(job: Any, tasks: int) -> None:
+    """Show rank 0's output of a local job as it comes, and end as the job ends.
+
+    Raises:
+        ValueError: a rank failed; its log is named.
+    """
+    folder = job.paths.folder
+    streams = {folder / f"{job.job_id}_0_log.out": sys.stdout, folder / f"{job.job_id}_0_log.err": sys.stderr}
+    positions = dict.fromkeys(streams, 0)
+
+    def pump() -> None:
+        for path, stream in streams.items():
+            if path.is_file():
+                with path.open("rb") as log:
+                    log.seek(positions[path])
+                    new = log.read()
+                positions[path] += len(new)
+                text = new.decode("utf-8", "replace")
+                stream.write("".join(line for line in text.splitlines(keepends=True) if "submitit" not in line))
+                stream.flush()
+
+    try:
+        while not job.done():
+            pump()
+            time.sleep(0.2)
+    except KeyboardInterrupt:
+        job.cancel()
+        raise
+    pump()
+    ranks = [job.task(number) for number in range(tasks)] if tasks > 1 else [job]
+    for number, task in enumerate(ranks):
+        if task.exception() is not None:
+            raise ValueError(f"rank {number} failed; its log is {folder}/{job.job_id}_{number}_log.err")

@@ -1,0 +1,70 @@
+"""Where a run stands: ``python launch/status.py [RUN]``, from its directory and SLURM; without RUN, all in runs/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from launch import cluster  # noqa: E402
+from tmass_dist.cli import run_command  # noqa: E402
+
+_STEP = re.compile(r"step (\d+)/(\d+) loss ([\d.nan]+), ([\d.]+) videos/s(?:, ETA (\S+))?")
+
+
+def describe(run: Path) -> str:
+    """One paragraph of a run.
+
+    Raises:
+        ValueError: it is no run directory.
+    """
+    if not (run / "jobs").is_dir() and not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} is no run directory: it has neither jobs/ nor config.yaml")
+    lines = [str(run)]
+    record = run / "jobs" / "job.json"
+    if record.is_file():
+        job_id = json.loads(record.read_text(encoding="utf-8"))["job_id"]
+        state = cluster.slurm_state(job_id)
+        nodes = subprocess.run(["squeue", "-h", "-j", job_id, "-o", "%N %r"], capture_output=True, text=True)
+        where = " ".join(nodes.stdout.split()) if cluster.is_alive(state) else ""
+        lines.append(f"  job {job_id}: {state} {where}".rstrip())
+    log = run / "train.log"
+    steps = _STEP.findall(log.read_text(encoding="utf-8")) if log.is_file() else []
+    if steps:
+        step, total, loss, rate, eta = steps[-1]
+        lines.append(f"  step {step} of {total}, loss {loss}, {rate} videos/s" + (f", {eta} left" if eta else ""))
+    best = run / "checkpoints" / "best.json"
+    if best.is_file():
+        found = json.loads(best.read_text(encoding="utf-8"))
+        lines.append(f"  best {found['selected_on']} t2v R@1 {found['R@1']:.1f} at step {found['step']}")
+    metrics = run / "evaluation" / "metrics.json"
+    if metrics.is_file():
+        found = json.loads(metrics.read_text(encoding="utf-8"))
+        numbers = ", ".join(f"{name} {value:.1f}" for name, value in found["t2v"].items())
+        lines.append(f"  test t2v ({found['protocol']}, selected on {found['selected_on']}): {numbers}")
+    for name in ("restarts.log", cluster.FINAL_ERROR):
+        note = run / "jobs" / name
+        if note.is_file():
+            lines += [f"  {line}" for line in note.read_text(encoding="utf-8").splitlines()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python launch/status.py", description=__doc__)
+    parser.add_argument("run", nargs="?", type=Path, help="a run directory")
+    arguments = parser.parse_args()
+    runs = [arguments.run] if arguments.run else sorted(path.parent for path in Path("runs").glob("**/jobs"))
+    if not runs:
+        raise ValueError("there is no run below runs/; name a run directory")
+    for run in runs:
+        print(describe(run))
+
+
+if __name__ == "__main__":
+    run_command(main)
