@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS = 1
 DEMO := build/demo
 
-.PHONY: install demo demo-data demo-towers test test-all lint bench
+.PHONY: install demo demo-data demo-towers test test-all test-slurm lint bench
 install: .venv/installed
 
 .venv/installed: pyproject.toml
@@ -27,10 +27,13 @@ demo-towers: install
 	$(BIN)/python shards/demo_towers.py --out configs/towers
 
 test: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not slurm'
 
 test-all: install
 	$(BIN)/python -m pytest
+
+test-slurm: install
+	$(BIN)/python -m pytest -m slurm tests/slurm
 
 lint: install
 	$(BIN)/ruff check .

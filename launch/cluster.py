@@ -32,6 +32,8 @@ class Resources:
     minutes: int = 24 * 60
     requeues: int = 3
     """How often the job may start again after a time limit, a preemption, a lost node or a killed rank."""
+    save_before_s: int = 90
+    """Seconds before the time limit at which the job is told to save."""
     flags: dict[str, str] = field(default_factory=dict)
     """partition, account, qos, constraint, exclude, mem, dependency: passed on where given."""
 
@@ -104,6 +106,7 @@ def slurm_executor(resources: Resources, folder: Path, root: Path, name: str) ->
     executor.update_parameters(
         job_name=name,
         time=resources.minutes,
+        signal_delay_s=resources.save_before_s,
         nodes=resources.nodes,
         ntasks_per_node=resources.tasks,
         cpus_per_task=resources.cpus,

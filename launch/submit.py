@@ -36,12 +36,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for flag in FLAGS:
         parser.add_argument(f"--{flag}")
     parser.add_argument("--requeues", type=int, help="how often the job may start again (3)")
+    parser.add_argument("--save-before", type=int, metavar="SECONDS", help="save so long before the time limit (90)")
     parser.add_argument("--name", help="job name; default: that of the run directory")
     parser.add_argument("--run-dir", help="the same as run_dir=...")
     parser.add_argument("--wait", action="store_true", help="come back when the SLURM job has ended, by its state")
     parser.add_argument("--dry-run", action="store_true", help="print the job and the resolved config, submit nothing")
     parser.add_argument("overrides", nargs="*", help="dotted overrides, as optim.lr=1e-5")
-    return parser.parse_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def _resources(arguments: argparse.Namespace) -> cluster.Resources:
@@ -50,7 +51,7 @@ def _resources(arguments: argparse.Namespace) -> cluster.Resources:
     Raises:
         ValueError: a number that cannot be, an unknown site or site key, GPUs where there are none.
     """
-    known = {"nodes", "gpus", "procs", "cpus", "time", "requeues", *FLAGS}
+    known = {"nodes", "gpus", "procs", "cpus", "time", "requeues", "save_before", *FLAGS}
     given = {key: getattr(arguments, key) for key in known if getattr(arguments, key) is not None}
     if arguments.site:
         given = _site(arguments.site, known) | given
@@ -67,6 +68,7 @@ def _resources(arguments: argparse.Namespace) -> cluster.Resources:
         cluster=arguments.cluster,
         gpus=gpus,
         minutes=cluster.minutes_of(str(given.get("time", "1-00"))),
+        save_before_s=int(given.get("save_before", 90)),
         flags={flag: str(given[flag]) for flag in FLAGS if flag in given},
         **numbers,
     )

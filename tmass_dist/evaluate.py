@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--run", required=True, help="run directory, as train wrote it")
     parser.add_argument("--checkpoint", help="weights (.safetensors) to evaluate; the run's best by default")
     parser.add_argument("overrides", nargs="*", help="dotted overrides, as evaluation.post_processing=dsl")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     saved = Path(arguments.run) / "config.yaml"
     if not saved.is_file():
         raise ValueError(f"{arguments.run} is no run directory: it has no config.yaml")

@@ -216,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tmass_dist.train", description=__doc__)
     parser.add_argument("--config", required=True, help="a page of configs/, or a path")
     parser.add_argument("overrides", nargs="*", help="dotted overrides, as optim.lr=1e-5")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     from tmass_dist.distributed import StopRequest, check_environment, finish
 
     config = load_config(arguments.config, arguments.overrides)

@@ -1,0 +1,145 @@
+"""A real SLURM of four virtual nodes for the tests, with what a test needs to disturb it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("mini_cluster.sh")
+
+
+class NoClusterError(Exception):
+    """Why no cluster can be had here."""
+
+
+def until(found: Callable[[], object], seconds: float, what: str, poll_s: float = 0.05) -> None:
+    """Wait for something true.
+
+    Raises:
+        AssertionError: it did not come in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline, f"after {seconds:.0f} s there is no {what}"
+        time.sleep(poll_s)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster and its environment."""
+
+    env: dict[str, str]
+
+    def control(self, *arguments: str) -> str:
+        """``mini_cluster.sh``: start, stop, crash HOST, boot HOST."""
+        # Its daemons keep what they inherit: output goes to a file, or the pipe would never close.
+        log = Path(self.env["MC_STATE"] + ".log")
+        with log.open("w") as out:
+            code = subprocess.run(
+                ["bash", str(SCRIPT), *arguments], env=self.env, stdout=out, stderr=out, timeout=600
+            ).returncode
+        if code:
+            raise NoClusterError(f"mini_cluster.sh {arguments[0]}: {log.read_text()[-300:]}")
+        return log.read_text()
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=600)
+
+    def submit(self, run_dir: Path, *more: str) -> Job:
+        """``launch/submit.py`` as a person calls it; the job goes on by itself."""
+        base = [sys.executable, "launch/submit.py", "--config", "demo.yaml", "--procs", "1", f"run_dir={run_dir}"]
+        done = self.run(*base, *more)
+        assert done.returncode == 0, done.stderr
+        found = re.match(r"job (\d+) in ", done.stdout)
+        assert found, done.stdout
+        return Job(self, found[1], run_dir)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted run."""
+
+    cluster: Cluster
+    id: str
+    run_dir: Path
+
+    def step(self) -> int:
+        """Steps done, by its log."""
+        log = self.run_dir / "train.log"
+        steps = re.findall(r"step (\d+)/", log.read_text()) if log.is_file() else []
+        return int(steps[-1]) if steps else 0
+
+    def until_step(self, step: int) -> None:
+        until(lambda: self.step() >= step, 120, f"step {step} of job {self.id}")
+
+    def nodes(self) -> list[str]:
+        names = self.cluster.run("scontrol", "show", "hostnames", self.squeue("%N")).stdout
+        return names.split()
+
+    def squeue(self, form: str) -> str:
+        return self.cluster.run("squeue", "-h", "-j", self.id, "-o", form).stdout.strip()
+
+    def state(self) -> str:
+        said = self.cluster.run("sacct", "-X", "-n", "-P", "-j", self.id, "-o", "State").stdout.split()
+        return said[-1] if said else "UNKNOWN"
+
+    def history(self) -> str:
+        """Every attempt's end, as SLURM has it."""
+        return self.cluster.run("sacct", "-D", "-X", "-n", "-P", "-j", self.id, "-o", "State,ExitCode,NodeList").stdout
+
+    def until_completed(self, seconds: float) -> None:
+        until(lambda: self.state() == "COMPLETED", seconds, f"end of job {self.id}:\n{self.history()}", 0.5)
+
+    def pids(self, rank: int) -> list[int]:
+        """The training process of one rank, found by the environment SLURM gave it."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (entry / "environ").read_bytes().split(b"\0")
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            asked = {f"SLURM_JOB_ID={self.id}".encode(), f"SLURM_PROCID={rank}".encode()}
+            if asked <= set(environment) and b"submitit.core._submit" in command:
+                found.append(int(entry.name))
+        return found
+
+    def metrics(self) -> dict:
+        return json.loads((self.run_dir / "evaluation" / "metrics.json").read_text())
+
+
+def start(state: Path) -> Cluster:
+    """A cluster of its own network, bridge and state directory.
+
+    Raises:
+        NoClusterError: this machine does not allow it; the reason.
+    """
+    if os.geteuid() != 0:
+        raise NoClusterError("a cluster of namespaces needs root")
+    if shutil.which("apt-get") is None:
+        raise NoClusterError("mini_cluster.sh installs SLURM with apt-get, and there is none")
+    if subprocess.run(
+        ["unshare", "--uts", "--net", "--pid", "--mount", "--fork", "true"], capture_output=True
+    ).returncode:
+        raise NoClusterError("this machine does not allow namespaces")
+    number = os.getpid() % 200
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    env |= {
+        "MC_STATE": str(state),
+        "MC_SUBNET": f"10.78.{number}",
+        "MC_BRIDGE": f"tm{number}",
+        "SLURM_CONF": f"{state}/slurm.conf",
+        "OMP_NUM_THREADS": "1",
+    }
+    cluster = Cluster(env)
+    cluster.control("start")
+    return cluster

@@ -1,0 +1,156 @@
+"""Training on a real SLURM of four nodes, disturbed as clusters disturb: the weights end the same, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.slurm.cluster import ROOT, Cluster, Job, until
+from tests.slurm.conftest import STEPS
+
+pytestmark = pytest.mark.slurm
+
+
+def _same_end(job: Job, undisturbed: Job) -> None:
+    name = f"checkpoints/step-{STEPS:08d}/mp_rank_00_model_states.pt"
+    one, other = (torch.load(j.run_dir / name, weights_only=False)["module"] for j in (job, undisturbed))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    assert job.metrics()["t2v"] == undisturbed.metrics()["t2v"]
+
+
+def _restarted(job: Job) -> str:
+    log = job.run_dir / "jobs" / "restarts.log"
+    assert log.is_file(), f"the job was never started again: {job.history()}"
+    return log.read_text()
+
+
+def _report(what: str, seconds: float, job: Job) -> None:
+    print(f"\n{what}: {seconds:.0f} s to the end; {'; '.join(job.history().split())}")
+
+
+def test_four_nodes_train_the_demo(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
+    began = time.monotonic()
+    job = cluster.submit(tmp_path / "run", "--nodes", "4", *settings)
+    job.until_step(1)
+    print(f"\nsubmit to first step on 4 nodes: {time.monotonic() - began:.1f} s")
+    job.until_completed(180)
+    assert job.metrics()["num_videos"] == 30
+    status = cluster.run(sys.executable, "launch/status.py", str(job.run_dir))
+    assert f"step {STEPS} of {STEPS}" in status.stdout and "COMPLETED" in status.stdout
+
+
+def test_time_limit(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
+    began = time.monotonic()
+    job = cluster.submit(tmp_path / "run", "--nodes", "2", "--time", "1", "--save-before", "45", *settings)
+    job.until_completed(300)
+    _report("time limit", time.monotonic() - began, job)
+    assert "restart 1" in _restarted(job)
+    assert "asked to stop: saved" in (job.run_dir / "train.log").read_text()
+    _same_end(job, undisturbed)
+
+
+def test_preemption(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
+    job = cluster.submit(tmp_path / "run", "--nodes", "2", "--partition", "low", *settings)
+    job.until_step(40)
+    began = time.monotonic()
+    above = cluster.run("sbatch", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3")
+    assert above.returncode == 0, above.stderr
+    job.until_completed(300)
+    _report("preemption", time.monotonic() - began, job)
+    assert "restart 1" in _restarted(job)
+    assert "asked to stop: saved" in (job.run_dir / "train.log").read_text()
+    _same_end(job, undisturbed)
+
+
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_power_cut_of_a_node(
+    cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path, moment: str
+) -> None:
+    job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings)
+    job.until_step(40)
+    lost = job.nodes()[1]
+    if moment == "save":
+        saving = tmp_path / "run" / "checkpoints"
+        until(lambda: list(saving.glob("tmp-step-*")), 60, "save under way", 0.0005)
+    began = time.monotonic()
+    cluster.control("crash", lost)
+    try:
+        job.until_completed(300)
+    finally:
+        cluster.control("boot", lost)
+    _report(f"power cut in mid-{moment}", time.monotonic() - began, job)
+    assert "restart 1" in _restarted(job)
+    assert lost not in job.history().strip().splitlines()[-1]
+    _same_end(job, undisturbed)
+
+
+def test_killed_rank(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
+    job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings)
+    job.until_step(40)
+    began = time.monotonic()
+    pids = job.pids(rank=1)
+    assert pids
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    job.until_completed(300)
+    _report("kill -9 of a rank", time.monotonic() - began, job)
+    assert "restart 1" in _restarted(job)
+    _same_end(job, undisturbed)
+
+
+def test_side_by_side_in_use_and_cancelled(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
+    """Two runs at once do not collide; a directory in use is refused; a cancelled job ends and stays ended."""
+    both = [cluster.submit(tmp_path / name, "--nodes", "2", *settings) for name in ("one", "two")]
+    for job in both:
+        job.until_step(5)
+    again = [sys.executable, "launch/submit.py", "--config", "demo.yaml", "--procs", "1", "--nodes", "2", *settings]
+    refused = cluster.run(*again, f"run_dir={both[0].run_dir}")
+    assert refused.returncode == 2 and f"in use by job {both[0].id}" in refused.stderr
+    for job in both:
+        done = cluster.run(sys.executable, "launch/cancel.py", str(job.run_dir))
+        assert done.returncode == 0, done.stderr
+        until(lambda job=job: job.state().startswith("CANCELLED"), 60, "cancelled job")
+    time.sleep(3)
+    assert not any(job.squeue("%T") for job in both)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--nodes", "9"], "node"),
+        (["--partition", "nowhere"], "invalid partition"),
+        (["--gpus", "64"], "Requested node configuration"),
+        (["--nodes", "3"], "not divisible by 3 ranks"),
+    ],
+)
+def test_what_the_cluster_cannot_do_is_refused_at_once(
+    cluster: Cluster, settings: list[str], tmp_path: Path, asked: list[str], said: str
+) -> None:
+    more = ["data.batch_size=64"] if "--gpus" in asked else []
+    base = [sys.executable, "launch/submit.py", "--config", "demo.yaml", "--procs", "1"]
+    done = cluster.run(*base, *asked, *settings, *more, f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and said in done.stderr, done.stderr
+
+
+def test_a_mistake_is_not_started_again(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
+    """An error that a person must put right ends the job with its line."""
+    job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings, "model.num_heads=7")
+    until(lambda: job.state() == "FAILED", 120, "failed job", 0.5)
+    assert not (job.run_dir / "jobs" / "restarts.log").exists()
+    status = cluster.run(sys.executable, "launch/status.py", str(job.run_dir))
+    assert "model.num_heads is 7" in status.stdout
+
+
+def test_without_slurm_one_line_says_so(settings: list[str], tmp_path: Path) -> None:
+    if any((Path(folder) / "sbatch").exists() for folder in ("/usr/local/bin",)):
+        pytest.skip("sbatch lies in the only PATH left")
+    command = [sys.executable, "launch/submit.py", "--config", "demo.yaml", *settings, f"run_dir={tmp_path}"]
+    env = os.environ | {"PATH": "/usr/local/bin"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "no sbatch on this machine" in done.stderr
