@@ -89,7 +89,8 @@ def _site(name: str, known: set[str]) -> dict[str, Any]:
 
 def _absolute(config: Config) -> Config:
     """Paths that hold wherever the job starts."""
-    paths = {name: str(Path(getattr(config.data, name)).resolve()) for name in ("train", "val", "test")}
+    given = {name: getattr(config.data, name) for name in ("train", "val", "test")}
+    paths: Any = {name: str(Path(path).resolve()) for name, path in given.items() if path}
     files = {
         key: str(Path(value).resolve())
         for key in ("architecture", "pretrained")

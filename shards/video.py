@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tmass_dist.data.frames import uniform_frame_indices
+from tmass_dist.data.frames import window_frame_indices
 
 
 class BadVideoError(ValueError):
     """A video that cannot be packed; the message is the reason written to the quarantine."""
 
 
-def _decode(path: Path, start_s: float | None, end_s: float | None) -> Any:
-    """Yield the frames between two times; whatever decodes, decodes."""
+def _decode(path: Path, end_s: float | None) -> Any:
+    """Yield the frames up to a time, each with the stream's frame rate; whatever decodes, decodes."""
     import av
 
     with av.open(str(path)) as container:
@@ -22,9 +22,9 @@ def _decode(path: Path, start_s: float | None, end_s: float | None) -> Any:
         stream = container.streams.video[0]
         stream.thread_type = "NONE"
         for frame in container.decode(stream):
-            time_s = frame.time or 0.0
-            if (start_s is None or time_s >= start_s) and (end_s is None or time_s < end_s):
-                yield frame
+            if end_s is not None and (frame.time or 0.0) > end_s:
+                return
+            yield frame, float(stream.average_rate or stream.base_rate or 25)
 
 
 def pack_video(
@@ -46,9 +46,10 @@ def pack_video(
         raise BadVideoError("the file is missing")
     if path.stat().st_size == 0:
         raise BadVideoError("the file is empty")
-    frames, damaged = [], None
+    frames, fps, damaged = [], 25.0, None
     try:
-        for frame in _decode(path, start_s, end_s):
+        for frame, rate in _decode(path, end_s):
+            fps = rate
             # Kept at final size: a pass over the file, and 4K videos do not fill the memory.
             picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
             rotation = int(getattr(frame, "rotation", 0) or 0)
@@ -63,7 +64,11 @@ def pack_video(
         damaged = str(error)
     if not frames:
         raise BadVideoError(damaged or "no frame decodes")
-    indices = uniform_frame_indices(len(frames), num_frames)
+    window = (start_s or 0.0, len(frames) / fps if end_s is None else end_s)
+    try:
+        indices = window_frame_indices(len(frames), fps, *window, num_frames)
+    except ValueError as error:
+        raise BadVideoError(f"{error}: it ends after {len(frames) / fps:.1f} s") from error
     jpegs = {i: simplejpeg.encode_jpeg(np.ascontiguousarray(frames[i]), quality=quality) for i in set(indices)}
     facts = {"num_decoded_frames": len(frames), "frame_indices": indices, "damaged_end": damaged}
     return [jpegs[i] for i in indices], facts

@@ -22,14 +22,20 @@ class DataConfig:
 
     train: str = "data/train"
     """Directory of training shards, as written by ``shards/make_shards.py``."""
-    val: str = "data/val"
-    """Directory of the split that chooses the checkpoint."""
+    val: str | None = "data/val"
+    """Directory of the split that chooses the checkpoint; null holds out ``holdout`` of the training videos."""
+    holdout: int = 0
+    """Training videos kept out of training to choose the checkpoint, where ``val`` is null; a fixed choice by id."""
     test: str = "data/test"
     """Directory of the split that is reported."""
     batch_size: int = 32
     """Pairs in one global batch, over all ranks: the negatives of the loss."""
     num_workers: int = 2
     """Decoding processes of each rank; 0 decodes in the training process."""
+    augment: bool = True
+    """Train on a random crop (half to all of the area) and flip of each video, one for all its frames."""
+    frames: Literal["uniform", "random"] = "uniform"
+    """Which of more packed frames than ``model.num_frames`` training takes from each segment: its middle, or any."""
     eval_batch_size: int = 16
     """Videos encoded at a time by one rank during evaluation."""
 
@@ -37,6 +43,8 @@ class DataConfig:
         _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "a contrastive loss needs at least 2 pairs")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "it cannot be negative")
         _require(self.eval_batch_size >= 1, "data.eval_batch_size", self.eval_batch_size, "at least 1")
+        needed = self.val is None and self.holdout < 1
+        _require(not needed, "data.holdout", self.holdout, "with data.val null it says how many videos to hold out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +63,11 @@ class ModelConfig:
     """Attention heads of the pooling."""
     dropout: float = 0.3
     """Dropout inside the pooling; the paper uses 0.4 on DiDeMo."""
-    radius: Literal["none", "exp_linear", "exp_mean", "linear", "scaled_exp_mean"] = "exp_linear"
-    """How the mass's radius follows the cosines; ``none`` is X-Pool itself, without stochastic text."""
+    radius: Literal["none", "exp_linear", "exp_mean", "linear", "scaled_exp_mean", "variational"] = "exp_linear"
+    """How the mass's radius follows the cosines; ``none`` is X-Pool itself, without stochastic text; ``variational``
+    is a function of the text alone, to be held by ``stochastic.kl_weight``."""
+    pooled_by: Literal["text", "sample"] = "text"
+    """What asks the frames: the text, or its sample (the supplementary's worse alternative)."""
 
     def __post_init__(self) -> None:
         _require(self.num_frames >= 1, "model.num_frames", self.num_frames, "a video needs at least one frame")
@@ -74,13 +85,18 @@ class StochasticConfig:
     """Standard deviation of the normal prior, in radii. The authors use 3e-3 on LSMDC."""
     support_weight: float = 0.8
     """Weight of the support-text loss (0.8 on MSR-VTT; 0 switches it off)."""
+    training: Literal["sampled", "mean"] = "sampled"
+    """What the loss sees: a sample of the mass; ``mean`` trains on the text itself and samples at evaluation only."""
+    kl_weight: float = 0.0
+    """Weight of the divergence of the mass from N(0, I), mean over dimensions (supplementary, section 4)."""
     num_trials: int = 20
     """Samples of each text at evaluation; the closest one scores the pair (the paper's M)."""
 
     def __post_init__(self) -> None:
         _require(self.num_trials >= 1, "stochastic.num_trials", self.num_trials, "a pair needs at least one sample")
         _require(self.prior_std > 0, "stochastic.prior_std", self.prior_std, "it must be positive")
-        _require(self.support_weight >= 0, "stochastic.support_weight", self.support_weight, "it cannot be negative")
+        for key in ("support_weight", "kl_weight"):
+            _require(getattr(self, key) >= 0, f"stochastic.{key}", getattr(self, key), "it cannot be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +143,13 @@ class EvaluationConfig:
     """``published_code`` pools every video with its own caption, a leak; it exists for parity only."""
     selected_on: Literal["val", "test"] = "val"
     """Split whose t2v R@1 chooses the checkpoint; ``test`` is printed in every result."""
+    window: int = 1
+    """Validations averaged for the choice of the checkpoint; the authors average 5."""
     post_processing: Literal["none", "dsl"] = "none"
     """``dsl`` looks at all queries at once (transductive)."""
+
+    def __post_init__(self) -> None:
+        _require(self.window >= 1, "evaluation.window", self.window, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +166,8 @@ class Config:
     """Stop after this many steps, whatever the epochs; the schedule ends there."""
     eval_every: int = 100
     """Steps between a validation, each followed by a checkpoint."""
+    evals_per_epoch: int | None = None
+    """Validations spread over each epoch, in place of ``eval_every``; the authors make 10."""
     log_every: int = 10
     """Steps between two points in TensorBoard and the log."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -157,6 +180,15 @@ class Config:
     def __post_init__(self) -> None:
         for key in ("epochs", "eval_every", "log_every"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        _require(
+            self.evals_per_epoch is None or self.evals_per_epoch >= 1,
+            "evals_per_epoch",
+            self.evals_per_epoch,
+            "at least 1, or null",
+        )
+        by_sample = self.model.pooled_by == "sample"
+        mean_only = self.stochastic.training == "mean" or self.model.radius == "none"
+        _require(not (by_sample and mean_only), "model.pooled_by", "sample", "without sampled training there is none")
         _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
 
 

@@ -46,16 +46,23 @@ def encode(model: Objective, index: Index, tokenize: Any, config: Config, device
     import torch
 
     from tmass_dist.data.loader import iterate_videos
+    from tmass_dist.data.transforms import resize_centre_crop
     from tmass_dist.distributed import gather_objects, rank, world_size
 
     frames_of: dict[str, Tensor] = {}
     texts_of: dict[str, list[tuple[int, Tensor]]] = {}
     batches = iterate_videos(
-        index, rank=rank(), world_size=world_size(), batch_size=config.data.eval_batch_size, tokenize=tokenize
+        index,
+        rank=rank(),
+        world_size=world_size(),
+        batch_size=config.data.eval_batch_size,
+        tokenize=tokenize,
+        num_frames=config.model.num_frames,
     )
     with torch.inference_mode():
         for batch in batches:
-            frames_BFD = model.towers.encode_frames(batch.pixels_BFHWC.to(device)).float().cpu()
+            pixels = resize_centre_crop(batch.pixels_BFHWC.to(device), model.towers.image_size)
+            frames_BFD = model.towers.encode_frames(pixels).float().cpu()
             frames_of.update(zip(batch.video_ids, frames_BFD))
             text_TD = model.towers.encode_text(batch.tokens_TL.to(device)).float().cpu()
             for (video_id, slot), text_D in zip(batch.caption_ids, text_TD):
@@ -125,6 +132,7 @@ def similarities(head: Any, features: Features, config: Config) -> Tensor:
                 features.frames_VFD,
                 noise_TMD,
                 protocol=config.evaluation.protocol,
+                pooled_by=config.model.pooled_by,
                 caption_owner_T=features.owner_T[rows],
             )
     blocks: dict[int, Tensor] = {}

@@ -13,6 +13,7 @@ TAGS = {
     "loss/total": "stochastic + support_weight * support, over the global batch",
     "loss/stochastic": "symmetric InfoNCE of the sampled texts",
     "loss/support": "symmetric InfoNCE of the support texts",
+    "loss/kl": "divergence of the mass from N(0, I), mean over dimensions; 0 without stochastic.kl_weight",
     "model/logit_scale": "temperature, exp of the learnt logarithm, at most 100",
     "model/mean_radius": "mean radius R of the own pairs, in units of the text embedding",
     "optim/grad_norm": "global gradient norm before clipping",

@@ -18,6 +18,7 @@ from tmass_dist.cli import run_command, writable_dir
 from tmass_dist.config import Config, differing_keys, load_config, to_yaml
 
 if TYPE_CHECKING:
+    from tmass_dist.data.index import Index
     from tmass_dist.distributed import StopRequest
 
 
@@ -30,18 +31,43 @@ def check_batch(config: Config, world: int) -> None:
         )
 
 
+def load_splits(config: Config) -> tuple[Index, Index]:
+    """The training split, and the one that chooses the checkpoint."""
+    from tmass_dist.data.index import load_index
+
+    training = load_index(config.data.train)
+    if config.evaluation.selected_on == "test":
+        return training, load_index(config.data.test)
+    return (
+        training.hold_out(config.data.holdout) if config.data.val is None else (training, load_index(config.data.val))
+    )
+
+
+def validation_steps(config: Config, steps_per_epoch: int, num_steps: int) -> set[int]:
+    """Steps (from 1) after which the checkpoint is validated; the last one always is."""
+    if config.evals_per_epoch is None:
+        return {*range(config.eval_every, num_steps + 1, config.eval_every), num_steps}
+    # As the published code counts: after batches linspace(0, steps - 1, n + 1), truncated, without the first.
+    number = config.evals_per_epoch
+    within = [int((steps_per_epoch - 1) / number * k) for k in range(1, number)] + [steps_per_epoch - 1]
+    steps = {epoch * steps_per_epoch + batch + 1 for epoch in range(config.epochs) for batch in within}
+    return {step for step in steps if step <= num_steps} | {num_steps}
+
+
+def improves(scores: list[float], window: int) -> bool:
+    """Is the mean of the last ``window`` scores above that of every earlier moment?"""
+    means = [sum(part) / len(part) for end in range(1, len(scores) + 1) if (part := scores[max(0, end - window) : end])]
+    return len(means) == 1 or means[-1] > max(means[:-1])
+
+
 def check(config: Config, world: int) -> None:
     """What can be known to be wrong before any rank starts.
 
     Raises:
         ValueError: in one line, what is wrong and what to do.
     """
-    from tmass_dist.data.index import load_index
-
     check_batch(config, world)
-    selection = config.data.val if config.evaluation.selected_on == "val" else config.data.test
-    for directory in (config.data.train, selection):
-        load_index(directory)
+    load_splits(config)
     writable_dir(config.run_dir)
     saved = Path(config.run_dir) / "config.yaml"
     if saved.is_file():
@@ -68,8 +94,8 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     from tqdm import tqdm
 
     from tmass_dist import distributed
-    from tmass_dist.data.index import load_index
     from tmass_dist.data.loader import TrainLoader
+    from tmass_dist.data.transforms import augment, resize_centre_crop
     from tmass_dist.engine import checkpoint
     from tmass_dist.engine.optim import AuthorsAdamW, warmup_cosine
     from tmass_dist.engine.zero import start_engine
@@ -94,18 +120,21 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     torch.manual_seed(config.seed)
     tokenize = build_tokenizer(config.model.architecture)
     model = build_model(config).to(device)
-    selection = load_index(config.data.val if config.evaluation.selected_on == "val" else config.data.test)
+    training, selection = load_splits(config)
     loader = TrainLoader(
-        load_index(config.data.train),
+        training,
         batch_size=config.data.batch_size,
         rank=rank,
         world_size=world,
         seed=config.seed,
         tokenize=tokenize,
         num_workers=config.data.num_workers,
+        num_frames=config.model.num_frames,
+        random_frames=config.data.frames == "random",
     )
     num_steps = config.epochs * loader.steps_per_epoch
     num_steps = min(num_steps, config.max_steps or num_steps)
+    validations = validation_steps(config, loader.steps_per_epoch, num_steps)
     groups: Any = parameter_groups(model, config)
     base_lrs = [group["lr"] for group in groups]
     if config.optim.kind == "authors":
@@ -116,7 +145,9 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     step = checkpoint.resume(engine, checkpoints)
     monitor = Monitor(run_dir / "tensorboard", step)
     best_path = checkpoints / "best.json"
-    best = json.loads(best_path.read_text())["R@1"] if best_path.is_file() else -1.0
+    history_path = checkpoints / "validation.json"
+    history = json.loads(history_path.read_text()) if history_path.is_file() else []
+    history = [point for point in history if point["step"] <= step]
     log.info("%s: step %d of %d, %d ranks, batch %d", run_dir, step, num_steps, world, config.data.batch_size)
 
     batches = loader.batches(step)
@@ -131,7 +162,7 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
         waited_s += time.perf_counter() - asked
         # Noise by pair, dropout by rank, both keyed by the step: a resumed run draws what an unbroken one would.
         noise_BD = None
-        if config.model.radius != "none":
+        if model.head.mass is not None and config.stochastic.training == "sampled":
             keys = torch.tensor([text_key(step, *pair) for pair in zip(batch.video_ids, batch.caption_slots)])
             noise_BD = keyed_noise(
                 keys,
@@ -145,7 +176,13 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
         factor = warmup_cosine(step, num_steps, int(config.optim.warmup * num_steps))
         for group, base_lr in zip(engine.optimizer.param_groups, base_lrs):
             group["lr"] = base_lr * factor
-        losses = engine(batch.pixels_BFHWC.to(device, non_blocking=True), batch.tokens_BL.to(device), noise_BD)
+        pixels = batch.pixels_BFHWC.to(device, non_blocking=True)
+        if config.data.augment:
+            crops = [text_key("crop", config.seed, step, *pair) for pair in zip(batch.video_ids, batch.caption_slots)]
+            pixels = augment(pixels, crops, model.towers.image_size)
+        else:
+            pixels = resize_centre_crop(pixels, model.towers.image_size)
+        losses = engine(pixels, batch.tokens_BL.to(device), noise_BD)
         engine.backward(losses.total)
         engine.step()
         step += 1
@@ -161,6 +198,7 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
                 "loss/total": total,
                 "loss/stochastic": losses.stochastic.item(),
                 "loss/support": losses.support.item(),
+                "loss/kl": losses.divergence.item(),
                 "model/logit_scale": min(model.towers.logit_scale.exp().item(), 100.0),
                 "model/mean_radius": losses.mean_radius.item(),
                 "speed/videos_per_s": (step - logged_step) * config.data.batch_size / elapsed_s,
@@ -177,9 +215,9 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
             waited_s, logged_at, logged_step = 0.0, time.perf_counter(), step
 
         stopping = stop is not None and stop.agreed()
-        if stopping and step < num_steps and step % config.eval_every:
+        if stopping and step not in validations:
             checkpoint.save(engine, checkpoints, step)
-        if step % config.eval_every == 0 or step == num_steps:
+        if step in validations:
             model.eval()
             features = encode(model, selection, tokenize, config, device)
             found = measure(similarities(model.head, features, config), features.owner_T, config)["t2v"]
@@ -189,16 +227,18 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
             tags = {f"{split}/{config.evaluation.protocol}/t2v_{name}": value for name, value in found.items()}
             monitor.scalars(tags, step)
             log.info("step %d: %s t2v R@1 %.1f (%s)", step, split, found["R@1"], config.evaluation.protocol)
-            if found["R@1"] > best:
-                best = found["R@1"]
-                if distributed.is_main():
-                    weights = {
-                        name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()
-                    }
-                    aside = checkpoints / "best.safetensors.tmp"
-                    save_file(weights, aside)
-                    os.replace(aside, checkpoints / "best.safetensors")
-                    checkpoint.write_json(best_path, {"step": step, "selected_on": split, "R@1": best})
+            history.append({"step": step, "R@1": found["R@1"]})
+            improved = improves([point["R@1"] for point in history], config.evaluation.window)
+            if improved and distributed.is_main():
+                weights = {
+                    name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()
+                }
+                aside = checkpoints / "best.safetensors.tmp"
+                save_file(weights, aside)
+                os.replace(aside, checkpoints / "best.safetensors")
+                checkpoint.write_json(best_path, {"step": step, "selected_on": split, "R@1": found["R@1"]})
+            if distributed.is_main():
+                checkpoint.write_json(history_path, history)
             checkpoint.save(engine, checkpoints, step)
             logged_at, logged_step, waited_s = time.perf_counter(), step, 0.0
         if stopping and step < num_steps:

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import tarfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 VERSION = 1
@@ -53,6 +53,23 @@ class Index:
     def samples(self) -> list[Sample]:
         """Every sample, in order; its position is its number."""
         return [sample for shard in self.shards for sample in shard.samples]
+
+    def subset(self, ids: set[str]) -> Index:
+        """The same shards with these samples only."""
+        shards = (replace(s, samples=tuple(x for x in s.samples if x.id in ids)) for s in self.shards)
+        return replace(self, shards=tuple(shards))
+
+    def hold_out(self, number: int) -> tuple[Index, Index]:
+        """What is left, and ``number`` samples chosen by their ids alone: the same ones in every run.
+
+        Raises:
+            ValueError: it would leave nothing to train on.
+        """
+        ids = sorted((hashlib.sha256(sample.id.encode()).hexdigest(), sample.id) for sample in self.samples)
+        if number >= len(ids):
+            raise ValueError(f"data.holdout is {number} and {self.directory} has {len(ids)} videos")
+        held = {sample_id for _, sample_id in ids[:number]}
+        return self.subset({sample_id for _, sample_id in ids} - held), self.subset(held)
 
     def save(self) -> None:
         """Write ``index.json`` aside and rename it."""

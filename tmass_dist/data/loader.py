@@ -7,6 +7,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import simplejpeg
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tmass_dist.data.frames import random_frame_indices, uniform_frame_indices
 from tmass_dist.data.index import Index, read_sample
+from tmass_dist.noise import text_key
 
 Tokenize = Callable[[list[str]], Tensor]
 
@@ -79,7 +82,11 @@ def epoch_batches(index: Index, *, seed: int, epoch: int, batch_size: int) -> li
     return batches
 
 
-def _decode(jpegs: list[bytes]) -> np.ndarray:
+def _decode(jpegs: list[bytes], num_frames: int, rng: np.random.Generator | None = None) -> np.ndarray:
+    """``num_frames`` of the packed frames, the middle of each segment, or any of it when ``rng`` is given."""
+    if len(jpegs) != num_frames:
+        choose = uniform_frame_indices if rng is None else partial(random_frame_indices, rng=rng)
+        jpegs = [jpegs[i] for i in choose(len(jpegs), num_frames)]
     return np.stack([simplejpeg.decode_jpeg(jpeg) for jpeg in jpegs])
 
 
@@ -87,8 +94,17 @@ class _Steps(Dataset):
     """Item ``step`` is this rank's part of global batch ``step``."""
 
     def __init__(
-        self, index: Index, batch_size: int, rank: int, world_size: int, seed: int, tokenize: Tokenize
+        self,
+        index: Index,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        tokenize: Tokenize,
+        num_frames: int,
+        random_frames: bool,
     ) -> None:
+        self.num_frames, self.random_frames = num_frames, random_frames
         self.index, self.located = index, index.located
         self.batch_size, self.seed, self.tokenize = batch_size, seed, tokenize
         local = batch_size // world_size
@@ -109,7 +125,8 @@ class _Steps(Dataset):
         frames, captions, ids = [], [], []
         for video, slot in pairs:
             meta, jpegs = read_sample(*self.located[video])
-            frames.append(_decode(jpegs))
+            rng = np.random.default_rng(text_key(self.seed, step, meta["id"], slot)) if self.random_frames else None
+            frames.append(_decode(jpegs, self.num_frames, rng))
             captions.append(meta["captions"][slot])
             ids.append(meta["id"])
         pixels = torch.from_numpy(np.stack(frames))
@@ -143,6 +160,8 @@ class TrainLoader:
         seed: of the order.
         tokenize: texts to token ids.
         num_workers: decoding processes; 0 decodes here.
+        num_frames: frames of a video; of more packed ones, one from each segment.
+        random_frames: any frame of a segment, keyed by step and pair, in place of the middle one.
 
     Raises:
         ValueError: the batch does not divide by the ranks, or there are fewer pairs than one batch.
@@ -158,13 +177,15 @@ class TrainLoader:
         seed: int,
         tokenize: Tokenize,
         num_workers: int,
+        num_frames: int = 12,
+        random_frames: bool = False,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"data.batch_size={batch_size} is not divisible by {world_size} ranks")
         num_pairs = sum(sample.num_captions for sample in index.samples)
         if num_pairs < batch_size:
             raise ValueError(f"{index.directory} has {num_pairs} pairs, fewer than one batch of {batch_size}")
-        self._steps = _Steps(index, batch_size, rank, world_size, seed, tokenize)
+        self._steps = _Steps(index, batch_size, rank, world_size, seed, tokenize, num_frames, random_frames)
         self.steps_per_epoch = self._steps.steps_per_epoch
         self._num_workers = num_workers
 
@@ -183,7 +204,7 @@ class TrainLoader:
 
 
 def iterate_videos(
-    index: Index, *, rank: int, world_size: int, batch_size: int, tokenize: Tokenize
+    index: Index, *, rank: int, world_size: int, batch_size: int, tokenize: Tokenize, num_frames: int = 12
 ) -> Iterator[VideoBatch]:
     """Every video of the split once over all ranks, with all its captions."""
     mine = index.located[rank::world_size]
@@ -192,7 +213,7 @@ def iterate_videos(
         ids = [meta["id"] for meta, _ in read]
         captions = [(meta["id"], slot, text) for meta, _ in read for slot, text in enumerate(meta["captions"])]
         yield VideoBatch(
-            torch.from_numpy(np.stack([_decode(jpegs) for _, jpegs in read])),
+            torch.from_numpy(np.stack([_decode(jpegs, num_frames) for _, jpegs in read])),
             ids,
             tokenize([text for *_, text in captions]),
             [(video_id, slot) for video_id, slot, _ in captions],

@@ -25,6 +25,7 @@ def score(
     noise_TMD: Tensor | None = None,
     *,
     protocol: Literal["query_conditioned", "published_code"] = "query_conditioned",
+    pooled_by: Literal["text", "sample"] = "text",
     caption_owner_T: Tensor | None = None,
     pair_noise_VMTD: Tensor | None = None,
     tile_texts: int = 64,
@@ -38,6 +39,7 @@ def score(
         noise_TMD: ``eps`` of each text, or ``(1, M, D)`` shared by all; None scores the mean text.
         protocol: ``published_code`` pools every video with its own caption, whatever the query: a leak, for parity
             only. A caption slot that a video lacks gives NaN.
+        pooled_by: what asks the frames; ``sample`` pools every video anew for every sample of every pair.
         caption_owner_T: video of each text; ``published_code`` needs it, and all texts in one call.
         pair_noise_VMTD: fresh ``eps`` of every pair (the authors' law), in place of ``noise_TMD``.
         tile_texts, tile_videos: pairs in hand at a time; they bound the memory and change no score beyond rounding.
@@ -73,7 +75,10 @@ def score(
                 elif noise_TMD is not None:
                     noise_tile = (noise_TMD if len(noise_TMD) == 1 else noise_TMD[texts])[:, None]
                 target = None if own is None or own_pooled is None else own_pooled[:, own[1][texts]].transpose(0, 1)
-                similarity_TV[texts, videos] = folded.tile(text_TD[texts], noise_tile, target)
+                if pooled_by == "sample" and noise_tile is not None:
+                    similarity_TV[texts, videos] = folded.tile_by_sample(text_TD[texts], noise_tile)
+                else:
+                    similarity_TV[texts, videos] = folded.tile(text_TD[texts], noise_tile, target)
         return similarity_TV
 
 
@@ -151,7 +156,7 @@ class _Folded:
             chosen = direction if other is None else other
             return torch.einsum("td,tvd->tv", F.normalize(text_TD, dim=-1), chosen)
         cosine_TVF = torch.einsum("td,vfd->tvf", F.normalize(text_TD, dim=-1), F.normalize(self.frames_VFD, dim=-1))
-        radius = mass.radius_of(cosine_TVF).expand_as(pooled_TVD)
+        radius = mass.radius_of(cosine_TVF, text_TD[:, None]).expand_as(pooled_TVD)
 
         def along(vector_TVD: Tensor, noise: Tensor) -> Tensor:
             """Sums over D of vector * eps, ``(T, V, M)``: one GEMM a text where its noise serves every video."""
@@ -168,3 +173,19 @@ class _Folded:
             return best
         leaked = ((text_T1D * other).sum(-1, keepdim=True) + along(radius * other, noise)) / length
         return leaked.gather(-1, trial[..., None]).squeeze(-1)
+
+    def tile_by_sample(self, text_TD: Tensor, noise: Tensor) -> Tensor:
+        """Similarity ``(T, V)`` where each sample asks the frames itself; noise ``(T or 1, V or 1, M, D)``."""
+        assert self.head.mass is not None
+        columns = []
+        for number in range(len(self.frames_VFD)):
+            frames_1FD = self.frames_VFD[number : number + 1]
+            noise_TMD = noise[:, number if noise.shape[1] > 1 else 0]
+            cosine_TF = F.normalize(text_TD, dim=-1) @ F.normalize(frames_1FD[0], dim=-1).T
+            radius_TD = self.head.mass.radius_of(cosine_TF, text_TD).expand_as(text_TD)
+            sampled_TMD = text_TD[:, None] + radius_TD[:, None] * noise_TMD
+            pooled = (
+                _Folded(self.head, frames_1FD).pooled(sampled_TMD.flatten(0, 1))[0].unflatten(0, sampled_TMD.shape[:2])
+            )
+            columns.append(F.cosine_similarity(sampled_TMD, pooled, dim=-1).amax(dim=-1))
+        return torch.stack(columns, dim=1)

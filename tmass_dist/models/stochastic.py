@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RadiusKind = Literal["exp_linear", "exp_mean", "linear", "scaled_exp_mean"]
+RadiusKind = Literal["exp_linear", "exp_mean", "linear", "scaled_exp_mean", "variational"]
 
 
 class TextMass(nn.Module):
@@ -29,9 +29,13 @@ class TextMass(nn.Module):
             nn.init.zeros_(self.linear.bias)
         elif radius == "scaled_exp_mean":
             self.scale = nn.Parameter(torch.ones(1))
+        elif radius == "variational":
+            self.linear = nn.Linear(embed_dim, embed_dim)
+            nn.init.zeros_(self.linear.weight)  # R = 1 everywhere: the prior itself
+            nn.init.zeros_(self.linear.bias)
 
-    def radius_of(self, cosine_PF: Tensor) -> Tensor:
-        """Radius ``(..., D)`` (or ``(..., 1)`` for the kinds without a linear layer) of the frame cosines.
+    def radius_of(self, cosine_PF: Tensor, text_PD: Tensor) -> Tensor:
+        """Radius ``(..., D)`` (or ``(..., 1)`` for the kinds without a linear layer) of frame cosines and texts.
 
         Raises:
             ValueError: another number of frames than this radius was built for.
@@ -41,6 +45,8 @@ class TextMass(nn.Module):
                 f"videos have {cosine_PF.shape[-1]} frames and the radius was built for {self.num_frames}; "
                 "set model.num_frames, or pack the shards again"
             )
+        if self.kind == "variational":  # the half of a log variance
+            return (0.5 * self.linear(text_PD)).exp()
         if self.kind == "exp_linear":
             return self.linear(cosine_PF).exp()
         if self.kind == "linear":
@@ -51,11 +57,19 @@ class TextMass(nn.Module):
     def radius(self, text_BD: Tensor, frames_BFD: Tensor) -> Tensor:
         """Radius ``(B, D)`` of the own pairs, in units of the text embedding."""
         cosine_BF = (F.normalize(frames_BFD, dim=-1) @ F.normalize(text_BD, dim=-1)[:, :, None]).squeeze(-1)
-        return self.radius_of(cosine_BF).expand_as(text_BD)
+        return self.radius_of(cosine_BF, text_BD).expand_as(text_BD)
 
     def sample(self, text_BD: Tensor, radius_BD: Tensor, noise_BD: Tensor) -> Tensor:
         """One point of each mass, ``t_s = t + R * eps``; the caller draws ``eps``."""
         return text_BD + radius_BD * noise_BD
+
+    def divergence(self, text_BD: Tensor, radius_BD: Tensor) -> Tensor:
+        """KL(N(t, R^2) || N(0, I)) of each text, ``(B,)``, mean over the dimensions.
+
+        Source: the supplementary, section 4, which gives neither the sum nor the weight; Kingma and Welling, 2014.
+        """
+        variance_BD = radius_BD**2
+        return 0.5 * (variance_BD + text_BD**2 - 1 - variance_BD.log()).mean(dim=-1)
 
     def support(self, text_BD: Tensor, radius_BD: Tensor, pooled_mean_BD: Tensor) -> Tensor:
         """The mass's edge towards its video, ``t + R * p/|p|`` with ``p = mean of pooled over texts - t``."""

@@ -21,7 +21,15 @@ def build_model(config: Config) -> Objective:
         dropout=config.model.dropout,
         radius=config.model.radius,
     )
-    return Objective(towers, head, config.stochastic.support_weight)
+    if config.stochastic.training == "mean" and head.mass is not None:
+        head.mass.requires_grad_(False)  # the loss does not see it
+    return Objective(
+        towers,
+        head,
+        config.stochastic.support_weight,
+        kl_weight=config.stochastic.kl_weight,
+        pooled_by=config.model.pooled_by,
+    )
 
 
 def parameter_groups(model: Objective, config: Config) -> list[dict[str, object]]:
