@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -128,7 +130,9 @@ def _requeue_lines(folder: Path, requeues: int) -> list[str]:
     final = shlex.quote(str(folder / FINAL_ERROR))
     return [
         "rc=$?",
-        f'if [ $rc -ne 0 ] && [ ! -e {final} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then',
+        # A job that somebody cancelled is no longer RUNNING here; it stays cancelled.
+        f'if [ $rc -ne 0 ] && [ ! -e {final} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ] '
+        '&& [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then',
         f"  rm -f {shlex.quote(str(folder))}/${{SLURM_JOB_ID}}_*_result.pkl",
         '  echo "exit code $rc: the job is queued again" && scontrol requeue "$SLURM_JOB_ID" && sleep 60',
         "fi",
@@ -149,11 +153,12 @@ def submit(executor: Any, task: Any) -> Any:
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+    echoed = io.StringIO()  # submitit repeats sbatch's stderr on ours
     try:
-        return executor.submit(task)
+        with contextlib.redirect_stderr(echoed):
+            return executor.submit(task)
     except (FailedJobError, FailedSubmissionError) as error:
-        words = str(error.__cause__ or error) + str(getattr(error.__cause__, "stderr", "") or "")
-        said = re.findall(r"sbatch: error: ([^\n\\]+)", words) or [" ".join(words.split())[-300:]]
+        said = re.findall(r"sbatch: error: ([^\n\\]+)", echoed.getvalue()) or [" ".join(str(error).split())[-300:]]
         raise ValueError(f"sbatch refused the job: {'; '.join(dict.fromkeys(said))}") from error
 
 

@@ -175,12 +175,13 @@ def evaluate(config: Config, *, only: str | None = None) -> dict[str, Any]:
         config: the run.
         only: a weights file to evaluate in place of the run's best.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from tmass_dist.data.index import load_index
     from tmass_dist.distributed import is_main
     from tmass_dist.engine.checkpoint import write_json
-    from tmass_dist.models.backbone import build_tokenizer
+    from tmass_dist.models.backbone import build_tokenizer, load_weights
     from tmass_dist.models.head import RetrievalHead
     from tmass_dist.models.pooling import MeanPool
     from tmass_dist.models.tmass import build_model
@@ -200,9 +201,10 @@ def evaluate(config: Config, *, only: str | None = None) -> dict[str, Any]:
     untrained = encode(model, index, tokenize, config, device)
     without_mean, without = scored(mean_head, untrained), scored(model.head, untrained)
     try:
-        model.load_state_dict(load_file(weights))
-    except Exception as error:
-        raise ValueError(f"{weights} does not fit this config's model: {str(error).splitlines()[0]}") from error
+        loaded = load_file(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is torn, or not a file of weights: {error}") from error
+    load_weights(model, loaded, str(weights))
     trained = encode(model.to(device), index, tokenize, config, device)
     mean, best = scored(mean_head, trained), scored(model.head, trained)
 

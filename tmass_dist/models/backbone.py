@@ -53,15 +53,18 @@ class Towers(nn.Module):
     mean_C: Tensor
     std_C: Tensor
 
-    def __init__(self, clip: Any, context_length: int) -> None:
+    def __init__(self, clip: Any, embed_dim: int, context_length: int) -> None:
         super().__init__()
         self.clip = clip
         size = clip.visual.image_size
         self.image_size: int = size[0] if isinstance(size, tuple | list) else size
         self.context_length = context_length
-        self.embed_dim: int = clip.visual.output_dim
-        # CLIP's own normalisation (Radford et al., 2021).
-        mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+        self.embed_dim = embed_dim
+        if getattr(clip, "logit_bias", None) is not None:
+            clip.logit_bias.requires_grad_(False)  # SigLIP's own loss has one; InfoNCE does not see it
+        # As the towers were pretrained: CLIP's (Radford et al., 2021) where they do not say.
+        mean = getattr(clip.visual, "image_mean", None) or (0.48145466, 0.4578275, 0.40821073)
+        std = getattr(clip.visual, "image_std", None) or (0.26862954, 0.26130258, 0.27577711)
         self.register_buffer("mean_C", torch.tensor(mean), persistent=False)
         self.register_buffer("std_C", torch.tensor(std), persistent=False)
 
@@ -98,9 +101,10 @@ def build_towers(architecture: str, pretrained: str | None) -> Towers:
             embed_dim=description["embed_dim"],
             vision_cfg=description["vision_cfg"],
             text_cfg=description["text_cfg"],
+            quick_gelu=description.get("quick_gelu", False),
             nonscalar_logit_scale=True,
         )
-        context_length = description["text_cfg"]["context_length"]
+        embed_dim, context_length = description["embed_dim"], description["text_cfg"]["context_length"]
     else:
         if architecture not in open_clip.list_models():
             near = difflib.get_close_matches(architecture, open_clip.list_models(), n=3, cutoff=0.3)
@@ -109,9 +113,11 @@ def build_towers(architecture: str, pretrained: str | None) -> Towers:
         clip = open_clip.create_model(architecture, pretrained=tag)
         # Published scalars are 0-dim; DeepSpeed wants [1].
         clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
-        context_length = clip.context_length
+        embed_dim, context_length = open_clip.get_model_config(architecture)["embed_dim"], clip.context_length
+        if getattr(clip, "logit_bias", None) is not None:
+            clip.logit_bias = nn.Parameter(clip.logit_bias.detach().reshape(1))
         pretrained = None if tag else pretrained
-    towers = Towers(clip, context_length)
+    towers = Towers(clip, embed_dim, context_length)
     if pretrained:
         _load(towers.clip, _find(pretrained))
     return towers
@@ -124,16 +130,78 @@ def _load(clip: nn.Module, path: Path) -> None:
 
             weights = load_file(path)
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            weights = _tensors(path)
         weights = {name: tensor.float() for name, tensor in weights.items()}
     except Exception as error:
         raise ValueError(f"{path} is torn, or not a file of weights: {str(error).splitlines()[0]}") from error
-    if "logit_scale" in weights:
-        weights["logit_scale"] = weights["logit_scale"].reshape(1)
+    for name in ("logit_scale", "logit_bias"):
+        if name in weights:
+            weights[name] = weights[name].reshape(1)
+    load_weights(clip, weights, str(path))
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Weights of a ``.pt``: a ``state_dict``, or the TorchScript archive in which OpenAI published CLIP."""
     try:
-        clip.load_state_dict(weights)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content.get("state_dict", content)
     except RuntimeError as error:
-        raise ValueError(f"{path} is of another architecture: {' '.join(str(error).split())[:300]}") from error
+        if "TorchScript" not in str(error):
+            raise
+    weights = torch.jit.load(str(path), map_location="cpu").state_dict()
+    # Three numbers of the archive that say how it was built, not what it learnt.
+    return {k: v for k, v in weights.items() if k not in ("input_resolution", "context_length", "vocab_size")}
+
+
+def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """``load_state_dict`` that says what differs, and which settings the weights ask for.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    own = module.state_dict()
+    differing = [
+        *(f"lacks {name}" for name in own if name not in weights),
+        *(f"has {name} too" for name in weights if name not in own),
+        *(
+            f"{name} is {tuple(weights[name].shape)} and not {tuple(own[name].shape)}"
+            for name in own
+            if name in weights and weights[name].shape != own[name].shape
+        ),
+    ]
+    if differing:
+        asks = _settings(weights)
+        raise ValueError(
+            f"{source} is of another architecture in {len(differing)} names: {'; '.join(differing[:3])}"
+            + (f". It asks for {', '.join(asks)}" if asks else "")
+        )
+    module.load_state_dict(weights)
+
+
+def _settings(weights: dict[str, Tensor]) -> list[str]:
+    """The config that weights come from, as far as their names and shapes tell."""
+    shapes = {name.removeprefix("towers.clip."): tuple(value.shape) for name, value in weights.items()}
+    found = []
+    if "visual.conv1.weight" in shapes and "text_projection" in shapes:
+        width, patch = shapes["visual.conv1.weight"][0], shapes["visual.conv1.weight"][-1]
+        embed_dim = shapes["text_projection"][1]
+        for name in ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-L-14-quickgelu"):
+            config = _open_clip().get_model_config(name)
+            vision = config["vision_cfg"]
+            if (vision["width"], vision["patch_size"], config["embed_dim"]) == (width, patch, embed_dim):
+                found.append(f"model.architecture={name}")
+    if any(name.startswith("head.") for name in shapes):
+        found.append(f"model.pooling={'xpool' if 'head.pooling.query.weight' in shapes else 'mean'}")
+        radius = shapes.get("head.mass.linear.weight")
+        if "head.mass.scale" in shapes:
+            found.append("model.radius=scaled_exp_mean")
+        elif radius is None:
+            found.append("model.radius=none or exp_mean")
+        elif radius[0] == radius[1]:
+            found.append("model.radius=variational")
+        else:
+            found += ["model.radius=exp_linear or linear", f"model.num_frames={radius[1]}"]
+    return found
 
 
 class WordTokenizer:
