@@ -10,9 +10,12 @@ import torch
 
 from shards.demo_data import generate
 from shards.make_shards import safe_key
+from tmass_dist.config import load_config
 from tmass_dist.data.index import Index, Sample, Shard, load_index
 from tmass_dist.data.loader import TrainLoader, epoch_batches, iterate_videos
-from tmass_dist.models.backbone import WordTokenizer, build_tokenizer, build_towers
+from tmass_dist.data.transforms import augment
+from tmass_dist.models.backbone import WordTokenizer, build_tokenizer, build_towers, load_weights
+from tmass_dist.models.tmass import build_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"train": 10, "val": 4, "test": 4}
@@ -164,9 +167,86 @@ def test_committed_towers_load_and_encode() -> None:
     assert towers.encode_frames(pixels).shape == (1, 12, towers.embed_dim)
 
 
-def test_real_clip_architecture_builds() -> None:
-    towers = build_towers("ViT-B-32-quickgelu", None)
-    assert towers.embed_dim == 512 and towers.image_size == 224 and towers.logit_scale.shape == (1,)
+@pytest.mark.parametrize(
+    ("name", "embed_dim"), [("ViT-B-32-quickgelu", 512), ("ViT-B-16-quickgelu", 512), ("EVA02-B-16", 512)]
+)
+def test_real_architecture_builds(name: str, embed_dim: int) -> None:
+    towers = build_towers(name, None)
+    assert towers.embed_dim == embed_dim and towers.image_size == 224 and towers.logit_scale.shape == (1,)
+    with torch.inference_mode():
+        assert towers.encode_text(build_tokenizer(name)(["a cat"])).shape == (1, embed_dim)
+        assert towers.encode_frames(torch.zeros(1, 1, 224, 224, 3, dtype=torch.uint8)).shape == (1, 1, embed_dim)
+
+
+def test_openai_weights_load_from_each_form_of_file(tmp_path: Path) -> None:
+    """OpenAI's own ``.pt`` is a TorchScript archive; others hold a state_dict, or are safetensors."""
+    towers = build_towers("towers/demo.json", "towers/demo.safetensors")
+    weights = towers.clip.state_dict()
+    torch.save(weights, tmp_path / "plain.pt")
+
+    class Archive(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("input_resolution", torch.tensor(32))
+            for name, value in weights.items():
+                module: torch.nn.Module = self
+                *path, leaf = name.split(".")
+                for step in path:
+                    if not hasattr(module, step):
+                        module.add_module(step, torch.nn.Module())
+                    module = getattr(module, step)
+                value = value.reshape(()) if name == "logit_scale" else value
+                module.register_parameter(leaf, torch.nn.Parameter(value))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    torch.jit.script(Archive()).save(str(tmp_path / "archive.pt"))
+    for name in ("plain.pt", "archive.pt"):
+        found = build_towers("towers/demo.json", str(tmp_path / name)).clip.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in weights.items())
+
+
+def test_a_checkpoint_of_another_architecture_names_what_differs_and_what_it_asks_for() -> None:
+    made = build_model(load_config("demo.yaml", ["model.num_frames=8"]))
+    for overrides, said in (
+        (["model.num_frames=12"], r"head\.mass\.linear\.weight is \(96, 8\) and not \(96, 12\).*model\.num_frames=8"),
+        (["model.pooling=mean"], r"has head\.pooling\.query\.weight too.*model\.pooling=xpool"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_weights(build_model(load_config("demo.yaml", overrides)), made.state_dict(), "best.safetensors")
+    clip = build_towers("ViT-B-32-quickgelu", None).clip.state_dict()
+    with pytest.raises(ValueError, match=r"model\.architecture=ViT-B-32-quickgelu"):
+        load_weights(build_towers("towers/demo.json", None).clip, clip, "file.pt")
+
+
+def test_held_out_videos_are_the_same_in_every_run_and_in_no_batch(packed: Path) -> None:
+    index = load_index(packed)
+    left, held = index.hold_out(3)
+    ids = [{sample.id for sample in part.samples} for part in (left, held)]
+    assert len(ids[1]) == 3 and not ids[0] & ids[1] and len(ids[0] | ids[1]) == SIZES["train"]
+    assert {sample.id for sample in index.hold_out(3)[1].samples} == ids[1]
+    with pytest.raises(ValueError, match=r"data\.holdout is 10"):
+        index.hold_out(10)
+
+
+def test_augmentation_belongs_to_the_pair_and_is_one_crop_for_all_frames() -> None:
+    pixels = torch.arange(2 * 1 * 8 * 8 * 3, dtype=torch.uint8).view(2, 1, 8, 8, 3).expand(2, 4, 8, 8, 3)
+    both = augment(pixels, [1, 2], 8)
+    assert torch.equal(augment(pixels[1:], [2], 8)[0], both[1])
+    assert all(torch.equal(both[:, 0], both[:, frame]) for frame in range(4))
+    assert not torch.equal(both[0], pixels[0].float())
+
+
+def test_more_packed_frames_than_the_model_takes(packed: Path) -> None:
+    index = load_index(packed)
+    options = {"batch_size": 2, "rank": 0, "world_size": 1, "seed": 0, "tokenize": TOKENIZE, "num_workers": 0}
+    whole, middle, anywhere = (
+        next(TrainLoader(index, **options, num_frames=n, random_frames=r).batches(0)).pixels_BFHWC
+        for n, r in ((12, False), (4, False), (4, True))
+    )
+    assert torch.equal(middle, whole[:, [1, 4, 7, 10]])
+    assert anywhere.shape == middle.shape and not torch.equal(anywhere, middle)
 
 
 def test_bad_towers_are_one_line(tmp_path: Path) -> None:

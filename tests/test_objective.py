@@ -15,9 +15,14 @@ from tmass_dist.objective import global_losses
 N, F, D = 12, 4, 8
 
 
-def _loss_and_gradients(radius: str, text_ND: Tensor, frames_NFD: Tensor, noise_ND: Tensor) -> dict[str, Tensor]:
+def _loss_and_gradients(variant: str, text_ND: Tensor, frames_NFD: Tensor, noise_ND: Tensor) -> dict[str, Tensor]:
     """The loss, this rank's input gradients, and its share of the parameters' gradients."""
     torch.manual_seed(0)
+    radius, *more = variant.split("+")
+    options: dict = {
+        "kl_weight": 0.3 if "kl" in more else 0.0,
+        "pooled_by": "sample" if "by_sample" in more else "text",
+    }
     head = build_head(embed_dim=D, num_frames=F, pooling="xpool", num_heads=2, dropout=0.0, radius=radius).double()
     with torch.no_grad():
         for parameter in head.parameters():
@@ -28,21 +33,26 @@ def _loss_and_gradients(radius: str, text_ND: Tensor, frames_NFD: Tensor, noise_
     text_BD.requires_grad_()
     frames_BFD.requires_grad_()
     logit_scale = torch.full((1,), 2.0, dtype=torch.float64, requires_grad=True)
-    losses = global_losses(head, text_BD, frames_BFD, None if radius == "none" else noise_BD, logit_scale, 0.8)
+    losses = global_losses(
+        head, text_BD, frames_BFD, None if radius == "none" else noise_BD, logit_scale, 0.8, **options
+    )
     losses.total.backward()
     parameters = {name: parameter.grad for name, parameter in head.named_parameters() if parameter.grad is not None}
     found = {"loss": losses.total.detach(), "text": text_BD.grad, "frames": frames_BFD.grad, "scale": logit_scale.grad}
     return {**found, **parameters}  # type: ignore[dict-item]
 
 
+VARIANTS = ["exp_linear", "none", "exp_mean", "variational+kl", "exp_linear+by_sample"]
+
+
 @pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("radius", ["exp_linear", "none"])
-def test_ranks_give_the_loss_and_gradients_of_one_process(num_ranks: int, radius: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ranks_give_the_loss_and_gradients_of_one_process(num_ranks: int, variant: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (N, F, D), (N, D))]
-    alone = _loss_and_gradients(radius, *inputs)
+    alone = _loss_and_gradients(variant, *inputs)
 
-    shares = on_ranks(num_ranks, _loss_and_gradients, radius, *inputs, tmp_path=tmp_path)
+    shares = on_ranks(num_ranks, _loss_and_gradients, variant, *inputs, tmp_path=tmp_path)
 
     for share in shares:
         torch.testing.assert_close(share["loss"], alone["loss"], rtol=1e-12, atol=0)

@@ -128,7 +128,7 @@ def test_side_by_side_in_use_and_cancelled(cluster: Cluster, settings: list[str]
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        (["--nodes", "9", "data.batch_size=18"], "node"),
+        (["--nodes", "9", "data.batch_size=18"], "Node count"),
         (["--partition", "nowhere"], "invalid partition"),
         (["--gpus", "64", "data.batch_size=64"], "sbatch refused the job"),
         (["--nodes", "3"], "not divisible by 3 ranks"),

@@ -225,4 +225,7 @@ def build_tokenizer(architecture: str) -> Callable[[list[str]], Tensor]:
     if architecture.endswith(".json"):
         description = _description(architecture)
         return WordTokenizer(description["vocabulary"], description["text_cfg"]["context_length"])
-    return _open_clip().get_tokenizer(architecture)
+    try:
+        return _open_clip().get_tokenizer(architecture)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the tokenizer of {architecture} needs {error.name}: pip install -e '.[towers]'") from error

@@ -1,0 +1,50 @@
+"""The equations of the paper, one pair at a time and unfolded: slow, plain, and what the fast scores must equal."""
+
+import torch
+from torch import Tensor
+
+from tmass_dist.models.head import RetrievalHead
+from tmass_dist.models.pooling import XPool
+
+# Shapes: T texts, V videos, F frames, M trials, D embedding width.
+
+
+def _unit(x: Tensor) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def pooled(head: RetrievalHead, asking_D: Tensor, frames_FD: Tensor) -> Tensor:
+    """One video as one vector sees it, ``(D,)``."""
+    pool = head.pooling
+    if not isinstance(pool, XPool):
+        return _unit(frames_FD).mean(dim=0)
+    width = asking_D.shape[0] // pool.num_heads
+    query_D, key_FD = pool.query(pool.norm_in(asking_D)), pool.key(pool.norm_in(frames_FD))
+    value_FD = pool.value(pool.norm_in(frames_FD))
+    parts = []
+    for number in range(pool.num_heads):
+        mine = slice(number * width, (number + 1) * width)
+        weight_F = (key_FD[:, mine] @ query_D[mine] / width**0.5).softmax(dim=0)
+        parts.append(weight_F @ value_FD[:, mine])
+    attended_D = pool.norm_attended(pool.out(torch.cat(parts)))
+    return pool.norm_out(attended_D + pool.linear(attended_D))
+
+
+def similarities(
+    head: RetrievalHead, text_TD: Tensor, frames_VFD: Tensor, noise_TMD: Tensor | None, pooled_by: str = "text"
+) -> Tensor:
+    """``query_conditioned`` similarity ``(T, V)``: every pair pooled upon its own text, the best of its samples."""
+    rows = []
+    for number, text_D in enumerate(text_TD):
+        row = []
+        for frames_FD in frames_VFD:
+            if head.mass is None or noise_TMD is None:
+                row.append(_unit(text_D) @ _unit(pooled(head, text_D, frames_FD)))
+                continue
+            cosine_F = _unit(frames_FD) @ _unit(text_D)
+            radius_D = head.mass.radius_of(cosine_F, text_D)
+            samples = [text_D + radius_D * noise_D for noise_D in noise_TMD[number % len(noise_TMD)]]
+            asked = samples if pooled_by == "sample" else [text_D] * len(samples)
+            row.append(max(_unit(s) @ _unit(pooled(head, a, frames_FD)) for s, a in zip(samples, asked)))
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
