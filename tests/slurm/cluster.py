@@ -89,8 +89,8 @@ class Job:
         return self.cluster.run("squeue", "-h", "-j", self.id, "-o", form).stdout.strip()
 
     def state(self) -> str:
-        said = self.cluster.run("sacct", "-X", "-n", "-P", "-j", self.id, "-o", "State").stdout.split()
-        return said[-1] if said else "UNKNOWN"
+        said = self.cluster.run("sacct", "-X", "-n", "-P", "-j", self.id, "-o", "State").stdout.splitlines()
+        return said[-1].split()[0] if said else "UNKNOWN"
 
     def history(self) -> str:
         """Every attempt's end, as SLURM has it."""

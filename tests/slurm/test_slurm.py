@@ -51,7 +51,7 @@ def test_four_nodes_train_the_demo(cluster: Cluster, settings: list[str], tmp_pa
 def test_time_limit(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
     began = time.monotonic()
     job = cluster.submit(
-        tmp_path / "run", "--nodes", "2", "--time", "1", "--save-before", "45", *settings, "eval_every=2"
+        tmp_path / "run", "--nodes", "2", "--time", "1", "--save-before", "50", *settings, "eval_every=2"
     )
     job.until_completed(300)
     _report("time limit", time.monotonic() - began, job)
