@@ -8,7 +8,8 @@ every pooled vector of a video lies in the span of H F + 2 vectors, and nothing 
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,68 +19,116 @@ from tmass_dist.models.head import RetrievalHead
 from tmass_dist.models.pooling import XPool
 
 
+class Gallery:
+    """Videos prepared once, to be scored by any texts."""
+
+    def __init__(self, head: RetrievalHead, frames_VFD: Tensor, *, tile_videos: int = 64) -> None:
+        """Fold every video.
+
+        Args:
+            head: in evaluation mode.
+            frames_VFD: raw embeddings, in time order.
+            tile_videos: videos in hand at a time; it bounds the memory and changes no score beyond rounding.
+
+        Raises:
+            ValueError: no videos, or features that are not numbers (rows named).
+        """
+        _check("videos", frames_VFD)
+        self.head, self.num_videos, self.tile_videos = head, len(frames_VFD), tile_videos
+        with torch.no_grad():
+            self.tiles = [
+                (slice(v, v + tile_videos), _Folded(head, frames_VFD[v : v + tile_videos]))
+                for v in range(0, len(frames_VFD), tile_videos)
+            ]
+
+    def score(
+        self,
+        text_TD: Tensor,
+        noise_TMD: Tensor | None = None,
+        *,
+        protocol: Literal["query_conditioned", "published_code"] = "query_conditioned",
+        pooled_by: Literal["text", "sample"] = "text",
+        caption_owner_T: Tensor | None = None,
+        pair_noise_VMTD: Tensor | None = None,
+        tile_texts: int = 64,
+    ) -> Tensor:
+        """Similarity ``(T, V)``: the cosine of each text, or of the best of its M samples, with each pooled video.
+
+        Args:
+            text_TD: raw embeddings.
+            noise_TMD: ``eps`` of each text, or ``(1, M, D)`` shared by all; None scores the mean text.
+            protocol: ``published_code`` pools every video with its own caption, whatever the query: a leak, for
+                parity only. A caption slot that a video lacks gives NaN.
+            pooled_by: what asks the frames; ``sample`` pools every video anew for every sample of every pair.
+            caption_owner_T: video of each text; ``published_code`` needs it, and all texts in one call.
+            pair_noise_VMTD: fresh ``eps`` of every pair (the authors' law), in place of ``noise_TMD``.
+            tile_texts: texts in hand at a time.
+
+        Raises:
+            ValueError: no texts, features that are not numbers (rows named), or no trials.
+        """
+        _check("texts", text_TD)
+        noise = noise_TMD if pair_noise_VMTD is None else pair_noise_VMTD
+        if noise is not None and noise.shape[1] == 0:
+            raise ValueError("stochastic.num_trials is 0; a pair needs at least one sample")
+        own = None
+        if protocol == "published_code":
+            if caption_owner_T is None:
+                raise ValueError("the published_code protocol needs the video of every caption")
+            own = _own_captions(caption_owner_T, self.num_videos)
+        similarity_TV = text_TD.new_empty(len(text_TD), self.num_videos)
+        with torch.no_grad():
+            room = min(tile_texts, len(text_TD)) * min(self.tile_videos, self.num_videos) * text_TD.shape[1]
+            scratch = tuple(text_TD.new_empty(room) for _ in range(3))
+            # Once for all the videos that each text meets.
+            pool = self.head.pooling
+            query_HTE = pool.queries(text_TD) if isinstance(pool, XPool) else text_TD[None]
+            square_TMD = None if noise_TMD is None else noise_TMD**2
+            for videos, folded in self.tiles:
+                own_pooled = None if own is None else folded.pooled_by_own(text_TD, own[0][videos])
+                for t in range(0, len(text_TD), tile_texts):
+                    texts = slice(t, t + tile_texts)
+                    tile_TD = text_TD[texts]
+                    target = None if own is None or own_pooled is None else own_pooled[:, own[1][texts]].transpose(0, 1)
+                    if self.head.mass is None or noise is None:
+                        found = folded.mean_text(tile_TD, target)
+                    elif pair_noise_VMTD is not None:
+                        pairs = pair_noise_VMTD[videos, :, texts].permute(2, 0, 1, 3)
+                        found = folded.fresh_noise(tile_TD, pairs, target)
+                    else:
+                        assert noise_TMD is not None and square_TMD is not None
+                        rows = slice(None) if len(noise_TMD) == 1 else texts
+                        if pooled_by == "sample":
+                            found = folded.by_sample(tile_TD, noise_TMD[rows])
+                        elif target is not None:
+                            found = folded.fresh_noise(tile_TD, noise_TMD[rows, None], target)
+                        else:
+                            found = folded.noise_of_text(
+                                tile_TD, query_HTE[:, texts], noise_TMD[rows], square_TMD[rows], scratch
+                            )
+                    similarity_TV[texts, videos] = found
+        return similarity_TV
+
+
 def score(
     head: RetrievalHead,
     text_TD: Tensor,
     frames_VFD: Tensor,
     noise_TMD: Tensor | None = None,
     *,
-    protocol: Literal["query_conditioned", "published_code"] = "query_conditioned",
-    pooled_by: Literal["text", "sample"] = "text",
-    caption_owner_T: Tensor | None = None,
-    pair_noise_VMTD: Tensor | None = None,
-    tile_texts: int = 64,
-    tile_videos: int = 32,
+    tile_videos: int = 64,
+    **options: Any,
 ) -> Tensor:
-    """Similarity ``(T, V)``: the cosine of each text, or of the best of its M samples, with each pooled video.
+    """Similarity ``(T, V)`` in one call; see :class:`Gallery`."""
+    return Gallery(head, frames_VFD, tile_videos=tile_videos).score(text_TD, noise_TMD, **options)
 
-    Args:
-        head: in evaluation mode.
-        text_TD, frames_VFD: raw embeddings.
-        noise_TMD: ``eps`` of each text, or ``(1, M, D)`` shared by all; None scores the mean text.
-        protocol: ``published_code`` pools every video with its own caption, whatever the query: a leak, for parity
-            only. A caption slot that a video lacks gives NaN.
-        pooled_by: what asks the frames; ``sample`` pools every video anew for every sample of every pair.
-        caption_owner_T: video of each text; ``published_code`` needs it, and all texts in one call.
-        pair_noise_VMTD: fresh ``eps`` of every pair (the authors' law), in place of ``noise_TMD``.
-        tile_texts, tile_videos: pairs in hand at a time; they bound the memory and change no score beyond rounding.
 
-    Raises:
-        ValueError: not-a-number features (rows named), no trials, an empty gallery.
-    """
-    for name, features in (("texts", text_TD), ("videos", frames_VFD)):
-        if len(features) == 0:
-            raise ValueError(f"there are no {name} to score")
-        bad = torch.isnan(features).flatten(1).any(dim=1).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(f"{len(bad)} {name} have features that are not numbers; the first are {bad[:5]}")
-    noise = noise_TMD if pair_noise_VMTD is None else pair_noise_VMTD
-    if noise is not None and noise.shape[1] == 0:
-        raise ValueError("stochastic.num_trials is 0; a pair needs at least one sample")
-    with torch.no_grad():
-        similarity_TV = text_TD.new_empty(len(text_TD), len(frames_VFD))
-        own = None
-        if protocol == "published_code":
-            if caption_owner_T is None:
-                raise ValueError("the published_code protocol needs the video of every caption")
-            own = _own_captions(caption_owner_T, len(frames_VFD))
-        for v in range(0, len(frames_VFD), tile_videos):
-            videos = slice(v, v + tile_videos)
-            folded = _Folded(head, frames_VFD[videos])
-            own_pooled = None if own is None else folded.pooled_by_own(text_TD, own[0][videos])
-            for t in range(0, len(text_TD), tile_texts):
-                texts = slice(t, t + tile_texts)
-                noise_tile = None
-                if pair_noise_VMTD is not None:
-                    noise_tile = pair_noise_VMTD[videos, :, texts].permute(2, 0, 1, 3)
-                elif noise_TMD is not None:
-                    noise_tile = (noise_TMD if len(noise_TMD) == 1 else noise_TMD[texts])[:, None]
-                target = None if own is None or own_pooled is None else own_pooled[:, own[1][texts]].transpose(0, 1)
-                if pooled_by == "sample" and noise_tile is not None:
-                    similarity_TV[texts, videos] = folded.tile_by_sample(text_TD[texts], noise_tile)
-                else:
-                    similarity_TV[texts, videos] = folded.tile(text_TD[texts], noise_tile, target)
-        return similarity_TV
+def _check(name: str, features: Tensor) -> None:
+    if len(features) == 0:
+        raise ValueError(f"there are no {name} to score")
+    bad = torch.isnan(features).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"{len(bad)} {name} have features that are not numbers; the first are {bad[:5]}")
 
 
 def _own_captions(owner_T: Tensor, num_videos: int) -> tuple[Tensor, Tensor]:
@@ -100,10 +149,12 @@ class _Folded:
 
     def __init__(self, head: RetrievalHead, frames_VFD: Tensor) -> None:
         self.head, self.frames_VFD = head, frames_VFD
+        self.unit_VFD = F.normalize(frames_VFD, dim=-1)
         pool = head.pooling
         if not isinstance(pool, XPool):
             return
         width = frames_VFD.shape[-1]
+        self.keys = pool.keys(frames_VFD)
         values_VKD = pool.values(frames_VFD).flatten(1, 2)
         values_VKD = values_VKD - values_VKD.mean(-1, keepdim=True)
         self.gram_in = values_VKD @ values_VKD.transpose(1, 2) / width
@@ -117,18 +168,23 @@ class _Folded:
         self.gram_out = basis @ basis.transpose(1, 2) / width
         self.basis = torch.cat([basis * last.weight, last.bias.expand(len(frames_VFD), 1, width)], dim=1)
 
-    def pooled(self, text_TD: Tensor) -> Tensor:
-        """``(V, T, D)`` for the texts of one tile."""
+    def coefficients(self, query_HTE: Tensor) -> Tensor:
+        """``(V, T, K + 2)``: what each pooled vector takes of its video's basis."""
         pool = self.head.pooling
-        if not isinstance(pool, XPool):
-            return pool(text_TD, self.frames_VFD)
-        weights = pool.attention(text_TD, self.frames_VFD).transpose(1, 2).flatten(2)
+        assert isinstance(pool, XPool)
+        weights = pool.attention(query_HTE, self.keys).transpose(1, 2).flatten(2)
         variance = ((weights @ self.gram_in) * weights).sum(-1, keepdim=True)
         weights = weights * (variance + pool.norm_attended.eps).rsqrt()
         weights = torch.cat([weights, torch.ones_like(weights[..., :1])], dim=-1)
         variance = ((weights @ self.gram_out) * weights).sum(-1, keepdim=True)
         weights = weights * (variance + pool.norm_out.eps).rsqrt()
-        return torch.cat([weights, torch.ones_like(weights[..., :1])], dim=-1) @ self.basis
+        return torch.cat([weights, torch.ones_like(weights[..., :1])], dim=-1)
+
+    def pooled(self, text_TD: Tensor) -> Tensor:
+        """``(V, T, D)`` for the texts of one tile."""
+        if not isinstance(self.head.pooling, XPool):
+            return self.head.pooling(text_TD, self.frames_VFD)
+        return self.coefficients(self.head.pooling.queries(text_TD)) @ self.basis
 
     def pooled_by_own(self, text_TD: Tensor, own_VS: Tensor) -> Tensor:
         """``(V, slots, D)`` each video pooled by its own captions; NaN where it has fewer."""
@@ -140,52 +196,77 @@ class _Folded:
             rows.append(pooled_SD)
         return torch.stack(rows)
 
-    def tile(self, text_TD: Tensor, noise: Tensor | None, target_TVD: Tensor | None) -> Tensor:
-        """Similarity ``(T, V)`` of one tile.
+    def radius(self, text_TD: Tensor) -> Tensor:
+        """``(V, T, D)``, or 1 in place of D, of every pair."""
+        assert self.head.mass is not None
+        cosine_VTF = F.normalize(text_TD, dim=-1) @ self.unit_VFD.transpose(1, 2)
+        return self.head.mass.radius_of(cosine_VTF, text_TD.expand(len(self.unit_VFD), *text_TD.shape))
 
-        Args:
-            text_TD: the tile's texts.
-            noise: ``(T or 1, V or 1, M, D)``.
-            target_TVD: what the chosen sample is compared with, where that is not what chose it.
+    def mean_text(self, text_TD: Tensor, target_TVD: Tensor | None) -> Tensor:
+        """Similarity ``(T, V)`` without samples; ``target_TVD`` stands in for what the text itself pooled."""
+        seen = self.pooled(text_TD).transpose(0, 1) if target_TVD is None else target_TVD
+        return torch.einsum("td,tvd->tv", F.normalize(text_TD, dim=-1), F.normalize(seen, dim=-1))
+
+    def noise_of_text(
+        self,
+        text_TD: Tensor,
+        query_HTE: Tensor,
+        noise_TMD: Tensor,
+        square_TMD: Tensor,
+        scratch: tuple[Tensor, ...],
+    ) -> Tensor:
+        """Similarity ``(T, V)`` of each text's best sample, its noise the same for every video.
+
+        With ``t_s = t + R eps`` and pooled ``v``: ``t_s.v = t.v + (R v).eps`` and
+        ``|t_s|^2 = |t|^2 + 2 (R t).eps + R^2.eps^2``: for one text, products of matrices over videos and samples.
+        ``scratch`` is three times room for the tile's pooled vectors.
         """
-        pooled_TVD = self.pooled(text_TD).transpose(0, 1)
-        direction = F.normalize(pooled_TVD, dim=-1)
-        other = None if target_TVD is None else F.normalize(target_TVD, dim=-1)
-        mass = self.head.mass
-        if mass is None or noise is None:
-            chosen = direction if other is None else other
-            return torch.einsum("td,tvd->tv", F.normalize(text_TD, dim=-1), chosen)
-        cosine_TVF = torch.einsum("td,vfd->tvf", F.normalize(text_TD, dim=-1), F.normalize(self.frames_VFD, dim=-1))
-        radius = mass.radius_of(cosine_TVF, text_TD[:, None]).expand_as(pooled_TVD)
+        assert self.head.mass is not None
+        shape = (len(self.unit_VFD), *text_TD.shape)
+        pooled, radius, product = (space[: math.prod(shape)].view(shape) for space in scratch)
+        if isinstance(self.head.pooling, XPool):
+            torch.bmm(self.coefficients(query_HTE), self.basis, out=pooled)
+        else:
+            pooled.copy_(self.pooled(text_TD))
+        cosine_VTF = F.normalize(text_TD, dim=-1) @ self.unit_VFD.transpose(1, 2)
+        self.head.mass.radius_into(cosine_VTF, text_TD.expand(shape), radius)
+        length_TV1 = torch.linalg.vector_norm(pooled, dim=-1).T[..., None].clamp_min(1e-12)
+        dot_TV1 = torch.mul(pooled, text_TD, out=product).sum(-1).T[..., None]
+        noise_TDM, square_TDM = noise_TMD.transpose(1, 2), square_TMD.transpose(1, 2)
+        cross = torch.mul(radius, text_TD, out=product).transpose(0, 1) @ noise_TDM
+        upper = pooled.mul_(radius).transpose(0, 1) @ noise_TDM
+        lower = radius.square_().transpose(0, 1) @ square_TDM
+        length_TVM = (text_TD.square().sum(-1)[:, None, None] + 2 * cross + lower).clamp_min_(1e-24).sqrt_()
+        return ((dot_TV1 + upper) / length_TVM).amax(-1, keepdim=True).div_(length_TV1).squeeze(-1)
 
-        def along(vector_TVD: Tensor, noise: Tensor) -> Tensor:
-            """Sums over D of vector * eps, ``(T, V, M)``: one GEMM a text where its noise serves every video."""
-            if noise.shape[1] == 1:
-                return vector_TVD @ noise[:, 0].transpose(-1, -2)
-            return torch.einsum("tvd,tvmd->tvm", vector_TVD, noise)
-
+    def fresh_noise(self, text_TD: Tensor, noise: Tensor, target_TVD: Tensor | None) -> Tensor:
+        """The same with noise ``(T or 1, V or 1, M, D)``; ``target_TVD`` is what the best sample is scored by."""
+        direction = F.normalize(self.pooled(text_TD).transpose(0, 1), dim=-1)
+        radius = self.radius(text_TD).transpose(0, 1).expand_as(direction)
         text_T1D = text_TD[:, None]
+
+        def along(vector_TVD: Tensor, values: Tensor) -> Tensor:
+            return torch.einsum("tvd,tvmd->tvm", vector_TVD, values.expand(*vector_TVD.shape[:2], -1, -1))
+
         square = (text_T1D**2).sum(-1, keepdim=True) + 2 * along(text_T1D * radius, noise) + along(radius**2, noise**2)
         length = square.clamp_min(1e-24).sqrt()
-        cosine_TVM = ((text_T1D * direction).sum(-1, keepdim=True) + along(radius * direction, noise)) / length
-        best, trial = cosine_TVM.max(dim=-1)
-        if other is None:
-            return best
-        leaked = ((text_T1D * other).sum(-1, keepdim=True) + along(radius * other, noise)) / length
-        return leaked.gather(-1, trial[..., None]).squeeze(-1)
 
-    def tile_by_sample(self, text_TD: Tensor, noise: Tensor) -> Tensor:
-        """Similarity ``(T, V)`` where each sample asks the frames itself; noise ``(T or 1, V or 1, M, D)``."""
+        def cosine(seen_TVD: Tensor) -> Tensor:
+            return ((text_T1D * seen_TVD).sum(-1, keepdim=True) + along(radius * seen_TVD, noise)) / length
+
+        best, trial = cosine(direction).max(dim=-1)
+        if target_TVD is None:
+            return best
+        return cosine(F.normalize(target_TVD, dim=-1)).gather(-1, trial[..., None]).squeeze(-1)
+
+    def by_sample(self, text_TD: Tensor, noise_TMD: Tensor) -> Tensor:
+        """Similarity ``(T, V)`` where each sample asks the frames itself."""
         assert self.head.mass is not None
         columns = []
         for number in range(len(self.frames_VFD)):
-            frames_1FD = self.frames_VFD[number : number + 1]
-            noise_TMD = noise[:, number if noise.shape[1] > 1 else 0]
-            cosine_TF = F.normalize(text_TD, dim=-1) @ F.normalize(frames_1FD[0], dim=-1).T
-            radius_TD = self.head.mass.radius_of(cosine_TF, text_TD).expand_as(text_TD)
+            alone = _Folded(self.head, self.frames_VFD[number : number + 1])
+            radius_TD = alone.radius(text_TD)[0].expand_as(text_TD)
             sampled_TMD = text_TD[:, None] + radius_TD[:, None] * noise_TMD
-            pooled = (
-                _Folded(self.head, frames_1FD).pooled(sampled_TMD.flatten(0, 1))[0].unflatten(0, sampled_TMD.shape[:2])
-            )
-            columns.append(F.cosine_similarity(sampled_TMD, pooled, dim=-1).amax(dim=-1))
+            pooled_TMD = alone.pooled(sampled_TMD.flatten(0, 1))[0].unflatten(0, sampled_TMD.shape[:2])
+            columns.append(F.cosine_similarity(sampled_TMD, pooled_TMD, dim=-1).amax(dim=-1))
         return torch.stack(columns, dim=1)

@@ -27,12 +27,19 @@ class XPool(nn.Module):
             nn.init.eye_(layer.weight)  # as the authors start it: pooling begins as plain attention
             nn.init.zeros_(layer.bias)
 
-    def attention(self, text_TD: Tensor, frames_VFD: Tensor) -> Tensor:
-        """Weights ``(V, H, T, F)``; each sums to one over the frames."""
+    def queries(self, text_TD: Tensor) -> Tensor:
+        """What each head of a text asks, ``(H, T, E)``, scaled."""
         query_HTE = self.query(self.norm_in(text_TD)).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
-        key_VHFE = self.key(self.norm_in(frames_VFD)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        scale = query_HTE.shape[-1] ** -0.5
-        return (query_HTE[None] @ key_VHFE.transpose(-1, -2) * scale).softmax(dim=-1)
+        return query_HTE * query_HTE.shape[-1] ** -0.5
+
+    def keys(self, frames_VFD: Tensor) -> Tensor:
+        """What each head of a frame answers to, ``(V, H, F, E)``."""
+        return self.key(self.norm_in(frames_VFD)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    @staticmethod
+    def attention(query_HTE: Tensor, key_VHFE: Tensor) -> Tensor:
+        """Weights ``(V, H, T, F)``; each sums to one over the frames."""
+        return (query_HTE[None] @ key_VHFE.transpose(-1, -2)).softmax(dim=-1)
 
     def values(self, frames_VFD: Tensor) -> Tensor:
         """What each frame and head adds to the output projection, ``(V, H, F, D)``.
@@ -51,7 +58,7 @@ class XPool(nn.Module):
             text_TD: text embeddings (never the sampled ones).
             frames_VFD: frame embeddings in time order.
         """
-        weights_VTK = self.attention(text_TD, frames_VFD).transpose(1, 2).flatten(2)
+        weights_VTK = self.attention(self.queries(text_TD), self.keys(frames_VFD)).transpose(1, 2).flatten(2)
         attended_VTD = self.norm_attended(weights_VTK @ self.values(frames_VFD).flatten(1, 2))
         return self.norm_out(attended_VTD + self.dropout(self.linear(attended_VTD)))
 

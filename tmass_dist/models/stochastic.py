@@ -54,6 +54,15 @@ class TextMass(nn.Module):
         mean = cosine_PF.mean(dim=-1, keepdim=True).exp()
         return mean if self.kind == "exp_mean" else self.scale * mean
 
+    def radius_into(self, cosine_PF: Tensor, text_PD: Tensor, out_PD: Tensor) -> None:
+        """:meth:`radius_of` without gradients, written into memory at hand: fresh pages cost more than the work."""
+        if self.kind not in ("exp_linear", "linear") or cosine_PF.shape[-1] != self.num_frames:
+            out_PD.copy_(self.radius_of(cosine_PF, text_PD))
+            return
+        torch.addmm(self.linear.bias, cosine_PF.flatten(0, -2), self.linear.weight.T, out=out_PD.flatten(0, -2))
+        if self.kind == "exp_linear":
+            out_PD.exp_()
+
     def radius(self, text_BD: Tensor, frames_BFD: Tensor) -> Tensor:
         """Radius ``(B, D)`` of the own pairs, in units of the text embedding."""
         cosine_BF = (F.normalize(frames_BFD, dim=-1) @ F.normalize(text_BD, dim=-1)[:, :, None]).squeeze(-1)

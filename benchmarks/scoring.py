@@ -1,0 +1,138 @@
+"""Exact scoring against the plain published algorithm, in one run: a JSON line each.
+
+``python benchmarks/scoring.py`` (every line, some 6 minutes on 2 cores), ``--quick`` (the main line only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+NUM_FRAMES, NUM_TRIALS, WIDTH = 12, 20, 512
+
+
+def _inputs(num_texts: int, num_videos: int) -> tuple[Any, ...]:
+    import torch
+
+    from tmass_dist.models.head import build_head
+
+    generator = torch.Generator().manual_seed(0)
+    head = build_head(embed_dim=WIDTH, num_frames=NUM_FRAMES).eval()
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    text = torch.randn(num_texts, WIDTH, generator=generator)
+    return head, text, torch.randn(num_videos, NUM_FRAMES, WIDTH, generator=generator)
+
+
+def ours(num_texts: int, num_videos: int, device: str = "cpu") -> None:
+    """Every text against every video, noise drawn for each text, 64 texts at a time."""
+    import torch
+
+    from tmass_dist.evaluation.scoring import Gallery
+    from tmass_dist.noise import keyed_noise
+
+    head, text, frames = _inputs(num_texts, num_videos)
+    head, text, frames = head.to(device), text.to(device), frames.to(device)
+    gallery = Gallery(head, frames)
+    for start in range(0, num_texts, 64):
+        keys = torch.arange(start, min(start + 64, num_texts), device=device)
+        noise = keyed_noise(keys, NUM_TRIALS * WIDTH, seed=0).view(-1, NUM_TRIALS, WIDTH)
+        row = gallery.score(text[start : start + 64], noise)
+    row.sum().item()
+
+
+def published(num_texts: int, num_videos: int, device: str = "cpu") -> None:
+    """The published algorithm, plainly: every projection for every pair, every sample of all pairs at a time."""
+    import torch
+    import torch.nn.functional as F
+
+    head, text, frames = _inputs(num_texts, num_videos)
+    pool = head.pooling
+    with torch.no_grad():
+        query, key = pool.query(pool.norm_in(text)), pool.key(pool.norm_in(frames))
+        weights = (key @ query.T / WIDTH**0.5).softmax(dim=1)  # (V, F, T)
+        attended = pool.norm_attended(pool.out(weights.transpose(1, 2) @ pool.value(pool.norm_in(frames))))
+        pooled = F.normalize(pool.norm_out(attended + pool.linear(attended)), dim=-1)  # (V, T, D)
+        cosine = torch.einsum("td,vfd->vtf", F.normalize(text, dim=-1), F.normalize(frames, dim=-1))
+        best = torch.full((num_videos, num_texts), -2.0)
+        for _ in range(NUM_TRIALS):
+            radius = head.mass.radius_of(cosine, text.expand(num_videos, num_texts, WIDTH))
+            samples = F.normalize(text + radius * torch.rand_like(pooled), dim=-1)
+            best = torch.maximum(best, (samples * pooled).sum(-1))
+
+
+def _child(connection: Any, function: Callable[..., None], threads: int, arguments: tuple[int, int]) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    function(8, 8)  # imports and first touches are no part of the work
+    base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    function(*arguments)
+    seconds = time.perf_counter() - began
+    connection.send((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024 / 1e9))
+
+
+def measure(function: Callable[..., None], threads: int, num_texts: int, num_videos: int) -> tuple[float, float]:
+    """Seconds, and peak memory above what the imports take, GB, in a process of its own."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    arguments = (there, function, threads, (num_texts, num_videos))
+    process = multiprocessing.get_context("spawn").Process(target=_child, args=arguments)
+    process.start()
+    found = here.recv()
+    process.join()
+    return found
+
+
+def line(name: str, value: float, unit: str, reference: str, ratio: float, **more: Any) -> None:
+    """One result."""
+    found = {"name": name, "value": round(value, 4), "unit": unit, "reference": reference, "ratio": round(ratio, 2)}
+    print(json.dumps(found | more), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python benchmarks/scoring.py", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the main line only")
+    arguments = parser.parse_args()
+    sampled = 100
+    seconds, memory = measure(ours, 1, 1000, 1000)
+    plain_s, plain_gb = measure(published, 1, 1000, sampled)
+    plain_s *= 1000 / sampled
+    plain_gb *= 1000 / sampled
+    reference = f"plain published algorithm, 1 thread, timed on 1000 texts x {sampled} videos and scaled to 1000"
+    line("score-1000x1000-m20", seconds, "s", reference, plain_s / seconds, reference_s=round(plain_s, 1))
+    reference = "the same plain algorithm, its peak scaled to 1000 videos"
+    line("score-1000x1000-m20-memory", memory, "GB", reference, plain_gb / max(memory, 1e-3))
+    if arguments.quick:
+        return
+    two_s, _ = measure(ours, 2, 1000, 1000)
+    line("score-1000x1000-m20-threads2", two_s, "s", "1 thread of the same", seconds / two_s)
+    for num_texts, num_videos in ((2000, 1000), (1000, 2000), (15000, 1500)):
+        found_s, found_gb = measure(ours, 2, num_texts, num_videos)
+        growth = (found_s / two_s) / (num_texts * num_videos / 1e6)
+        name = f"score-{num_texts}x{num_videos}-m20"
+        reference = "1000 x 1000 of the same, per pair: 1 is linear"
+        line(name, found_s, "s", reference, 1 / growth, memory_gb=round(found_gb, 3))
+    import torch
+
+    if torch.cuda.is_available():
+        for side in (1000, 10000):
+            ours(64, 64, "cuda")
+            began = time.perf_counter()
+            ours(side, side, "cuda")
+            line(f"score-{side}x{side}-m20-gpu", time.perf_counter() - began, "s", "none", 1.0)
+
+
+if __name__ == "__main__":
+    main()
