@@ -53,7 +53,11 @@ def ours(num_texts: int, num_videos: int, device: str = "cpu") -> None:
 
 
 def published(num_texts: int, num_videos: int, device: str = "cpu") -> None:
-    """The published algorithm, plainly: every projection for every pair, every sample of all pairs at a time."""
+    """The published algorithm, plainly and in its order.
+
+    Every projection for every pair; then M times: radius and sample of all pairs from the start, both sides normalised,
+    their products; at last the best of the M kept matrices.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -63,13 +67,15 @@ def published(num_texts: int, num_videos: int, device: str = "cpu") -> None:
         query, key = pool.query(pool.norm_in(text)), pool.key(pool.norm_in(frames))
         weights = (key @ query.T / WIDTH**0.5).softmax(dim=1)  # (V, F, T)
         attended = pool.norm_attended(pool.out(weights.transpose(1, 2) @ pool.value(pool.norm_in(frames))))
-        pooled = F.normalize(pool.norm_out(attended + pool.linear(attended)), dim=-1)  # (V, T, D)
-        cosine = torch.einsum("td,vfd->vtf", F.normalize(text, dim=-1), F.normalize(frames, dim=-1))
-        best = torch.full((num_videos, num_texts), -2.0)
+        pooled = pool.norm_out(attended + pool.linear(attended))  # (V, T, D)
+        trials = []
         for _ in range(NUM_TRIALS):
-            radius = head.mass.radius_of(cosine, text.expand(num_videos, num_texts, WIDTH))
-            samples = F.normalize(text + radius * torch.rand_like(pooled), dim=-1)
-            best = torch.maximum(best, (samples * pooled).sum(-1))
+            repeated = text.repeat(num_videos, 1, 1)
+            cosine = F.normalize(repeated, dim=-1) @ F.normalize(frames, dim=-1).transpose(1, 2)
+            samples = repeated + head.mass.radius_of(cosine, repeated) * torch.rand_like(repeated)
+            samples = samples / samples.norm(dim=-1, keepdim=True)
+            trials.append((samples * (pooled / pooled.norm(dim=-1, keepdim=True))).sum(-1))
+        torch.stack(trials).max(dim=0)
 
 
 def _child(connection: Any, function: Callable[..., None], threads: int, arguments: tuple[int, int]) -> None:

@@ -199,8 +199,12 @@ class _Folded:
     def radius(self, text_TD: Tensor) -> Tensor:
         """``(V, T, D)``, or 1 in place of D, of every pair."""
         assert self.head.mass is not None
-        cosine_VTF = F.normalize(text_TD, dim=-1) @ self.unit_VFD.transpose(1, 2)
-        return self.head.mass.radius_of(cosine_VTF, text_TD.expand(len(self.unit_VFD), *text_TD.shape))
+        return self.head.mass.radius_of(self.cosine(text_TD), text_TD.expand(len(self.unit_VFD), *text_TD.shape))
+
+    def cosine(self, text_TD: Tensor) -> Tensor:
+        """``(V, T, F)`` of every text with every frame."""
+        cosine_TN = F.normalize(text_TD, dim=-1) @ self.unit_VFD.flatten(0, 1).T
+        return cosine_TN.unflatten(-1, self.unit_VFD.shape[:2]).transpose(0, 1).contiguous()
 
     def mean_text(self, text_TD: Tensor, target_TVD: Tensor | None) -> Tensor:
         """Similarity ``(T, V)`` without samples; ``target_TVD`` stands in for what the text itself pooled."""
@@ -228,16 +232,15 @@ class _Folded:
             torch.bmm(self.coefficients(query_HTE), self.basis, out=pooled)
         else:
             pooled.copy_(self.pooled(text_TD))
-        cosine_VTF = F.normalize(text_TD, dim=-1) @ self.unit_VFD.transpose(1, 2)
-        self.head.mass.radius_into(cosine_VTF, text_TD.expand(shape), radius)
-        length_TV1 = torch.linalg.vector_norm(pooled, dim=-1).T[..., None].clamp_min(1e-12)
-        dot_TV1 = torch.mul(pooled, text_TD, out=product).sum(-1).T[..., None]
-        noise_TDM, square_TDM = noise_TMD.transpose(1, 2), square_TMD.transpose(1, 2)
-        cross = torch.mul(radius, text_TD, out=product).transpose(0, 1) @ noise_TDM
-        upper = pooled.mul_(radius).transpose(0, 1) @ noise_TDM
-        lower = radius.square_().transpose(0, 1) @ square_TDM
-        length_TVM = (text_TD.square().sum(-1)[:, None, None] + 2 * cross + lower).clamp_min_(1e-24).sqrt_()
-        return ((dot_TV1 + upper) / length_TVM).amax(-1, keepdim=True).div_(length_TV1).squeeze(-1)
+        self.head.mass.radius_into(self.cosine(text_TD), text_TD.expand(shape), radius)
+        length_T1V = torch.linalg.vector_norm(pooled, dim=-1).T[:, None].clamp_min(1e-12)
+        dot_T1V = torch.mul(pooled, text_TD, out=product).sum(-1).T[:, None]
+        cross = noise_TMD @ torch.mul(radius, text_TD, out=product).permute(1, 2, 0)
+        upper = noise_TMD @ pooled.mul_(radius).permute(1, 2, 0)
+        lower = square_TMD @ radius.square_().permute(1, 2, 0)
+        length_TMV = lower.add_(cross, alpha=2).add_(text_TD.square().sum(-1)[:, None, None])
+        length_TMV.clamp_min_(1e-24).sqrt_()
+        return upper.add_(dot_T1V).div_(length_TMV).amax(1, keepdim=True).div_(length_T1V).squeeze(1)
 
     def fresh_noise(self, text_TD: Tensor, noise: Tensor, target_TVD: Tensor | None) -> Tensor:
         """The same with noise ``(T or 1, V or 1, M, D)``; ``target_TVD`` is what the best sample is scored by."""

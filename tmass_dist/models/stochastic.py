@@ -59,7 +59,8 @@ class TextMass(nn.Module):
         if self.kind not in ("exp_linear", "linear") or cosine_PF.shape[-1] != self.num_frames:
             out_PD.copy_(self.radius_of(cosine_PF, text_PD))
             return
-        torch.addmm(self.linear.bias, cosine_PF.flatten(0, -2), self.linear.weight.T, out=out_PD.flatten(0, -2))
+        torch.mm(cosine_PF.flatten(0, -2), self.linear.weight.T, out=out_PD.flatten(0, -2))
+        out_PD.add_(self.linear.bias)
         if self.kind == "exp_linear":
             out_PD.exp_()
 
