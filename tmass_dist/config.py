@@ -145,8 +145,8 @@ class EvaluationConfig:
     """Split whose t2v R@1 chooses the checkpoint; ``test`` is printed in every result."""
     window: int = 1
     """Validations averaged for the choice of the checkpoint; the authors average 5."""
-    post_processing: Literal["none", "dsl"] = "none"
-    """``dsl`` looks at all queries at once (transductive)."""
+    post_processing: Literal["none", "dsl", "qbnorm"] = "none"
+    """``dsl`` looks at all queries at once, ``qbnorm`` at a bank of training queries (both transductive)."""
 
     def __post_init__(self) -> None:
         _require(self.window >= 1, "evaluation.window", self.window, "at least 1")

@@ -99,7 +99,8 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     from tmass_dist.engine import checkpoint
     from tmass_dist.engine.optim import AuthorsAdamW, warmup_cosine
     from tmass_dist.engine.zero import start_engine
-    from tmass_dist.evaluate import encode, measure, similarities
+    from tmass_dist.evaluate import encode, ranks_of
+    from tmass_dist.evaluation.ranking import metrics
     from tmass_dist.models.backbone import build_tokenizer
     from tmass_dist.models.tmass import build_model, parameter_groups
     from tmass_dist.monitor import Monitor, peak_memory_gb, start_log
@@ -220,7 +221,7 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
         if step in validations:
             model.eval()
             features = encode(model, selection, tokenize, config, device)
-            found = measure(similarities(model.head, features, config), features.owner_T, config)["t2v"]
+            found = metrics(ranks_of(model.head, features, config).t2v_T)
             model.head.to(device)
             model.train()
             split = config.evaluation.selected_on

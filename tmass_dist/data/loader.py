@@ -40,6 +40,7 @@ class VideoBatch:
     pixels_BFHWC: Tensor
     video_ids: list[str]
     tokens_TL: Tensor
+    captions: list[str]
     caption_ids: list[tuple[str, int]]
 
 
@@ -206,15 +207,19 @@ class TrainLoader:
 def iterate_videos(
     index: Index, *, rank: int, world_size: int, batch_size: int, tokenize: Tokenize, num_frames: int = 12
 ) -> Iterator[VideoBatch]:
-    """Every video of the split once over all ranks, with all its captions."""
-    mine = index.located[rank::world_size]
-    for start in range(0, len(mine), batch_size):
-        read = [read_sample(*located) for located in mine[start : start + batch_size]]
+    """Every video of the split once over all ranks, with all its captions; ranks take whole batches in turn.
+
+    Which videos share a batch does not depend on the ranks, so neither do the last bits of what they are encoded to.
+    """
+    located = index.located
+    for start in range(rank * batch_size, len(located), world_size * batch_size):
+        read = [read_sample(*at) for at in located[start : start + batch_size]]
         ids = [meta["id"] for meta, _ in read]
         captions = [(meta["id"], slot, text) for meta, _ in read for slot, text in enumerate(meta["captions"])]
         yield VideoBatch(
             torch.from_numpy(np.stack([_decode(jpegs, num_frames) for _, jpegs in read])),
             ids,
             tokenize([text for *_, text in captions]),
+            [text for *_, text in captions],
             [(video_id, slot) for video_id, slot, _ in captions],
         )

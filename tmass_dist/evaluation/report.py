@@ -1,0 +1,241 @@
+"""What an evaluation leaves behind: metrics.json, ranks.csv, a markdown table and one self-contained page."""
+
+# Shapes: T texts, V videos, F frames, D embedding width.
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tmass_dist.evaluation.ranking import Ranks, chance, intervals, metrics
+
+if TYPE_CHECKING:
+    from tmass_dist.data.index import Index
+    from tmass_dist.evaluation.tiles import Scorer
+
+COLUMNS = ("R@1", "R@5", "R@10", "MdR", "MnR")
+
+
+def table(rows: dict[str, dict[str, float]], title: str) -> str:
+    """A plain table: one row a system, R@K in percent."""
+    width = max(len(name) for name in rows)
+    lines = [title, " " * width + "".join(f"{column:>8}" for column in COLUMNS)]
+    lines += [f"{name:<{width}}" + "".join(f"{row[column]:8.1f}" for column in COLUMNS) for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def markdown(rows: dict[str, dict[str, float]], title: str) -> str:
+    """The same for a document."""
+    lines = [f"**{title}**", "", f"| system | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
+    lines += [f"| {name} | {' | '.join(f'{row[column]:.1f}' for column in COLUMNS)} |" for name, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def label(result: dict[str, Any]) -> str:
+    """What every number is to be read with."""
+    transductive = " (transductive)" if result["post_processing"] != "none" else ""
+    return (
+        f"protocol {result['protocol']}, checkpoint selected on {result['selected_on']}, "
+        f"post-processing {result['post_processing']}{transductive}, "
+        f"{result['num_texts']} texts x {result['num_videos']} videos"
+    )
+
+
+def summary(ranks: Ranks) -> dict[str, Any]:
+    """Metrics of both directions with their bootstrap 95 % intervals."""
+    found: dict[str, Any] = {"t2v": metrics(ranks.t2v_T), "v2t": metrics(ranks.v2t_V)}
+    return found | {"intervals_95": {"t2v": intervals(ranks.t2v_T), "v2t": intervals(ranks.v2t_V)}}
+
+
+@dataclass
+class Report:
+    """One evaluation, ready to be written.
+
+    Args:
+        result: what metrics.json holds.
+        ranks: of every query.
+        captions: of every text.
+        caption_ids: video and slot of every text.
+        systems: further rows of the tables, by direction.
+        scorer: for the queries' pictures; None where only similarities are known.
+        index: shards of the split, for the videos' frames.
+    """
+
+    result: dict[str, Any]
+    ranks: Ranks
+    captions: list[str]
+    caption_ids: list[tuple[str, int]]
+    systems: dict[str, dict[str, dict[str, float]]]
+    scorer: Scorer | None = None
+    index: Index | None = None
+
+    def rows(self, direction: str) -> dict[str, dict[str, float]]:
+        """Every row of one direction's table."""
+        chances = {"chance": chance(self.result["num_videos"])}
+        return chances | self.systems.get(direction, {}) | {"this result": self.result[direction]}
+
+    def write(self, directory: Path) -> None:
+        """Write all four files, each aside and renamed."""
+        directory.mkdir(parents=True, exist_ok=True)
+        out = io.StringIO(newline="")
+        writer = csv.writer(out)
+        writer.writerow(["video_id", "caption_slot", "rank", "protocol", "post_processing"])
+        labels = (self.result["protocol"], self.result["post_processing"])
+        for (video_id, slot), rank in zip(self.caption_ids, self.ranks.t2v_T.tolist()):
+            writer.writerow([video_id, slot, rank, *labels])
+        names = {"t2v": "text to video", "v2t": "video to text"}
+        tables = "\n".join(markdown(self.rows(d), f"{name} ({label(self.result)})") for d, name in names.items())
+        contents = {
+            "metrics.json": json.dumps(self.result, indent=2) + "\n",
+            "ranks.csv": out.getvalue(),
+            "table.md": tables,
+            "report.html": self.html(),
+        }
+        for name, content in contents.items():
+            aside = directory / f"{name}.tmp"
+            aside.write_text(content, encoding="utf-8")
+            aside.replace(directory / name)
+
+    def html(self) -> str:
+        """The page; every text in it is escaped."""
+        from jinja2 import Environment
+
+        template = Environment(autoescape=True).from_string(_PAGE)
+        pictures = [("Recall", _recall_curve(self.ranks)), ("Ranks of the right video", _histogram(self.ranks))]
+        return template.render(
+            label=label(self.result),
+            columns=COLUMNS,
+            tables={"Text to video": self.rows("t2v"), "Video to text": self.rows("v2t")},
+            intervals=self.result["intervals_95"],
+            pictures=[(name, _as_url(png, "png")) for name, png in pictures],
+            queries=self._queries() if self.scorer is not None else [],
+        )
+
+    def _queries(self) -> list[dict[str, Any]]:
+        """Best, typical and worst queries, chosen by rank, with what they retrieved and their radii."""
+        assert self.scorer is not None
+        order = torch.argsort(self.ranks.t2v_T, stable=True).tolist()
+        middle = len(order) // 2
+        chosen = [("best", i) for i in order[:2]] + [("typical", i) for i in order[middle : middle + 2]]
+        chosen += [("worst", i) for i in order[-2:]]
+        found = []
+        for kind, number in dict((i, (k, i)) for k, i in chosen).values():
+            block = self.scorer.block
+            row_V = self.scorer.score(number // block * block)[number % block]
+            truth = int(self.scorer.features.owner_T[number])
+            top = row_V.argsort(descending=True)[:3].tolist()
+            found.append(
+                {
+                    "kind": kind,
+                    "caption": self.captions[number],
+                    "rank": int(self.ranks.t2v_T[number]),
+                    "videos": [self._video(truth, row_V, "right"), *(self._video(v, row_V, "retrieved") for v in top)],
+                    "pictures": [_as_url(png, "png") for png in self._radii(number, truth)],
+                }
+            )
+        return found
+
+    def _video(self, number: int, row_V: Tensor, role: str) -> dict[str, Any]:
+        assert self.scorer is not None
+        video_id = self.scorer.features.video_ids[number]
+        frames = []
+        if self.index is not None:
+            from tmass_dist.data.index import read_sample
+
+            jpegs = next(read_sample(*at)[1] for at in self.index.located if at[1].id == video_id)
+            frames = [_as_url(jpegs[i], "jpeg") for i in range(0, len(jpegs), max(1, len(jpegs) // 4))]
+        return {"id": video_id, "score": float(row_V[number]), "role": role, "frames": frames}
+
+    def _radii(self, number: int, truth: int) -> list[bytes]:
+        """The supplementary's pictures: the radius vector of the pair beside five others; |R|_1 with every video."""
+        import torch.nn.functional as F
+
+        assert self.scorer is not None
+        mass, features = self.scorer.head.mass, self.scorer.features
+        if mass is None:
+            return []
+        with torch.no_grad():
+            text_D = features.text_TD[number]
+            cosine_VF = F.normalize(features.frames_VFD, dim=-1) @ F.normalize(text_D, dim=-1)
+            text_VD = text_D.expand(len(cosine_VF), -1)
+            radius_VD = mass.radius_of(cosine_VF, text_VD).expand_as(text_VD)
+        others = [v for v in range(len(radius_VD)) if v != truth][:5]
+        vectors, axes = _figure()
+        for other in others:
+            axes.plot(radius_VD[other].numpy(), color="tab:blue", alpha=0.4, linewidth=0.7)
+        axes.plot(radius_VD[truth].numpy(), color="tab:red", linewidth=1)
+        axes.set(xlabel="dimension", ylabel="radius R", title="right video (red), five others (blue)")
+        sums, axes = _figure()
+        axes.scatter(range(len(radius_VD)), radius_VD.abs().sum(dim=1).numpy(), s=5, color="tab:blue")
+        axes.scatter([truth], [float(radius_VD[truth].abs().sum())], s=40, color="tab:red", marker="*")
+        axes.set(xlabel="video", ylabel="|R|_1", title="this text with every video; the right one in red")
+        return [_png(vectors), _png(sums)]
+
+
+def _figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 2.6), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _png(figure: Any) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
+
+
+def _as_url(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _recall_curve(ranks: Ranks) -> bytes:
+    figure, axes = _figure()
+    for name, values in (("text to video", ranks.t2v_T), ("video to text", ranks.v2t_V)):
+        ordered = values.sort().values
+        axes.plot(ordered.numpy(), torch.arange(1, len(ordered) + 1).numpy() / len(ordered) * 100, label=name)
+    axes.set(xscale="log", xlabel="K", ylabel="R@K, percent", ylim=(0, 102))
+    axes.legend()
+    return _png(figure)
+
+
+def _histogram(ranks: Ranks) -> bytes:
+    figure, axes = _figure()
+    top = max(int(ranks.t2v_T.max()), 2)
+    edges = torch.logspace(0, torch.log10(torch.tensor(float(top + 1))).item(), 25).numpy()
+    axes.hist(ranks.t2v_T.numpy(), bins=edges)
+    axes.set(xscale="log", xlabel="rank (text to video)", ylabel="texts")
+    return _png(figure)
+
+
+_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>tmass-dist evaluation</title>
+<style>
+body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:.5rem 0 1.5rem}
+td,th{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}
+td:first-child,th:first-child{text-align:left}.label{background:#f3f3e7;padding:.5rem .8rem;border-radius:4px}
+.query{border-top:1px solid #ccc;padding:.8rem 0}.query img{max-width:100%}.frames img{height:64px;margin-right:3px}
+.right{color:#067506}.video{display:inline-block;vertical-align:top;margin:.3rem 1rem .3rem 0}
+</style>
+<h1>Evaluation</h1><p class="label">{{ label }}</p>
+{% for name, rows in tables.items() %}<h2>{{ name }}</h2><table><tr><th>system</th>
+{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
+{% for system, row in rows.items() %}<tr><td>{{ system }}</td>{% for c in columns %}<td>{{ "%.1f"|format(row[c]) }}</td>
+{% endfor %}</tr>{% endfor %}<tr><td>95 % interval</td>
+{% for c in columns %}{% set i = intervals["t2v" if name == "Text to video" else "v2t"][c] %}
+<td>{{ "%.1f"|format(i[0]) }} to {{ "%.1f"|format(i[1]) }}</td>{% endfor %}</tr></table>{% endfor %}
+{% for name, url in pictures %}<h2>{{ name }}</h2><img alt="{{ name }}" src="{{ url }}">{% endfor %}
+{% if queries %}<h2>Queries</h2>{% endif %}
+{% for q in queries %}<div class="query"><b>{{ q.kind }}</b>, rank {{ q.rank }}: <q>{{ q.caption }}</q><div>
+{% for v in q.videos %}<div class="video {{ v.role }}">{{ v.role }}: {{ v.id }} ({{ "%.3f"|format(v.score) }})
+<div class="frames">{% for f in v.frames %}<img alt="frame" src="{{ f }}">{% endfor %}</div></div>{% endfor %}</div>
+{% for url in q.pictures %}<img alt="radius" src="{{ url }}">{% endfor %}</div>{% endfor %}</html>
+"""

@@ -1,0 +1,114 @@
+"""Every text against every video in blocks of texts: each block is one file, kept over a kill, shared out over tasks.
+
+A block's scores depend on nothing but the block: the same bits come from 1 task and from 64.
+"""
+
+# Shapes: T texts, V videos, M trials, D embedding width.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tmass_dist.config import Config
+from tmass_dist.evaluation.features import Features
+from tmass_dist.evaluation.scoring import Gallery
+from tmass_dist.noise import keyed_noise, text_key
+
+if TYPE_CHECKING:
+    from tmass_dist.models.head import RetrievalHead
+
+BLOCK = 64
+"""Texts of a block; it bounds the noise bank (64 texts x 20 trials x 512 dimensions are 2.6 MB)."""
+
+
+@dataclass
+class Scorer:
+    """The similarities of a split, block by block."""
+
+    head: RetrievalHead
+    features: Features
+    config: Config
+
+    def __post_init__(self) -> None:
+        self.head = self.head.to("cpu").eval()
+        # The published protocol needs all captions of every video in one call; it is for parity on small sets.
+        published = self.config.evaluation.protocol == "published_code"
+        num_texts = len(self.features.text_TD)
+        self.block = num_texts if published else BLOCK
+        self.starts = list(range(0, num_texts, self.block))
+        self._gallery: Gallery | None = None
+
+    def score(self, start: int) -> Tensor:
+        """Similarity ``(block, V)`` of the texts from ``start`` on; the noise is keyed by video and caption."""
+        if self._gallery is None:
+            self._gallery = Gallery(self.head, self.features.frames_VFD)
+        rows = slice(start, start + self.block)
+        width, stochastic = self.features.text_TD.shape[1], self.config.stochastic
+        noise_TMD = None
+        if self.head.mass is not None:
+            keys = torch.tensor([text_key("evaluation", *caption) for caption in self.features.caption_ids[rows]])
+            noise_TMD = keyed_noise(
+                keys,
+                stochastic.num_trials * width,
+                seed=self.config.seed,
+                prior=stochastic.prior,
+                std=stochastic.prior_std,
+            ).view(-1, stochastic.num_trials, width)
+        return self._gallery.score(
+            self.features.text_TD[rows],
+            noise_TMD,
+            protocol=self.config.evaluation.protocol,
+            pooled_by=self.config.model.pooled_by,
+            caption_owner_T=self.features.owner_T[rows],
+        )
+
+
+class Tiles:
+    """Blocks on disk."""
+
+    def __init__(self, directory: Path, scorer: Scorer, log: Any = print) -> None:
+        self.directory, self.scorer, self.log = directory, scorer, log
+
+    def _path(self, start: int) -> Path:
+        return self.directory / f"rows-{start:09d}.safetensors"
+
+    def _read(self, start: int) -> Tensor | None:
+        """A finished block, or None; one that is damaged is named, and will be computed again."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = self._path(start)
+        if not path.is_file():
+            return None
+        try:
+            found = load_file(path)["similarity"]
+        except (SafetensorError, KeyError, OSError) as error:
+            self.log(f"{path} is damaged ({error}): computing it again")
+            return None
+        rows = len(self.scorer.features.text_TD[start : start + self.scorer.block])
+        return found if found.shape == (rows, len(self.scorer.features.frames_VFD)) else None
+
+    def compute(self, number: int, count: int) -> None:
+        """Write the blocks of task ``number`` of ``count`` that are not there yet."""
+        from safetensors.torch import save_file
+        from tqdm import tqdm
+
+        self.directory.mkdir(parents=True, exist_ok=True)
+        mine = self.scorer.starts[number::count]
+        for start in tqdm(mine, desc="score", unit="block", disable=number > 0 or len(mine) < 8):
+            if self._read(start) is None:
+                aside = self._path(start).with_suffix(f".{number}.tmp")
+                save_file({"similarity": self.scorer.score(start)}, aside)
+                aside.replace(self._path(start))
+
+    def blocks(self) -> Iterator[Tensor]:
+        """Every block in order; one that is missing is computed here."""
+        for start in self.scorer.starts:
+            found = self._read(start)
+            yield self.scorer.score(start) if found is None else found
