@@ -256,5 +256,7 @@ def test_bad_towers_are_one_line(tmp_path: Path) -> None:
     torn.write_bytes((ROOT / "configs" / "towers" / "demo.safetensors").read_bytes()[:5000])
     with pytest.raises(ValueError, match="torn"):
         build_towers("towers/demo.json", str(torn))
+    with pytest.raises(ValueError, match="it has openai"):
+        build_towers("ViT-B-32-quickgelu", "opnai")
     with pytest.raises(ValueError, match="no file"):
         build_towers("towers/demo.json", "nowhere.safetensors")

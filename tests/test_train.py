@@ -140,3 +140,27 @@ def test_training_loss_falls(data: list[str], tmp_path: Path) -> None:
     ]
     assert len(losses) == 40 and sum(losses[-8:]) < 0.8 * sum(losses[:8])
     assert load_file(tmp_path / "checkpoints" / "best.safetensors")
+
+
+VARIANTS = {
+    "kl": ["model.radius=variational", "stochastic.kl_weight=1", "stochastic.support_weight=0"],
+    "at_evaluation_only": ["model.radius=exp_mean", "stochastic.training=mean", "stochastic.num_trials=10"],
+    "pooled_by_sample": ["model.pooled_by=sample", "stochastic.num_trials=3"],
+    "xpool": ["model.radius=none", "model.num_heads=3"],
+    "authors_selection": ["evals_per_epoch=2", "evaluation.window=5", "data.val=null", "data.holdout=8"],
+    "augmented_random_frames": ["data.augment=true", "data.frames=random", "model.num_frames=6"],
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_trains_and_is_evaluated(data: list[str], tmp_path: Path, name: str) -> None:
+    more = [f"run_dir={tmp_path}", "max_steps=3", "eval_every=3", *VARIANTS[name]]
+    done = _run("-m", "tmass_dist.train", "--config", "demo.yaml", *data, *more)
+    assert done.returncode == 0, done.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    kl = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/kl")
+    assert all(event.value > 0 for event in kl) if name == "kl" else all(event.value == 0 for event in kl)
+    done = _run("-m", "tmass_dist.evaluate", "--run", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["protocol"] == "query_conditioned"

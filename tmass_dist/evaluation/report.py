@@ -109,7 +109,12 @@ class Report:
         from jinja2 import Environment
 
         template = Environment(autoescape=True).from_string(_PAGE)
-        pictures = [("Recall", _recall_curve(self.ranks)), ("Ranks of the right video", _histogram(self.ranks))]
+        # A picture travels without its page: it carries the label too.
+        said = f"{self.result['protocol']}, post-processing {self.result['post_processing']}"
+        pictures = [
+            ("Recall", _recall_curve(self.ranks, said)),
+            ("Ranks of the right video", _histogram(self.ranks, said)),
+        ]
         return template.render(
             label=label(self.result),
             columns=COLUMNS,
@@ -197,22 +202,22 @@ def _as_url(content: bytes, kind: str) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _recall_curve(ranks: Ranks) -> bytes:
+def _recall_curve(ranks: Ranks, title: str) -> bytes:
     figure, axes = _figure()
     for name, values in (("text to video", ranks.t2v_T), ("video to text", ranks.v2t_V)):
         ordered = values.sort().values
         axes.plot(ordered.numpy(), torch.arange(1, len(ordered) + 1).numpy() / len(ordered) * 100, label=name)
-    axes.set(xscale="log", xlabel="K", ylabel="R@K, percent", ylim=(0, 102))
+    axes.set(xscale="log", xlabel="K", ylabel="R@K, percent", ylim=(0, 102), title=title)
     axes.legend()
     return _png(figure)
 
 
-def _histogram(ranks: Ranks) -> bytes:
+def _histogram(ranks: Ranks, title: str) -> bytes:
     figure, axes = _figure()
     top = max(int(ranks.t2v_T.max()), 2)
     edges = torch.logspace(0, torch.log10(torch.tensor(float(top + 1))).item(), 25).numpy()
     axes.hist(ranks.t2v_T.numpy(), bins=edges)
-    axes.set(xscale="log", xlabel="rank (text to video)", ylabel="texts")
+    axes.set(xscale="log", xlabel="rank (text to video)", ylabel="texts", title=title)
     return _png(figure)
 
 

@@ -50,7 +50,7 @@ class Gallery:
         pooled_by: Literal["text", "sample"] = "text",
         caption_owner_T: Tensor | None = None,
         pair_noise_VMTD: Tensor | None = None,
-        tile_texts: int = 64,
+        tile_texts: int = 32,
     ) -> Tensor:
         """Similarity ``(T, V)``: the cosine of each text, or of the best of its M samples, with each pooled video.
 

@@ -110,7 +110,16 @@ def build_towers(architecture: str, pretrained: str | None) -> Towers:
             near = difflib.get_close_matches(architecture, open_clip.list_models(), n=3, cutoff=0.3)
             raise ValueError(f"open_clip knows no architecture {architecture!r}; the nearest are {', '.join(near)}")
         tag = pretrained if pretrained and not pretrained.endswith((".safetensors", ".pt")) else None
-        clip = open_clip.create_model(architecture, pretrained=tag)
+        known = open_clip.list_pretrained_tags_by_model(architecture)
+        if tag and tag not in known:
+            raise ValueError(f"open_clip has no weights {tag!r} of {architecture}; it has {', '.join(known) or 'none'}")
+        try:
+            clip = open_clip.create_model(architecture, pretrained=tag)
+        except Exception as error:
+            if tag is None:
+                raise
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ValueError(f"the weights {tag} of {architecture} cannot be had: {line}; name a local file") from error
         # Published scalars are 0-dim; DeepSpeed wants [1].
         clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
         embed_dim, context_length = open_clip.get_model_config(architecture)["embed_dim"], clip.context_length
