@@ -1,6 +1,7 @@
 """The feature store, the blocks of scores, the streamed ranking and the report."""
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -223,3 +224,26 @@ def test_a_real_matrix_gives_its_published_metrics() -> None:
     matrix = torch.from_numpy(np.load(REAL, allow_pickle=False))
     found = ranking.metrics(ranking.rank(lambda: matrix.split(100), torch.arange(1000), 1000).t2v_T)
     assert [round(found[name], 2) for name in ("R@1", "R@5", "R@10", "MdR", "MnR")] == [29.7, 55.8, 66.6, 4.0, 26.74]
+
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine to open the report with")
+def test_report_opens_in_a_real_browser(made: Path, tmp_path: Path) -> None:
+    """The browser's own document: every row is there, every picture has loaded, no script ran."""
+    assert _evaluate("--features", str(made), "--out", str(tmp_path)).returncode == 0
+    page = (tmp_path / "report.html").read_text()
+    probe = (
+        "<script>addEventListener('load', () => { document.title = 'loaded ' + [...document.images]"
+        ".filter(i => i.naturalWidth > 50).length + ' of ' + document.images.length })</script>"
+    )
+    (tmp_path / "probed.html").write_text(page.replace("</html>", probe + "</html>"))
+    command = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--virtual-time-budget=10000", "--dump-dom", (tmp_path / "probed.html").as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    count = page.count("<img")
+    assert f"<title>loaded {count} of {count}</title>" in dom
+    assert "query_conditioned" in dom and dom.count("<tr>") == page.count("<tr>")
