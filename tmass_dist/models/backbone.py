@@ -53,7 +53,7 @@ class Towers(nn.Module):
     mean_C: Tensor
     std_C: Tensor
 
-    def __init__(self, clip: Any, embed_dim: int, context_length: int) -> None:
+    def __init__(self, clip: Any, embed_dim: int, context_length: int, normalisation: dict[str, Any]) -> None:
         super().__init__()
         self.clip = clip
         size = clip.visual.image_size
@@ -63,8 +63,8 @@ class Towers(nn.Module):
         if getattr(clip, "logit_bias", None) is not None:
             clip.logit_bias.requires_grad_(False)  # SigLIP's own loss has one; InfoNCE does not see it
         # As the towers were pretrained: CLIP's (Radford et al., 2021) where they do not say.
-        mean = getattr(clip.visual, "image_mean", None) or (0.48145466, 0.4578275, 0.40821073)
-        std = getattr(clip.visual, "image_std", None) or (0.26862954, 0.26130258, 0.27577711)
+        mean = normalisation.get("mean") or (0.48145466, 0.4578275, 0.40821073)
+        std = normalisation.get("std") or (0.26862954, 0.26130258, 0.27577711)
         self.register_buffer("mean_C", torch.tensor(mean), persistent=False)
         self.register_buffer("std_C", torch.tensor(std), persistent=False)
 
@@ -94,7 +94,7 @@ def build_towers(architecture: str, pretrained: str | None) -> Towers:
     Raises:
         ValueError: an unknown architecture (nearest names), or a file that is missing, torn or of another shape.
     """
-    open_clip = _open_clip()
+    open_clip, normalisation = _open_clip(), {}
     if architecture.endswith(".json"):
         description = _description(architecture)
         clip = open_clip.CLIP(
@@ -111,6 +111,8 @@ def build_towers(architecture: str, pretrained: str | None) -> Towers:
             raise ValueError(f"open_clip knows no architecture {architecture!r}; the nearest are {', '.join(near)}")
         tag = pretrained if pretrained and not pretrained.endswith((".safetensors", ".pt")) else None
         known = open_clip.list_pretrained_tags_by_model(architecture)
+        if known:
+            normalisation = open_clip.get_pretrained_cfg(architecture, tag if tag in known else known[0]) or {}
         if tag and tag not in known:
             raise ValueError(f"open_clip has no weights {tag!r} of {architecture}; it has {', '.join(known) or 'none'}")
         try:
@@ -126,7 +128,7 @@ def build_towers(architecture: str, pretrained: str | None) -> Towers:
         if getattr(clip, "logit_bias", None) is not None:
             clip.logit_bias = nn.Parameter(clip.logit_bias.detach().reshape(1))
         pretrained = None if tag else pretrained
-    towers = Towers(clip, embed_dim, context_length)
+    towers = Towers(clip, embed_dim, context_length, normalisation)
     if pretrained:
         _load(towers.clip, _find(pretrained))
     return towers
