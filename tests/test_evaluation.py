@@ -161,6 +161,20 @@ def test_bank_of_another_model_is_refused_and_the_right_one_is_labelled(made: Pa
     assert "another.safetensors" in _one_line(_evaluate(*command, str(other)))
 
 
+def test_two_stages_are_exact_with_every_candidate(made: Path, tmp_path: Path) -> None:
+    for num, lost in ((V, 0), (3, 1)):
+        done = _evaluate("--features", str(made), "--out", str(tmp_path), "--search", str(num))
+        assert done.returncode == 0, done.stderr
+        found = json.loads((tmp_path / "search.json").read_text())
+        exact = json.loads((tmp_path / "metrics.json").read_text())["t2v"]
+        assert found["lost"]["R@10"] == exact["R@10"] - found["t2v"]["R@10"]
+        if not lost:
+            assert found["t2v"] == exact
+        else:
+            assert found["t2v"]["R@10"] == found["t2v"]["R@5"] and found["lost"]["MnR"] < 0
+    assert "--search is 91" in _one_line(_evaluate("--features", str(made), "--out", str(tmp_path), "--search", "91"))
+
+
 def _matrix() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     owner_T = torch.arange(12).repeat_interleave(torch.randint(1, 4, (12,), generator=generator))

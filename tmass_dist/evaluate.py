@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="weights (.safetensors) to evaluate; the run's best by default")
     parser.add_argument("--features", type=Path, help="feature store to score again; with --run, where to keep it")
     parser.add_argument("--shard", metavar="I/N", help="with --features: only the I-th of N shares of the scores")
+    parser.add_argument("--search", type=int, metavar="K", help="with --features: also try candidates, then re-ranking")
     parser.add_argument("--bank", type=Path, help="feature store of training queries, for qbnorm")
     parser.add_argument("--similarities", type=Path, metavar="S.npy", help="matrix, rows texts, columns videos")
     parser.add_argument("--truth", type=Path, metavar="IDS.json", help="column of each row; default: the diagonal")
@@ -222,7 +223,9 @@ def main() -> None:
     elif arguments.features:
         from tmass_dist.evaluation.rescore import rescore
 
-        rescore(arguments.features, arguments.overrides, arguments.out, arguments.shard, arguments.bank)
+        rescore(
+            arguments.features, arguments.overrides, arguments.out, arguments.shard, arguments.bank, arguments.search
+        )
     else:
         raise ValueError("say what to evaluate: --run RUN, --features DIR or --similarities S.npy")
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from tmass_dist.config import Config, load_config
+from tmass_dist.engine.checkpoint import write_json
 from tmass_dist.evaluation import ranking
 from tmass_dist.evaluation.features import Features, fingerprint, load_features, read_index
 from tmass_dist.evaluation.report import Report, label, summary, table
@@ -69,7 +70,14 @@ def _share(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def rescore(store: Path, overrides: list[str], out: Path | None, shard: str | None, bank: Path | None) -> None:
+def rescore(
+    store: Path,
+    overrides: list[str],
+    out: Path | None,
+    shard: str | None,
+    bank: Path | None,
+    num_candidates: int | None = None,
+) -> None:
     """Score a feature store, or one share of it, and report.
 
     Finished blocks of scores stay in ``OUT/tiles``: a share that was killed goes on, and what any task computed is
@@ -80,7 +88,12 @@ def rescore(store: Path, overrides: list[str], out: Path | None, shard: str | No
     config = _config(store, index, overrides)
     if bank is None and config.evaluation.post_processing == "qbnorm":
         raise ValueError("qbnorm needs a bank of training queries: give --bank FEATURES")
+    plain = config.evaluation.post_processing == "none" and config.evaluation.protocol == "query_conditioned"
+    if num_candidates is not None and not plain:
+        raise ValueError("--search has no post-processing and no published_code protocol; leave them out")
     features = load_features(store)
+    if num_candidates is not None and not 1 <= num_candidates <= len(features.video_ids):
+        raise ValueError(f"--search is {num_candidates}; the gallery has {len(features.video_ids)} videos")
     head = _head(store, config, features.text_TD.shape[1])
     out = out or store.parent
     scorer = Scorer(head, features, config)
@@ -113,6 +126,23 @@ def rescore(store: Path, overrides: list[str], out: Path | None, shard: str | No
     Report(result, ranks, features.captions, features.caption_ids, {}, scorer).write(out)
     _show(result)
     print(f"report: {out / 'report.html'}")
+    if num_candidates is not None:
+        _compare_search(scorer, num_candidates, ranks, result, out)
+
+
+def _compare_search(scorer: Scorer, num: int, exact: ranking.Ranks, result: dict[str, Any], out: Path) -> None:
+    """Print the two-stage search beside the exact one and keep its metrics.
+
+    Raises:
+        ValueError: post-processing or the published protocol, which the search does not have.
+    """
+    from tmass_dist.evaluation.search import search_ranks
+
+    found = ranking.metrics(search_ranks(scorer, num))
+    rows = {"exact": ranking.metrics(exact.t2v_T), f"the best {num} re-ranked": found}
+    rows["lost"] = {name: rows["exact"][name] - value for name, value in found.items()}
+    print(table(rows, f"\ntext to video, two stages ({label(result)})"))
+    write_json(out / "search.json", {"num_candidates": num, **result, "t2v": found, "lost": rows["lost"]})
 
 
 def _bank(bank: Path, index: dict[str, Any], features: Features, scorer: Scorer) -> ranking.Bank:

@@ -44,10 +44,15 @@ class Scorer:
         self.starts = list(range(0, num_texts, self.block))
         self._gallery: Gallery | None = None
 
-    def score(self, start: int) -> Tensor:
-        """Similarity ``(block, V)`` of the texts from ``start`` on; the noise is keyed by video and caption."""
-        if self._gallery is None:
-            self._gallery = Gallery(self.head, self.features.frames_VFD)
+    def score(self, start: int, gallery: Gallery | None = None) -> Tensor:
+        """Similarity ``(block, V)`` of the texts from ``start`` on; the noise is keyed by video and caption.
+
+        Args:
+            start: first text of the block.
+            gallery: other videos than the whole split.
+        """
+        if gallery is None:
+            self._gallery = gallery = self._gallery or Gallery(self.head, self.features.frames_VFD)
         rows = slice(start, start + self.block)
         width, stochastic = self.features.text_TD.shape[1], self.config.stochastic
         noise_TMD = None
@@ -60,7 +65,7 @@ class Scorer:
                 prior=stochastic.prior,
                 std=stochastic.prior_std,
             ).view(-1, stochastic.num_trials, width)
-        return self._gallery.score(
+        return gallery.score(
             self.features.text_TD[rows],
             noise_TMD,
             protocol=self.config.evaluation.protocol,
