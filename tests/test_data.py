@@ -10,7 +10,9 @@ import torch
 
 from shards.demo_data import generate
 from shards.make_shards import safe_key
+from shards.video import BadVideoError, pack_video
 from tmass_dist.config import load_config
+from tmass_dist.data.frames import uniform_frame_indices
 from tmass_dist.data.index import Index, Sample, Shard, load_index
 from tmass_dist.data.loader import TrainLoader, epoch_batches, iterate_videos
 from tmass_dist.data.transforms import augment
@@ -99,6 +101,46 @@ def test_damage_is_named(packed: Path, tmp_path: Path) -> None:
         load_index(tmp_path)
     with pytest.raises(ValueError, match=r"index\.json is missing"):
         load_index(tmp_path / "nowhere")
+
+
+def _write_avi(path: Path, num_frames: int) -> None:
+    """Frame ``i`` is a plain grey of its own."""
+    import av
+    import numpy as np
+
+    with av.open(str(path), "w", format="avi") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for number in range(num_frames):
+            grey = np.full((48, 64, 3), 4 * number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(("window", "share"), [((None, None), 1.0), ((1.0, 3.0), 1.0), ((None, None), 0.6)])
+def test_the_right_frames_are_packed_whatever_the_header_claims(
+    tmp_path: Path, window: tuple[float | None, float | None], share: float
+) -> None:
+    """Also of a file that was cut off: its header claims the frames that were lost."""
+    import simplejpeg
+
+    path = tmp_path / "grey.avi"
+    _write_avi(path, 50)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    jpegs, facts = pack_video(path, 5, 32, 95, *window)
+    decoded = facts["num_decoded_frames"]
+    assert decoded == 50 if window == (None, None) and share == 1 else decoded < 50
+    first, last = (0, decoded) if window[0] is None else (10, 30)
+    assert facts["frame_indices"] == [first + i for i in uniform_frame_indices(last - first, 5)]
+    greys = [simplejpeg.decode_jpeg(jpeg).mean() for jpeg in jpegs]
+    assert all(abs(grey - 4 * index) < 3 for grey, index in zip(greys, facts["frame_indices"]))
+
+
+def test_a_window_after_the_end_is_a_reason_for_the_quarantine(tmp_path: Path) -> None:
+    _write_avi(tmp_path / "short.avi", 20)
+    with pytest.raises(BadVideoError, match=r"ends after 2\.0 s"):
+        pack_video(tmp_path / "short.avi", 5, 32, 95, 10.0, 15.0)
 
 
 def test_keys_are_safe_and_distinct() -> None:
