@@ -82,13 +82,7 @@ def ranks_of(head: Any, features: Features, config: Config, bank: Bank | None = 
         blocks |= part
     ordered = [blocks[start] for start in scorer.starts]
     post, num_videos = config.evaluation.post_processing, len(features.video_ids)
-    return ranking.rank(lambda: _without_gaps(ordered, config), features.owner_T, num_videos, post, bank)
-
-
-def _without_gaps(blocks: Any, config: Config) -> Any:
-    """``published_code`` has no number where a video lacks a caption slot; such a video cannot win."""
-    for block in blocks:
-        yield block.nan_to_num(-2.0) if config.evaluation.protocol == "published_code" else block
+    return ranking.rank(lambda: ordered, features.owner_T, num_videos, post, bank)
 
 
 def evaluate(config: Config, *, only: str | None = None, store: Path | None = None) -> dict[str, Any]:
@@ -107,7 +101,7 @@ def evaluate(config: Config, *, only: str | None = None, store: Path | None = No
     from tmass_dist.data.index import load_index, sha256_of
     from tmass_dist.distributed import barrier, initialise, is_main, rank, world_size
     from tmass_dist.evaluation import features as feature_store
-    from tmass_dist.evaluation.report import Report, label, summary, table
+    from tmass_dist.evaluation.report import Report, label, labels, summary, table
     from tmass_dist.evaluation.tiles import Scorer
     from tmass_dist.models.backbone import build_tokenizer, load_weights
     from tmass_dist.models.head import RetrievalHead
@@ -157,7 +151,7 @@ def evaluate(config: Config, *, only: str | None = None, store: Path | None = No
     features = feature_store.load_features(store)
     mean, ranks = scored(mean_head, features), ranks_of(model.head, features, config)
     best = summary(ranks)
-    result = _labels(config, features, str(weights)) | best
+    result = labels(config, features, str(weights)) | best
     result |= {"before_training": without, "mean_pooling": {"before_training": without_mean, "same_towers": mean}}
     if is_main():
         systems = {
@@ -177,19 +171,6 @@ def evaluate(config: Config, *, only: str | None = None, store: Path | None = No
             print(table(rows, f"\n{name} ({label(result)})"), flush=True)
     barrier()
     return result
-
-
-def _labels(config: Config, features: Features, checkpoint: str) -> dict[str, Any]:
-    """What every result says of itself."""
-    return {
-        "protocol": config.evaluation.protocol,
-        "num_texts": len(features.caption_ids),
-        "num_videos": len(features.video_ids),
-        "num_trials": config.stochastic.num_trials if config.model.radius != "none" else None,
-        "selected_on": config.evaluation.selected_on,
-        "checkpoint": checkpoint,
-        "post_processing": config.evaluation.post_processing,
-    }
 
 
 def main() -> None:

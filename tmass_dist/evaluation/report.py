@@ -18,7 +18,9 @@ from torch import Tensor
 from tmass_dist.evaluation.ranking import Ranks, chance, intervals, metrics
 
 if TYPE_CHECKING:
+    from tmass_dist.config import Config
     from tmass_dist.data.index import Index
+    from tmass_dist.evaluation.features import Features
     from tmass_dist.evaluation.tiles import Scorer
 
 COLUMNS = ("R@1", "R@5", "R@10", "MdR", "MnR")
@@ -47,6 +49,19 @@ def label(result: dict[str, Any]) -> str:
         f"post-processing {result['post_processing']}{transductive}, "
         f"{result['num_texts']} texts x {result['num_videos']} videos"
     )
+
+
+def labels(config: Config, features: Features, checkpoint: str) -> dict[str, Any]:
+    """What every result says of itself."""
+    return {
+        "protocol": config.evaluation.protocol,
+        "num_texts": len(features.caption_ids),
+        "num_videos": len(features.video_ids),
+        "num_trials": config.stochastic.num_trials if config.model.radius != "none" else None,
+        "selected_on": config.evaluation.selected_on,
+        "checkpoint": checkpoint,
+        "post_processing": config.evaluation.post_processing,
+    }
 
 
 def summary(ranks: Ranks) -> dict[str, Any]:

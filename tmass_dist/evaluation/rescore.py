@@ -18,7 +18,7 @@ from tmass_dist.config import Config, load_config
 from tmass_dist.engine.checkpoint import write_json
 from tmass_dist.evaluation import ranking
 from tmass_dist.evaluation.features import Features, fingerprint, load_features, read_index
-from tmass_dist.evaluation.report import Report, label, summary, table
+from tmass_dist.evaluation.report import Report, label, labels, summary, table
 from tmass_dist.evaluation.tiles import Scorer, Tiles
 from tmass_dist.models.head import RetrievalHead, build_head
 
@@ -113,16 +113,9 @@ def rescore(
     if bank is not None:
         found = _bank(bank, index, features, scorer)
 
-    def blocks() -> Any:
-        for block in tiles.blocks():
-            # The published protocol has no number where a video lacks a caption slot; such a video cannot win.
-            yield block.nan_to_num(-2.0) if config.evaluation.protocol == "published_code" else block
-
     post, num_videos = config.evaluation.post_processing, len(features.video_ids)
-    ranks = ranking.rank(blocks, features.owner_T, num_videos, post, found)
-    from tmass_dist.evaluate import _labels
-
-    result = _labels(config, features, index["checkpoint"]) | summary(ranks)
+    ranks = ranking.rank(tiles.blocks, features.owner_T, num_videos, post, found)
+    result = labels(config, features, index["checkpoint"]) | summary(ranks)
     Report(result, ranks, features.captions, features.caption_ids, {}, scorer).write(out)
     _show(result)
     print(f"report: {out / 'report.html'}")

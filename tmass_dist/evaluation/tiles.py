@@ -65,13 +65,15 @@ class Scorer:
                 prior=stochastic.prior,
                 std=stochastic.prior_std,
             ).view(-1, stochastic.num_trials, width)
-        return gallery.score(
+        found = gallery.score(
             self.features.text_TD[rows],
             noise_TMD,
             protocol=self.config.evaluation.protocol,
             pooled_by=self.config.model.pooled_by,
             caption_owner_T=self.features.owner_T[rows],
         )
+        # The published protocol has no number where a video lacks a caption slot; such a video cannot win.
+        return found.nan_to_num(-2.0) if self.config.evaluation.protocol == "published_code" else found
 
 
 class Tiles:
