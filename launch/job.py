@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import FINAL_ERROR
+from tmass_dist.cli import PeerLostError
 from tmass_dist.config import Config
 
 STOPPED = 85
@@ -59,6 +60,9 @@ class TrainJob:
             print(line, file=sys.stderr, flush=True)
             (jobs / FINAL_ERROR).write_text(line + "\n", encoding="utf-8")
             os._exit(2)
+        except PeerLostError as error:
+            print(f"error: rank {env.global_rank}: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _run(self, restarts: int, jobs: Path) -> None:
         import torch

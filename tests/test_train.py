@@ -1,45 +1,18 @@
 """The whole road in small, through the command line: real mp4s, tars, two DeepSpeed ranks, evaluation, resuming."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def _run(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s
-    )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Shards of a small generated data set, as overrides."""
-    out = tmp_path_factory.mktemp("demo")
-    made = _run("shards/demo_data.py", "--out", str(out / "v"), "--train", "40", "--val", "12", "--test", "14")
-    assert made.returncode == 0, made.stderr
-    overrides = []
-    for split in ("train", "val", "test"):
-        shards = out / split
-        command = ["--source", "manifest", "--annotations", str(out / "v/manifest.jsonl"), "--videos", str(out / "v")]
-        command += ["--split", split, "--out", str(shards), "--image-size", "32", "--workers", "1"]
-        packed = _run("shards/make_shards.py", *command)
-        assert packed.returncode == 0, packed.stderr
-        overrides.append(f"data.{split}={shards}")
-    return [*overrides, "data.batch_size=8", "max_steps=6", "eval_every=3", "log_every=1"]
+from tests.conftest import run
 
 
 def _submit(data: list[str], run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = ["launch/submit.py", "--cluster", "local", "--config", "demo.yaml", *data, f"run_dir={run_dir}", *more]
-    return _run(*command)
+    return run(*command)
 
 
 @pytest.fixture(scope="module")
@@ -73,44 +46,6 @@ def test_tensorboard_has_every_tag_once_a_step(whole: Path) -> None:
     assert [event.step for event in events.Scalars("val/query_conditioned/t2v_R@1")] == [3, 6]
 
 
-def test_resumed_run_ends_with_the_weights_of_an_unbroken_one(data: list[str], whole: Path, tmp_path: Path) -> None:
-    """Killed after its save at step 3: what a job that died leaves behind. The same command goes on."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "TMASS_RUN": str(tmp_path)}
-    code = (
-        "import os, sys; sys.path.insert(0, os.getcwd())\n"
-        "from tmass_dist.engine import checkpoint\n"
-        "save = checkpoint.save\n"
-        "def save_and_die(engine, directory, step):\n    save(engine, directory, step)\n    os._exit(9)\n"
-        "checkpoint.save = save_and_die\n"
-        "from tmass_dist.train import main\nmain()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    (tmp_path / "die.py").write_text(code)
-    overrides = [*data, f"run_dir={tmp_path / 'run'}"]
-    died = subprocess.run(
-        [*command, str(tmp_path / "die.py"), "--config", "demo.yaml", *overrides],
-        cwd=ROOT,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert died.returncode != 0
-    latest = json.loads((tmp_path / "run" / "checkpoints" / "latest.json").read_text())
-    assert latest["step"] == 3
-
-    resumed = _submit(data, tmp_path / "run")
-
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "step 3 of 6" in (tmp_path / "run" / "train.log").read_text()
-    states = [
-        torch.load(run / "checkpoints" / "step-00000006" / "mp_rank_00_model_states.pt", weights_only=False)["module"]
-        for run in (whole, tmp_path / "run")
-    ]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
 def test_another_config_in_the_same_directory_is_refused(data: list[str], whole: Path) -> None:
     done = _submit(data, whole, "optim.lr=0.5")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
@@ -131,7 +66,7 @@ def test_a_directory_that_cannot_be_written_is_one_line(data: list[str]) -> None
 def test_training_loss_falls(data: list[str], tmp_path: Path) -> None:
     """One process, through ``python -m tmass_dist.train``; a page of log per step."""
     more = ["max_steps=40", "eval_every=40", "stochastic.support_weight=0"]
-    done = _run("-m", "tmass_dist.train", "--config", "demo.yaml", *data, f"run_dir={tmp_path}", *more)
+    done = run("-m", "tmass_dist.train", "--config", "demo.yaml", *data, f"run_dir={tmp_path}", *more)
     assert done.returncode == 0, done.stderr
     losses = [
         float(line.split("loss ")[1].split(",")[0])
@@ -155,12 +90,12 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains_and_is_evaluated(data: list[str], tmp_path: Path, name: str) -> None:
     more = [f"run_dir={tmp_path}", "max_steps=3", "eval_every=3", *VARIANTS[name]]
-    done = _run("-m", "tmass_dist.train", "--config", "demo.yaml", *data, *more)
+    done = run("-m", "tmass_dist.train", "--config", "demo.yaml", *data, *more)
     assert done.returncode == 0, done.stderr
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     kl = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/kl")
     assert all(event.value > 0 for event in kl) if name == "kl" else all(event.value == 0 for event in kl)
-    done = _run("-m", "tmass_dist.evaluate", "--run", str(tmp_path))
+    done = run("-m", "tmass_dist.evaluate", "--run", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["protocol"] == "query_conditioned"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+
+class PeerLostError(RuntimeError):
+    """Another rank, or a process that works for this one, is gone or hangs: starting again may help."""
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -14,6 +19,10 @@ def run_command(command: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+    except PeerLostError as error:
+        # Threads of a broken collective may never end.
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        os._exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

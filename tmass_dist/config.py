@@ -115,11 +115,16 @@ class OptimConfig:
     """Share of all steps spent warming up."""
     max_grad_norm: float = 1.0
     """Gradients are clipped at this global norm."""
+    ema: float = 0.0
+    """Decay of a running mean of the weights, which is validated and kept as the best in their place; 0: none."""
+    frozen: tuple[str, ...] = ()
+    """Parameters that stay as they are, by the beginning of their names, as ``towers.clip.visual``."""
 
     def __post_init__(self) -> None:
         _require(self.lr >= 0 and self.clip_lr >= 0, "optim.lr", (self.lr, self.clip_lr), "it cannot be negative")
         _require(0 <= self.warmup < 1, "optim.warmup", self.warmup, "it is a share of all steps, in [0, 1)")
         _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "it must be positive")
+        _require(0 <= self.ema < 1, "optim.ema", self.ema, "it must lie in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +132,29 @@ class EngineConfig:
     """DeepSpeed and the hardware."""
 
     zero_stage: int = 1
-    """ZeRO stage of DeepSpeed: 0, 1 or 2."""
+    """What the ranks share out (ZeRO): 0 nothing, 1 the optimiser, 2 also the gradients, 3 also the weights."""
     bf16: bool = False
-    """Train in bfloat16 with float32 master weights (GPUs)."""
+    """Run the towers in bfloat16; weights, gradients, head and loss stay float32."""
+    micro_batch: int | None = None
+    """Pairs that a rank encodes at a time: the gradient of the whole batch in the memory of so many; null: all."""
+    head_memory_mb: int | None = None
+    """About what the pooling of a rank's videos by all texts may take; null sets no limit."""
+    checkpoint_activations: bool = False
+    """Compute the towers' activations again in the backward pass: less memory for a third more work."""
+    compile: bool = False
+    """torch.compile the image tower."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """When a loss or gradient is not a number, on any rank: no rank updates, and the run stops or goes on."""
+    timeout_s: int = 600
+    """Seconds without progress after which the ranks give up and say which of them is missing."""
+    keep: int = 2
+    """Complete checkpoints that stay."""
 
     def __post_init__(self) -> None:
-        _require(self.zero_stage in (0, 1, 2), "engine.zero_stage", self.zero_stage, "0, 1 and 2 are supported")
+        _require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "it is 0, 1, 2 or 3")
+        for key in ("micro_batch", "head_memory_mb", "timeout_s", "keep"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"engine.{key}", value, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +281,11 @@ def to_yaml(config: Config) -> str:
 
 
 # What a second start may change and still be the same run.
-_FREE_KEYS = {"run_dir", "data.num_workers", "data.eval_batch_size", "log_every"}
+_FREE_KEYS = (
+    {"run_dir", "data.num_workers", "data.eval_batch_size", "log_every"}
+    | {f"engine.{key}" for key in ("zero_stage", "micro_batch", "head_memory_mb", "checkpoint_activations", "compile")}
+    | {f"engine.{key}" for key in ("nonfinite", "timeout_s", "keep")}
+)
 
 
 def differing_keys(one: Config, other: Config) -> list[str]:

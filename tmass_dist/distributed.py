@@ -119,18 +119,18 @@ def gather_objects(local: Any) -> list[Any]:
 _host_groups: list[Any] = []
 
 
-def max_over_ranks(value: float) -> float:
-    """The largest of every rank's number; how all ranks agree to stop, or that something failed.
+def largest(values: list[float]) -> list[float]:
+    """Each number's largest over the ranks; how all agree to stop, or that something failed.
 
-    It runs between the hosts' processors, so that asking at every step does not wait for the GPU.
+    It runs between the hosts' processors, so that asking at every step waits for no other rank's GPU.
     """
     if world_size() == 1:
-        return value
+        return values
     if not _host_groups:
         _host_groups.append(None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
-    tensor = torch.tensor([value], dtype=torch.float64)
+    tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_groups[0])
-    return tensor.item()
+    return tensor.tolist()
 
 
 class StopRequest:
@@ -143,10 +143,6 @@ class StopRequest:
 
     def _ask(self, *_: Any) -> None:
         self.asked = True
-
-    def agreed(self) -> bool:
-        """Was any rank asked? Every rank calls it, and every rank gets the same answer."""
-        return max_over_ranks(float(self.asked)) > 0
 
 
 def share_failure(error: Exception | None) -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tmass_dist.distributed import is_main
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tmass_dist.config import Config
+    from tmass_dist.objective import Losses
 
 TAGS = {
     "loss/total": "stochastic + support_weight * support, over the global batch",
@@ -15,8 +25,17 @@ TAGS = {
     "loss/support": "symmetric InfoNCE of the support texts",
     "loss/kl": "divergence of the mass from N(0, I), mean over dimensions; 0 without stochastic.kl_weight",
     "model/logit_scale": "temperature, exp of the learnt logarithm, at most 100",
-    "model/mean_radius": "mean radius R of the own pairs, in units of the text embedding",
+    "model/mean_radius": "mean radius R of the own pairs, in units of the text embedding; rank 0's",
+    "model/radius": "histogram of the own pairs' mean radii; rank 0's",
+    "model/positive_similarity": "mean cosine of the pairs",
+    "model/hardest_negative_similarity": "mean cosine of each text's most similar wrong video",
     "optim/grad_norm": "global gradient norm before clipping",
+    "optim/grad_norm_towers": "of the towers alone; optim/grad_norm_head: of the head",
+    "optim/lr_towers": "learning rate of the towers; optim/lr_head: of the head",
+    "progress/samples": "pairs seen since the beginning",
+    "speed/data_s": "seconds of a step that wait for the loader",
+    "speed/gradient_s": "seconds of a step in forward, loss and backward, the gathering of embeddings included",
+    "speed/optimizer_s": "seconds of a step in ZeRO's reduction and the update",
     "speed/videos_per_s": "videos of the global batch per second",
     "speed/data_wait": "share of a step spent waiting for the loader, 0 to 1",
     "speed/memory_gb": "peak memory of rank 0, GB",
@@ -43,9 +62,63 @@ class Monitor:
                 self._writer.add_scalar(tag, value, step)
             self._writer.flush()
 
+    def histogram(self, tag: str, values: Tensor, step: int) -> None:
+        numbers = values[values.isfinite()]
+        if self._writer is not None and len(numbers):
+            self._writer.add_histogram(tag, numbers.float().cpu().numpy(), step)
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+class Meter:
+    """What a run says about itself every ``log_every`` steps, and where its time went."""
+
+    def __init__(self, monitor: Monitor, log: logging.Logger, config: Config, num_steps: int) -> None:
+        self.monitor, self.console, self.config, self.num_steps = monitor, log, config, num_steps
+        self.start(0)
+
+    def start(self, step: int) -> None:
+        """Count from here: what came before, as a validation, is no training time."""
+        self._began, self._since = time.perf_counter(), step
+        self._spent: dict[str, float] = {"data": 0.0, "gradient": 0.0, "optimizer": 0.0}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to ``name``; a GPU's work counts where the host waits for it."""
+        began = time.perf_counter()
+        yield
+        self._spent[name] += time.perf_counter() - began
+
+    def log(self, step: int, losses: Losses, norms: dict[str, float], rates: dict[str, float]) -> None:
+        """Write everything about the steps since the last time; ``norms`` and ``rates`` by parameter group."""
+        steps, elapsed_s = max(1, step - self._since), time.perf_counter() - self._began
+        batch = self.config.data.batch_size
+        rate = steps * batch / elapsed_s
+        total = losses.total.item()
+        values = {
+            "loss/total": total,
+            "loss/stochastic": losses.stochastic.item(),
+            "loss/support": losses.support.item(),
+            "loss/kl": losses.divergence.item(),
+            "model/logit_scale": losses.temperature.item(),
+            "model/mean_radius": losses.radius_B.mean().item(),
+            "model/positive_similarity": losses.positive.item(),
+            "model/hardest_negative_similarity": losses.hardest.item(),
+            "progress/samples": float(step * batch),
+            "speed/videos_per_s": rate,
+            "speed/data_wait": self._spent["data"] / elapsed_s,
+            "speed/memory_gb": peak_memory_gb(),
+        }
+        values |= {f"speed/{name}_s": spent / steps for name, spent in self._spent.items()}
+        values |= {f"optim/lr_{name}": value for name, value in rates.items()}
+        values |= {f"optim/grad_norm{'' if name == 'total' else '_' + name}": value for name, value in norms.items()}
+        self.monitor.scalars(values, step)
+        self.monitor.histogram("model/radius", losses.radius_B, step)
+        left = datetime.timedelta(seconds=round((self.num_steps - step) * batch / rate))
+        self.console.info("step %d/%d loss %.4f, %.1f videos/s, ETA %s", step, self.num_steps, total, rate, left)
+        self.start(step)
 
 
 def start_log(path: Path) -> logging.Logger:

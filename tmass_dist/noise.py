@@ -58,3 +58,18 @@ def keyed_noise(
     second = _uniform(keys, num_values, seed, 1)
     # Box-Muller; 1 - u lies in (0, 1], so the logarithm is finite.
     return std * (-2 * torch.log1p(-first)).sqrt() * torch.cos(2 * math.pi * second)
+
+
+def keyed_dropout(x_VTD: Tensor, probability: float, keys: list[int]) -> Tensor:
+    """Dropout in which video ``i`` draws its own mask from ``keys[i]``: the same whatever rank holds the video.
+
+    Args:
+        x_VTD: activations; the texts stand in the order of the global batch.
+        probability: share of the values that become 0; the others are divided by one less it.
+        keys: one of each video.
+    """
+    keep_VTD = torch.empty_like(x_VTD)
+    generator = torch.Generator(x_VTD.device)
+    for row, key in zip(keep_VTD, keys):
+        row.bernoulli_(1 - probability, generator=generator.manual_seed(key))
+    return x_VTD * keep_VTD.div_(1 - probability)

@@ -3,32 +3,42 @@
 Traffic a step is 3 N D + 2 N^2 numbers; frame features, F times larger, never move.
 """
 
-# Shapes: B pairs of this rank, N of the world, F frames, H W pixels, L tokens, D embedding width.
+# Shapes: B pairs of this rank, N of the world, A anchors, F frames, H W pixels, L tokens, D embedding width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tmass_dist.distributed import gather_rows
-from tmass_dist.losses import symmetric_info_nce
+from tmass_dist.losses import symmetric_info_nce, temperature
 from tmass_dist.models.backbone import Towers
 from tmass_dist.models.head import RetrievalHead
 
 
-@dataclass(frozen=True)
-class Losses:
-    """What one step yields; ``total`` is the one to differentiate, the rest is detached."""
+class Losses(NamedTuple):
+    """What one step yields; ``total`` is the one to differentiate, the rest is detached.
+
+    A tuple, because ZeRO-3 finds the tensors of a forward in tuples alone.
+    """
 
     total: Tensor
     stochastic: Tensor
     support: Tensor
     divergence: Tensor
-    mean_radius: Tensor
+    radius_B: Tensor
+    """Mean radius of each own pair, in units of the text embedding; zeros where there is no mass."""
+    positive: Tensor
+    """Mean cosine of the pairs."""
+    hardest: Tensor
+    """Mean cosine of each text's most similar wrong video."""
+    temperature: Tensor
+    """What the cosines are multiplied by."""
 
 
 def global_losses(
@@ -41,6 +51,8 @@ def global_losses(
     *,
     kl_weight: float = 0.0,
     pooled_by: Literal["text", "sample"] = "text",
+    dropout_keys: list[int] | None = None,
+    memory_mb: float | None = None,
 ) -> Losses:
     """The loss of the whole global batch, from this rank's rows; every rank returns the same number.
 
@@ -52,6 +64,9 @@ def global_losses(
         support_weight: weight of the support-text loss.
         kl_weight: weight of the mass's divergence from N(0, I).
         pooled_by: what asks the frames, the text or its sample.
+        dropout_keys: one of each own video; training needs them where the pooling has dropout.
+        memory_mb: about what the pooling of the own videos by all N texts may take; beyond it videos are pooled
+            a few at a time, and once more for the backward pass. None sets no limit.
 
     Source: Wang et al., CVPR 2024, arXiv:2403.17998.
     """
@@ -60,28 +75,75 @@ def global_losses(
         radius_BD = head.mass.radius(text_BD, frames_BFD)
         sampled_BD = head.mass.sample(text_BD, radius_BD, noise_BD)
     asking_BD = sampled_BD if pooled_by == "sample" and sampled_BD is not None else text_BD
-    pooled_BND = head.pooling(gather_rows(asking_BD), frames_BFD)
-    direction_BND = F.normalize(pooled_BND, dim=-1)
+    pooling = _Pooling(head, gather_rows(asking_BD), frames_BFD, dropout_keys, memory_mb)
+    anchors = [text_BD if sampled_BD is None else sampled_BD]
+    if head.mass is not None and radius_BD is not None and support_weight:
+        pooled_mean_BD = pooling.map(lambda pooled_BND: pooled_BND.mean(dim=1))
+        anchors.append(head.mass.support(text_BD, radius_BD, pooled_mean_BD))
+    anchor_AND = torch.stack([F.normalize(gather_rows(anchor_BD), dim=-1) for anchor_BD in anchors])
 
-    def loss_of(anchor_BD: Tensor) -> Tensor:
-        anchor_ND = F.normalize(gather_rows(anchor_BD), dim=-1)
-        own_columns_BN = torch.einsum("nd,bnd->bn", anchor_ND, direction_BND)
-        similarity_NN = gather_rows(own_columns_BN).T
-        return symmetric_info_nce(similarity_NN, logit_scale)
+    def columns(pooled_BND: Tensor) -> Tensor:
+        return torch.einsum("and,bnd->ban", anchor_AND, F.normalize(pooled_BND, dim=-1))
 
-    zero = torch.zeros_like(text_BD.detach().sum())
-    if head.mass is None or sampled_BD is None or radius_BD is None:
-        total = loss_of(text_BD)
-        return Losses(total, total.detach(), zero, zero, zero)
-    total = stochastic = loss_of(sampled_BD)
-    support, divergence = zero, zero
-    if support_weight:
-        support = loss_of(head.mass.support(text_BD, radius_BD, pooled_BND.mean(dim=1)))
+    similarity_ANN = gather_rows(pooling.map(columns)).permute(1, 2, 0)
+    stochastic = total = symmetric_info_nce(similarity_ANN[0], logit_scale)
+    support = divergence = torch.zeros_like(total.detach())
+    if len(anchors) > 1:
+        support = symmetric_info_nce(similarity_ANN[1], logit_scale)
         total = total + support_weight * support
-    if kl_weight:
+    if head.mass is not None and radius_BD is not None and kl_weight:
         divergence = gather_rows(head.mass.divergence(text_BD, radius_BD)).mean()
         total = total + kl_weight * divergence
-    return Losses(total, stochastic.detach(), support.detach(), divergence.detach(), radius_BD.detach().mean())
+    with torch.no_grad():
+        positive_N = similarity_ANN[0].diagonal()
+        wrong_NN = similarity_ANN[0].detach().clone().fill_diagonal_(-2.0)
+    return Losses(
+        total=total,
+        stochastic=stochastic.detach(),
+        support=support.detach(),
+        divergence=divergence.detach(),
+        radius_B=text_BD.new_zeros(len(text_BD)) if radius_BD is None else radius_BD.detach().mean(dim=-1),
+        positive=positive_N.detach().mean(),
+        hardest=wrong_NN.amax(dim=1).mean(),
+        temperature=temperature(logit_scale.detach()),
+    )
+
+
+class _Pooling:
+    """Own videos as all texts see them: held whole, or made again, a few videos at a time, whenever they are used."""
+
+    _LIVE = 8
+    """Tensors of ``(b, N, D)`` that one tile's forward and backward hold at once."""
+
+    def __init__(
+        self,
+        head: RetrievalHead,
+        asking_ND: Tensor,
+        frames_BFD: Tensor,
+        dropout_keys: list[int] | None,
+        memory_mb: float | None,
+    ) -> None:
+        self.head, self.asking_ND, self.frames_BFD, self.keys = head, asking_ND, frames_BFD, dropout_keys
+        a_video_mb = asking_ND.numel() * asking_ND.element_size() * self._LIVE / 2**20
+        self.tile = len(frames_BFD) if memory_mb is None else max(1, int(memory_mb / a_video_mb))
+        self.whole: Tensor | None = None
+        if self.tile >= len(frames_BFD):
+            self.whole = head.pooling(asking_ND, frames_BFD, dropout_keys)
+
+    def map(self, use: Callable[[Tensor], Tensor]) -> Tensor:
+        """``use`` of ``pooled_BND``; ``use`` must treat every video alone."""
+        if self.whole is not None:
+            return use(self.whole)
+        starts = range(0, len(self.frames_BFD), self.tile)
+        return torch.cat([self._again(slice(start, start + self.tile), use) for start in starts])
+
+    def _again(self, rows: slice, use: Callable[[Tensor], Tensor]) -> Tensor:
+        keys = self.keys[rows] if self.keys is not None else None
+
+        def run(asking_ND: Tensor, frames_bFD: Tensor) -> Tensor:
+            return use(self.head.pooling(asking_ND, frames_bFD, keys))
+
+        return checkpoint(run, self.asking_ND, self.frames_BFD[rows], use_reentrant=False)  # pyright: ignore
 
 
 class Objective(nn.Module):
@@ -95,24 +157,45 @@ class Objective(nn.Module):
         *,
         kl_weight: float = 0.0,
         pooled_by: Literal["text", "sample"] = "text",
+        memory_mb: float | None = None,
+        bf16: bool = False,
     ) -> None:
         super().__init__()
         self.towers, self.head = towers, head
-        self.support_weight, self.kl_weight = support_weight, kl_weight
+        self.support_weight, self.kl_weight, self.memory_mb, self.bf16 = support_weight, kl_weight, memory_mb, bf16
         self.pooled_by: Literal["text", "sample"] = pooled_by
 
-    def forward(self, pixels_BFHWC: Tensor, tokens_BL: Tensor, noise_BD: Tensor | None) -> Losses:
-        text_BD = self.towers.encode_text(tokens_BL)
-        frames_BFD = self.towers.encode_frames(pixels_BFHWC)
+    def encode(self, pixels_BFHWC: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """``text_BD`` and ``frames_BFD``, float32 whatever the towers run in."""
+        # Autocast leaves the weights, their gradients and the optimiser in float32.
+        with torch.autocast(tokens_BL.device.type, torch.bfloat16, enabled=self.bf16):
+            text_BD, frames_BFD = self.towers.encode_text(tokens_BL), self.towers.encode_frames(pixels_BFHWC)
+        return text_BD.float(), frames_BFD.float()
+
+    def losses(
+        self, text_BD: Tensor, frames_BFD: Tensor, noise_BD: Tensor | None, dropout_keys: list[int] | None
+    ) -> Losses:
+        """See :func:`global_losses`."""
         # The loss is float32 whatever the towers run in: a softmax over many negatives loses digits in bf16.
         with torch.autocast(text_BD.device.type, enabled=False):
             return global_losses(
                 self.head,
-                text_BD.float(),
-                frames_BFD.float(),
+                text_BD,
+                frames_BFD,
                 noise_BD,
                 self.towers.logit_scale.float(),
                 self.support_weight,
                 kl_weight=self.kl_weight,
                 pooled_by=self.pooled_by,
+                dropout_keys=dropout_keys,
+                memory_mb=self.memory_mb,
             )
+
+    def forward(self, part: Literal["whole", "encode", "losses"], *inputs: Any) -> Any:
+        """All of a step, or one half of it; ZeRO-3 lends its weights only inside the forward."""
+        if part == "encode":
+            return self.encode(*inputs)
+        if part == "losses":
+            return self.losses(*inputs)
+        pixels_BFHWC, tokens_BL, noise_BD, dropout_keys = inputs
+        return self.losses(*self.encode(pixels_BFHWC, tokens_BL), noise_BD, dropout_keys)

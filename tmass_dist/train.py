@@ -7,10 +7,7 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +15,15 @@ from tmass_dist.cli import run_command, writable_dir
 from tmass_dist.config import Config, differing_keys, load_config, to_yaml
 
 if TYPE_CHECKING:
+    import logging
+
+    import torch
+
     from tmass_dist.data.index import Index
+    from tmass_dist.data.loader import Batch
     from tmass_dist.distributed import StopRequest
+    from tmass_dist.engine.zero import Engine
+    from tmass_dist.objective import Objective
 
 
 def check_batch(config: Config, world: int) -> None:
@@ -54,12 +58,6 @@ def validation_steps(config: Config, steps_per_epoch: int, num_steps: int) -> se
     return {step for step in steps if step <= num_steps} | {num_steps}
 
 
-def improves(scores: list[float], window: int) -> bool:
-    """Is the mean of the last ``window`` scores above that of every earlier moment?"""
-    means = [sum(part) / len(part) for end in range(1, len(scores) + 1) if (part := scores[max(0, end - window) : end])]
-    return len(means) == 1 or means[-1] > max(means[:-1])
-
-
 def check(config: Config, world: int) -> None:
     """What can be known to be wrong before any rank starts.
 
@@ -79,6 +77,63 @@ def check(config: Config, world: int) -> None:
             )
 
 
+def step_inputs(batch: Batch, step: int, model: Objective, config: Config, device: torch.device) -> tuple[Any, ...]:
+    """What ``Engine.backward`` takes: pixels, tokens, noise and dropout keys of this rank's pairs.
+
+    Every draw is keyed by seed, step and pair: the same on any number of ranks, and after any interruption.
+    """
+    import torch
+
+    from tmass_dist.data.transforms import augment, resize_centre_crop
+    from tmass_dist.noise import keyed_noise, text_key
+
+    pairs = list(zip(batch.video_ids, batch.caption_slots))
+    noise_BD = None
+    if model.head.mass is not None and config.stochastic.training == "sampled":
+        noise_BD = keyed_noise(
+            torch.tensor([text_key(step, *pair) for pair in pairs]),
+            model.towers.embed_dim,
+            seed=config.seed,
+            prior=config.stochastic.prior,
+            std=config.stochastic.prior_std,
+        ).to(device)
+    pixels = batch.pixels_BFHWC.to(device, non_blocking=True)
+    if config.data.augment:
+        crops = [text_key("crop", config.seed, step, *pair) for pair in pairs]
+        pixels = augment(pixels, crops, model.towers.image_size)
+    else:
+        pixels = resize_centre_crop(pixels, model.towers.image_size)
+    dropout_keys = [text_key("dropout", config.seed, step, *pair) for pair in pairs]
+    return pixels, batch.tokens_BL.to(device), noise_BD, dropout_keys
+
+
+def report_broken(
+    run_dir: Path, step: int, batch: Batch, loss: float, engine: Engine, config: Config, log: logging.Logger
+) -> None:
+    """A loss or gradient is not a number: write down whose, and stop or go on as the config says; every rank calls it.
+
+    Raises:
+        ValueError: with ``engine.nonfinite=stop``.
+    """
+    from tmass_dist import distributed
+    from tmass_dist.engine.checkpoint import write_json
+
+    pairs = [f"{video} caption {slot}" for video, slot in zip(batch.video_ids, batch.caption_slots)]
+    mine = {"rank": distributed.rank(), "loss": str(loss), "pairs": pairs}
+    broken = [found for found in distributed.gather_objects(None if engine.finite else mine) if found]
+    path = run_dir / "nonfinite" / f"step-{step:08d}.json"
+    if distributed.is_main():
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, broken)
+    ranks = ", ".join(str(found["rank"]) for found in broken)
+    line = (
+        f"step {step}: the loss or a gradient of rank {ranks} is not a number; no rank updated; the pairs are in {path}"
+    )
+    if config.engine.nonfinite == "stop":
+        raise ValueError(f"{line}; lower optim.lr, look at the pairs, or set engine.nonfinite=skip")
+    log.warning("%s; skipped", line)
+
+
 def train(config: Config, stop: StopRequest | None = None) -> bool:
     """Train to the end, or on to the end; every rank calls it.
 
@@ -89,24 +144,23 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     Returns:
         Whether the end was reached.
     """
+    import copy
+
     import torch
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
     from tmass_dist import distributed
     from tmass_dist.data.loader import TrainLoader
-    from tmass_dist.data.transforms import augment, resize_centre_crop
     from tmass_dist.engine import checkpoint
-    from tmass_dist.engine.optim import AuthorsAdamW, warmup_cosine
-    from tmass_dist.engine.zero import start_engine
-    from tmass_dist.evaluate import encode, ranks_of
-    from tmass_dist.evaluation.ranking import metrics
+    from tmass_dist.engine.optim import warmup_cosine
+    from tmass_dist.engine.watch import Watch
+    from tmass_dist.engine.zero import Engine
     from tmass_dist.models.backbone import build_tokenizer
-    from tmass_dist.models.tmass import build_model, parameter_groups
-    from tmass_dist.monitor import Monitor, peak_memory_gb, start_log
-    from tmass_dist.noise import keyed_noise, text_key
+    from tmass_dist.models.tmass import build_model
+    from tmass_dist.monitor import Meter, Monitor, start_log
+    from tmass_dist.validation import Validator
 
-    device = distributed.initialise()
+    device = distributed.initialise(config.engine.timeout_s)
     rank, world = distributed.rank(), distributed.world_size()
     check(config, world)
     distributed.barrier()  # every rank has compared the saved config before rank 0 writes it
@@ -132,119 +186,63 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
         num_workers=config.data.num_workers,
         num_frames=config.model.num_frames,
         random_frames=config.data.frames == "random",
+        timeout_s=config.engine.timeout_s,
     )
     num_steps = config.epochs * loader.steps_per_epoch
     num_steps = min(num_steps, config.max_steps or num_steps)
     validations = validation_steps(config, loader.steps_per_epoch, num_steps)
-    groups: Any = parameter_groups(model, config)
-    base_lrs = [group["lr"] for group in groups]
-    if config.optim.kind == "authors":
-        optimizer = AuthorsAdamW(groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
-    else:
-        optimizer = torch.optim.AdamW(groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
-    engine = start_engine(model, optimizer, config)
-    step = checkpoint.resume(engine, checkpoints)
+    validator = Validator(copy.deepcopy(model), selection, tokenize, config, device)
+    engine = Engine(model, config)
+    step = checkpoint.resume(engine, checkpoints, log)
+    saver = checkpoint.Saver(engine, checkpoints, config.engine.keep)
+    validator.resume(step)
     monitor = Monitor(run_dir / "tensorboard", step)
-    best_path = checkpoints / "best.json"
-    history_path = checkpoints / "validation.json"
-    history = json.loads(history_path.read_text()) if history_path.is_file() else []
-    history = [point for point in history if point["step"] <= step]
+    meter = Meter(monitor, log, config, num_steps)
     log.info("%s: step %d of %d, %d ranks, batch %d", run_dir, step, num_steps, world, config.data.batch_size)
 
     batches = loader.batches(step)
     bar = tqdm(
         total=num_steps, initial=step, desc="train", unit="step", disable=not distributed.is_main(), mininterval=1
     )
-    waited_s, logged_at, logged_step = 0.0, time.perf_counter(), step
     model.train()
-    while step < num_steps:
-        asked = time.perf_counter()
-        batch = next(batches)
-        waited_s += time.perf_counter() - asked
-        # Noise by pair, dropout by rank, both keyed by the step: a resumed run draws what an unbroken one would.
-        noise_BD = None
-        if model.head.mass is not None and config.stochastic.training == "sampled":
-            keys = torch.tensor([text_key(step, *pair) for pair in zip(batch.video_ids, batch.caption_slots)])
-            noise_BD = keyed_noise(
-                keys,
-                model.towers.embed_dim,
-                seed=config.seed,
-                prior=config.stochastic.prior,
-                std=config.stochastic.prior_std,
-            ).to(device)
-        torch.manual_seed(text_key(config.seed, step, rank) & 0x7FFFFFFF)
-
-        factor = warmup_cosine(step, num_steps, int(config.optim.warmup * num_steps))
-        for group, base_lr in zip(engine.optimizer.param_groups, base_lrs):
-            group["lr"] = base_lr * factor
-        pixels = batch.pixels_BFHWC.to(device, non_blocking=True)
-        if config.data.augment:
-            crops = [text_key("crop", config.seed, step, *pair) for pair in zip(batch.video_ids, batch.caption_slots)]
-            pixels = augment(pixels, crops, model.towers.image_size)
-        else:
-            pixels = resize_centre_crop(pixels, model.towers.image_size)
-        losses = engine(pixels, batch.tokens_BL.to(device), noise_BD)
-        engine.backward(losses.total)
-        engine.step()
-        step += 1
-        bar.update()
-
-        if step % config.log_every == 0 or step == num_steps:
-            total = losses.total.item()
-            if distributed.max_over_ranks(float(total != total)):
-                raise ValueError(f"the loss is not a number at step {step}; lower optim.lr and start again")
-            elapsed_s = time.perf_counter() - logged_at
-            norm = engine.get_global_grad_norm()
-            values = {
-                "loss/total": total,
-                "loss/stochastic": losses.stochastic.item(),
-                "loss/support": losses.support.item(),
-                "loss/kl": losses.divergence.item(),
-                "model/logit_scale": min(model.towers.logit_scale.exp().item(), 100.0),
-                "model/mean_radius": losses.mean_radius.item(),
-                "speed/videos_per_s": (step - logged_step) * config.data.batch_size / elapsed_s,
-                "speed/data_wait": waited_s / elapsed_s,
-                "speed/memory_gb": peak_memory_gb(),
-            }
-            values |= {f"optim/lr_{group['name']}": base * factor for group, base in zip(groups, base_lrs)}
-            if norm is not None:
-                values["optim/grad_norm"] = float(norm)
-            monitor.scalars(values, step)
-            rate = values["speed/videos_per_s"]
-            left = datetime.timedelta(seconds=round((num_steps - step) * config.data.batch_size / rate))
-            log.info("step %d/%d loss %.4f, %.1f videos/s, ETA %s", step, num_steps, total, rate, left)
-            waited_s, logged_at, logged_step = 0.0, time.perf_counter(), step
-
-        stopping = stop is not None and stop.agreed()
-        if stopping and step not in validations:
-            checkpoint.save(engine, checkpoints, step)
-        if step in validations:
-            model.eval()
-            features = encode(model, selection, tokenize, config, device)
-            found = metrics(ranks_of(model.head, features, config).t2v_T)
-            model.head.to(device)
-            model.train()
-            split = config.evaluation.selected_on
-            tags = {f"{split}/{config.evaluation.protocol}/t2v_{name}": value for name, value in found.items()}
-            monitor.scalars(tags, step)
-            log.info("step %d: %s t2v R@1 %.1f (%s)", step, split, found["R@1"], config.evaluation.protocol)
-            history.append({"step": step, "R@1": found["R@1"]})
-            improved = improves([point["R@1"] for point in history], config.evaluation.window)
-            if improved and distributed.is_main():
-                weights = {
-                    name: tensor.detach().float().cpu().contiguous() for name, tensor in model.state_dict().items()
-                }
-                aside = checkpoints / "best.safetensors.tmp"
-                save_file(weights, aside)
-                os.replace(aside, checkpoints / "best.safetensors")
-                checkpoint.write_json(best_path, {"step": step, "selected_on": split, "R@1": found["R@1"]})
-            if distributed.is_main():
-                checkpoint.write_json(history_path, history)
-            checkpoint.save(engine, checkpoints, step)
-            logged_at, logged_step, waited_s = time.perf_counter(), step, 0.0
-        if stopping and step < num_steps:
-            log.info("asked to stop: saved at step %d of %d; the same command goes on from there", step, num_steps)
-            break
+    stopping = False
+    meter.start(step)
+    with Watch(config.engine.timeout_s) as watch:
+        while step < num_steps and not stopping:
+            watch.beat(step)
+            with meter.phase("data"):
+                batch = next(batches)
+            inputs = step_inputs(batch, step, model, config, device)
+            with meter.phase("gradient"):
+                losses = engine.backward(*inputs)
+            # One exchange a step: was anybody asked to stop, is any number broken, is anybody still writing?
+            asked, broken, writing = distributed.largest(
+                [float(stop is not None and stop.asked), float(not engine.finite), float(saver.busy)]
+            )
+            stopping = asked > 0
+            if broken:
+                saver.finish()
+                report_broken(run_dir, step + 1, batch, losses.total.item(), engine, config, log)
+            if saver.pending and not writing:
+                saver.finish()
+            factor = warmup_cosine(step, num_steps, int(config.optim.warmup * num_steps))
+            logged = (step + 1) % config.log_every == 0 or step + 1 == num_steps
+            norms = engine.group_norms() if logged and not broken else {}
+            with meter.phase("optimizer"):
+                engine.step(factor, hold=broken > 0)
+            step += 1
+            bar.update()
+            if logged:
+                rates = {name: base * factor for name, base in engine.base_lrs.items()}
+                meter.log(step, losses, norms, rates)
+            if step in validations:
+                validator.validate(step, engine, monitor, log)
+            if step in validations or stopping:
+                saver.begin(step)
+                meter.start(step)
+        saver.finish()
+    if step < num_steps:
+        log.info("asked to stop: saved at step %d of %d; the same command goes on from there", step, num_steps)
     bar.close()
     monitor.close()
     distributed.barrier()

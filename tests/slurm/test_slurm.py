@@ -12,13 +12,13 @@ import torch
 
 from tests.slurm.cluster import ROOT, Cluster, Job, until
 from tests.slurm.conftest import STEPS
+from tmass_dist.engine.checkpoint import weights_of
 
 pytestmark = pytest.mark.slurm
 
 
 def _same_weights(job: Job, undisturbed: Job) -> None:
-    name = f"checkpoints/step-{STEPS:08d}/mp_rank_00_model_states.pt"
-    one, other = (torch.load(j.run_dir / name, weights_only=False)["module"] for j in (job, undisturbed))
+    one, other = (weights_of(j.run_dir / "checkpoints" / f"step-{STEPS:08d}") for j in (job, undisturbed))
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 

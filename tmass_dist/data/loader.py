@@ -163,6 +163,7 @@ class TrainLoader:
         num_workers: decoding processes; 0 decodes here.
         num_frames: frames of a video; of more packed ones, one from each segment.
         random_frames: any frame of a segment, keyed by step and pair, in place of the middle one.
+        timeout_s: how long a worker may take for a batch.
 
     Raises:
         ValueError: the batch does not divide by the ranks, or there are fewer pairs than one batch.
@@ -180,6 +181,7 @@ class TrainLoader:
         num_workers: int,
         num_frames: int = 12,
         random_frames: bool = False,
+        timeout_s: float = 600,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(f"data.batch_size={batch_size} is not divisible by {world_size} ranks")
@@ -188,7 +190,7 @@ class TrainLoader:
             raise ValueError(f"{index.directory} has {num_pairs} pairs, fewer than one batch of {batch_size}")
         self._steps = _Steps(index, batch_size, rank, world_size, seed, tokenize, num_frames, random_frames)
         self.steps_per_epoch = self._steps.steps_per_epoch
-        self._num_workers = num_workers
+        self._num_workers, self._timeout_s = num_workers, timeout_s
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches ``start_step``, ``start_step + 1``, ... without an end."""
@@ -199,7 +201,8 @@ class TrainLoader:
                 sampler=_From(start_step),
                 num_workers=self._num_workers,
                 worker_init_fn=_ignore_signals,
-                pin_memory=False,
+                pin_memory=torch.cuda.is_available(),
+                timeout=self._timeout_s if self._num_workers else 0,
             )
         )
 

@@ -1,14 +1,30 @@
-"""Checkpoints that are whole or absent: written aside, then renamed; ``latest.json`` only names a complete one."""
+"""Checkpoints that are whole or absent, by name: any number of ranks and any ZeRO stage goes on from them.
+
+Each rank writes its share of the tensors (weights and optimiser state, float32) and their checksums into a folder
+aside; the folder gets its name, ``step-...``, when every share is there. Only such folders are believed.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import shutil
+import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tmass_dist.distributed import barrier, is_main, share_failure, world_size
+from tmass_dist.data.index import sha256_of
+from tmass_dist.distributed import barrier, gather_objects, is_main, rank, share_failure, world_size
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tmass_dist.engine.zero import Engine
+
+_NAME = re.compile(r"step-(\d{8})")
+MANIFEST = "manifest.json"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -18,45 +34,162 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(aside, path)
 
 
-def save(engine: Any, directory: Path, step: int) -> None:
-    """Save the state after ``step`` steps; every rank calls it. The one before is kept until this one is whole."""
-    tag = f"step-{step:08d}"
-    aside = f"tmp-{tag}"
-    if is_main():
-        shutil.rmtree(directory / aside, ignore_errors=True)
-    barrier()
-    failure = None
+def saved_steps(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints, newest first."""
+    found = [_NAME.fullmatch(path.name) for path in directory.glob("step-*")]
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+class Saver:
+    """Saves in the background of the steps that follow; every rank makes the same calls.
+
+    Args:
+        engine: whose state is saved.
+        directory: of all checkpoints of the run.
+        keep: how many complete checkpoints stay.
+    """
+
+    def __init__(self, engine: Engine, directory: Path, keep: int = 2) -> None:
+        self.engine, self.directory, self.keep = engine, directory, keep
+        self._thread: threading.Thread | None = None
+        self._failure: OSError | None = None
+        self._step = -1
+
+    def begin(self, step: int) -> None:
+        """Copy the state after ``step`` steps, and start to write it; training may go on at once."""
+        self.finish()
+        aside = self.directory / f"tmp-step-{step:08d}"
+        if is_main():
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        barrier()
+        mine: dict[str, Tensor] = {}
+        for number, (key, name, value) in enumerate(self.engine.state()):
+            if number % world_size() == rank():
+                # A copy: training changes the original while this one is written.
+                mine[f"{key}:{name}"] = value.detach().to("cpu", copy=True).contiguous()
+        self._step, self._failure = step, None
+        self._thread = threading.Thread(target=self._write, args=(aside / _part(rank()), mine), name="save")
+        self._thread.start()
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+
+        try:
+            save_file(tensors, path)
+            path.with_suffix(".sha256").write_text(sha256_of(path), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            self._failure = error if isinstance(error, OSError) else OSError(str(error))
+
+    @property
+    def busy(self) -> bool:
+        """Is this rank still writing?"""
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def pending(self) -> bool:
+        """Has a save begun that has no name yet?"""
+        return self._thread is not None
+
+    def finish(self) -> None:
+        """Wait for every rank's share and give the checkpoint its name.
+
+        Raises:
+            ValueError: a rank could not write; the checkpoint before is still there, and is named.
+        """
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        aside, final = self.directory / f"tmp-step-{self._step:08d}", self.directory / f"step-{self._step:08d}"
+        failure: Exception | None = None
+        if self._failure is not None:
+            before = saved_steps(self.directory)
+            left = f"the last complete checkpoint is of step {before[0]}" if before else "there is no checkpoint yet"
+            failure = ValueError(
+                f"rank {rank()} cannot save step {self._step} in {self.directory}: {self._failure}; {left}"
+            )
+        try:
+            share_failure(failure)
+        except ValueError:
+            if is_main():
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+        if is_main():
+            parts = {_part(n): (aside / _part(n)).with_suffix(".sha256").read_text() for n in range(world_size())}
+            about = {"step": self._step, "world_size": world_size(), "zero_stage": self.engine.stage, "parts": parts}
+            write_json(aside / MANIFEST, about)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(aside, final)
+            for old in saved_steps(self.directory)[self.keep :]:
+                shutil.rmtree(self.directory / f"step-{old:08d}", ignore_errors=True)
+        barrier()
+
+
+def _part(number: int) -> str:
+    return f"part-{number:05d}.safetensors"
+
+
+def _damage(directory: Path) -> str | None:
+    """What is wrong with a checkpoint, as far as this rank's share of the reading tells."""
     try:
-        engine.save_checkpoint(str(directory), tag=aside, client_state={"step": step}, save_latest=False)
-    except OSError as error:
-        failure = error
-    share_failure(failure)
-    barrier()
-    if is_main():
-        shutil.rmtree(directory / tag, ignore_errors=True)
-        os.replace(directory / aside, directory / tag)
-        write_json(directory / "latest.json", {"tag": tag, "step": step, "world_size": world_size()})
-        for old in directory.glob("step-*"):
-            if old.name != tag:
-                shutil.rmtree(old, ignore_errors=True)
-    barrier()
+        parts = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["parts"]
+        for name in sorted(parts)[rank() :: world_size()]:
+            if sha256_of(directory / name) != parts[name]:
+                return f"{directory / name} is damaged"
+    except (OSError, KeyError, ValueError) as error:
+        return f"{directory} is incomplete ({error})"
+    return None
 
 
-def resume(engine: Any, directory: Path) -> int:
-    """Load the latest complete checkpoint; returns the number of steps done, 0 when there is none.
+def resume(engine: Engine, directory: Path, log: logging.Logger | None = None) -> int:
+    """Load the newest checkpoint that is whole; returns the number of steps done, 0 when there is none.
 
     Raises:
-        ValueError: it was saved by another number of ranks, or DeepSpeed finds it incomplete.
+        ValueError: checkpoints are there but none is whole, or it is of another model.
     """
-    pointer = directory / "latest.json"
-    if not pointer.is_file():
-        return 0
-    latest = json.loads(pointer.read_text(encoding="utf-8"))
-    if latest["world_size"] != world_size():
-        raise ValueError(
-            f"{directory} was saved by {latest['world_size']} ranks and this run has {world_size()}; "
-            "start it again with as many ranks"
-        )
-    path, client = engine.load_checkpoint(str(directory), tag=latest["tag"])
-    share_failure(None if path else ValueError(f"the checkpoint {directory / latest['tag']} is incomplete"))
-    return int(client["step"])
+    log = log or logging.getLogger("tmass_dist")
+    # One rank looks, or two could see different folders while a third is cleaning up.
+    steps = gather_objects(saved_steps(directory) if is_main() else [])[0]
+    for step in steps:
+        folder = directory / f"step-{step:08d}"
+        damage = next((found for found in gather_objects(_damage(folder)) if found), None)
+        if damage is None:
+            _load(engine, folder)
+            engine.set_step(step)
+            return step
+        log.warning("%s: going back to the checkpoint before it", damage)
+    if steps:
+        raise ValueError(f"no checkpoint in {directory} is whole; remove it to start from the beginning")
+    return 0
+
+
+def _load(engine: Engine, folder: Path) -> None:
+    from contextlib import ExitStack
+
+    from safetensors import safe_open
+
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for path in sorted(folder.glob("part-*.safetensors")):
+            file = stack.enter_context(safe_open(path, "pt"))
+            where |= dict.fromkeys(file.keys(), file)
+        for key in engine.state_keys:
+            for name, parameter in engine.named.items():
+                label = f"{key}:{name}"
+                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+                if label not in where or tuple(where[label].get_slice(label).get_shape()) != shape:
+                    raise ValueError(f"{folder} is of another model or optimiser: it has no {label} of shape {shape}")
+                engine.set_state(key, name, where[label].get_tensor(label))
+    # A count of steps is not a tensor of any parameter: the caller sets it.
+
+
+def weights_of(folder: Path, key: str = "weight") -> dict[str, Tensor]:
+    """All tensors of one kind (``weight``, ``exp_avg``, ``exp_avg_sq``, ``ema``) in a checkpoint, by name."""
+    from safetensors.torch import load_file
+
+    found: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("part-*.safetensors")):
+        found |= {k.split(":", 1)[1]: v for k, v in load_file(path).items() if k.startswith(f"{key}:")}
+    return found

@@ -1,4 +1,4 @@
-"""The authors' AdamW and the learning-rate schedule."""
+"""The authors' AdamW and torch's, and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -6,9 +6,51 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
-class AuthorsAdamW(torch.optim.Optimizer):
+class _Steps(torch.optim.Optimizer):
+    """What both optimisers do around their update; ZeRO hands them flat pieces of the weights, in any cut."""
+
+    hold = False
+    """A step in hold changes nothing: what every rank does when a gradient is not finite."""
+    ema = 0.0
+    """Decay of the running mean of the weights; it is state of the optimiser, sharded and saved with it. 0: none."""
+
+    def prepare(self, parameters: list[Tensor]) -> None:
+        """Give each of ``parameters`` its state now, so that a checkpoint finds a place to go."""
+        for parameter in parameters:
+            state = self.state[parameter]
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+            if self.ema:
+                state["ema"] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Update every parameter that has a gradient."""
+        assert closure is None
+        if self.hold:
+            return
+        self._update()
+        if self.ema:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self.state[parameter]["ema"].lerp_(parameter, 1 - self.ema)
+
+    def _update(self) -> None:
+        raise NotImplementedError
+
+
+class TorchAdamW(_Steps, torch.optim.AdamW):
+    """``torch.optim.AdamW``."""
+
+    def _update(self) -> None:
+        torch.optim.AdamW.step(self)
+
+
+class AuthorsAdamW(_Steps):
     """AdamW as the published code computes it: eps before the bias correction, decay after the update.
 
     Against ``torch.optim.AdamW``: ``eps`` is added to ``sqrt(v)`` before ``v`` is corrected for its start at zero,
@@ -25,20 +67,15 @@ class AuthorsAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient."""
-        assert closure is None
+    def _update(self) -> None:
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
+                if not self.state[parameter]:
+                    self.prepare([parameter])
                 state = self.state[parameter]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
-                    state["exp_avg"] = torch.zeros_like(parameter)
-                    state["exp_avg_sq"] = torch.zeros_like(parameter)
                 state["step"] += 1
                 count = state["step"].item()
                 state["exp_avg"].lerp_(parameter.grad, 1 - beta1)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmass_dist.noise import keyed_dropout
+
 
 class XPool(nn.Module):
     """One attention layer in which every text asks every video's frames.
@@ -22,7 +24,7 @@ class XPool(nn.Module):
         self.num_heads = num_heads
         self.query, self.key, self.value, self.out, self.linear = (nn.Linear(embed_dim, embed_dim) for _ in range(5))
         self.norm_in, self.norm_attended, self.norm_out = (nn.LayerNorm(embed_dim) for _ in range(3))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         for layer in (self.query, self.key, self.value, self.out, self.linear):
             nn.init.eye_(layer.weight)  # as the authors start it: pooling begins as plain attention
             nn.init.zeros_(layer.bias)
@@ -54,22 +56,27 @@ class XPool(nn.Module):
         weight_DHE = self.out.weight.unflatten(1, (self.num_heads, -1))
         return torch.einsum("vfhe,dhe->vhfd", value_VFHE, weight_DHE) + self.out.bias / self.num_heads
 
-    def forward(self, text_TD: Tensor, frames_VFD: Tensor) -> Tensor:
+    def forward(self, text_TD: Tensor, frames_VFD: Tensor, dropout_keys: list[int] | None = None) -> Tensor:
         """Every video as every text sees it, ``pooled_VTD``; embeddings of any norm.
 
         Args:
-            text_TD: text embeddings (never the sampled ones).
+            text_TD: what asks: text embeddings, of the whole global batch in training.
             frames_VFD: frame embeddings in time order.
+            dropout_keys: one of each video; training needs them where there is dropout.
         """
         weights_VTK = self.attention(self.queries(text_TD), self.keys(frames_VFD)).transpose(1, 2).flatten(2)
         attended_VTD = self.norm_attended(weights_VTK @ self.values(frames_VFD).flatten(1, 2))
-        return self.norm_out(attended_VTD + self.dropout(self.linear(attended_VTD)))
+        projected_VTD = self.linear(attended_VTD)
+        if self.training and self.dropout:
+            assert dropout_keys is not None, "in training every video brings the key of its dropout mask"
+            projected_VTD = keyed_dropout(projected_VTD, self.dropout, dropout_keys)
+        return self.norm_out(attended_VTD + projected_VTD)
 
 
 class MeanPool(nn.Module):
     """The mean of the normalised frames, whatever the text."""
 
-    def forward(self, text_TD: Tensor, frames_VFD: Tensor) -> Tensor:
+    def forward(self, text_TD: Tensor, frames_VFD: Tensor, dropout_keys: list[int] | None = None) -> Tensor:
         """``pooled_VTD``, the same for every text (a view)."""
         mean_VD = F.normalize(frames_VFD, dim=-1).mean(dim=1)
         return mean_VD[:, None].expand(-1, len(text_TD), -1)

@@ -23,13 +23,23 @@ def build_model(config: Config) -> Objective:
     )
     if config.stochastic.training == "mean" and head.mass is not None:
         head.mass.requires_grad_(False)  # the loss does not see it
-    return Objective(
+    model = Objective(
         towers,
         head,
         config.stochastic.support_weight,
         kl_weight=config.stochastic.kl_weight,
         pooled_by=config.model.pooled_by,
+        memory_mb=config.engine.head_memory_mb,
+        bf16=config.engine.bf16,
     )
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in config.optim.frozen:
+        if not any(name.startswith(prefix) for name in names):
+            raise ValueError(f"optim.frozen names {prefix!r}, and no parameter begins so; the first is {names[0]}")
+    for name, parameter in model.named_parameters():
+        if name.startswith(tuple(config.optim.frozen)):
+            parameter.requires_grad_(False)
+    return model
 
 
 def parameter_groups(model: Objective, config: Config) -> list[dict[str, object]]:

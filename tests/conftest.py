@@ -1,0 +1,35 @@
+"""What several test files share: commands as a person calls them, and a small generated data set."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    """``python`` with ``arguments``, one thread."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s
+    )
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Shards of a small generated data set, as overrides."""
+    out = tmp_path_factory.mktemp("demo")
+    made = run("shards/demo_data.py", "--out", str(out / "v"), "--train", "40", "--val", "12", "--test", "14")
+    assert made.returncode == 0, made.stderr
+    overrides = []
+    for split in ("train", "val", "test"):
+        shards = out / split
+        command = ["--source", "manifest", "--annotations", str(out / "v/manifest.jsonl"), "--videos", str(out / "v")]
+        command += ["--split", split, "--out", str(shards), "--image-size", "32", "--workers", "1"]
+        packed = run("shards/make_shards.py", *command)
+        assert packed.returncode == 0, packed.stderr
+        overrides.append(f"data.{split}={shards}")
+    return [*overrides, "data.batch_size=8", "max_steps=6", "eval_every=3", "log_every=1"]

@@ -1,0 +1,240 @@
+"""One run of two ranks through every fault, at random steps: each ends with a line, and the weights end the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tmass_dist.engine.checkpoint import saved_steps, weights_of
+
+STEPS, TIMEOUT_S = 240, 12
+
+
+@dataclass
+class Ranks:
+    """Two ranks of one training, each with its own stderr."""
+
+    overrides: list[str]
+    run_dir: Path
+    processes: list[subprocess.Popen[str]]
+
+    def step(self) -> int:
+        """Steps done, by the log of this start."""
+        log = self.run_dir / "train.log"
+        steps = re.findall(r"step (\d+)/", log.read_text()) if log.is_file() else []
+        return int(steps[-1]) if steps else 0
+
+    def until(self, step: int, seconds: float = 90) -> None:
+        deadline = time.monotonic() + seconds
+        while self.step() < step:
+            assert time.monotonic() < deadline and self.processes[0].poll() is None, self.words(0)
+            time.sleep(0.02)
+
+    def ends(self, rank: int, seconds: float) -> int:
+        return self.processes[rank].wait(seconds)
+
+    def words(self, rank: int) -> str:
+        return (self.run_dir / f"stderr-{rank}").read_text()
+
+    def error_of(self, rank: int) -> str:
+        """The one line that a person reads."""
+        lines = [line for line in self.words(rank).splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in self.words(rank), self.words(rank)
+        return lines[0]
+
+
+def start(overrides: list[str], run_dir: Path, prepare: Callable[[int], None] = lambda rank: None) -> Ranks:
+    run_dir.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in (0, 1):
+        with (run_dir / f"stderr-{rank}").open("w") as stderr:
+            processes.append(
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        "-m",
+                        "tmass_dist.train",
+                        "--config",
+                        "demo.yaml",
+                        *overrides,
+                        f"run_dir={run_dir}",
+                    ],
+                    cwd=ROOT,
+                    env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    text=True,
+                    preexec_fn=lambda rank=rank: prepare(rank),
+                )
+            )
+    return Ranks(overrides, run_dir, processes)
+
+
+@pytest.fixture
+def overrides(data: list[str]) -> list[str]:
+    more = [f"max_steps={STEPS}", "eval_every=15", f"engine.timeout_s={TIMEOUT_S}", "data.num_workers=1"]
+    return [*data, *more]
+
+
+def killed(ranks: Ranks, step: int, number: int) -> None:
+    ranks.until(step)
+    ranks.processes[number].kill()
+    other = 1 - number
+    assert ranks.ends(other, TIMEOUT_S + 20) == 1
+    assert f"rank {number} " in ranks.error_of(other) and "gone" in ranks.error_of(other)
+
+
+def stopped(ranks: Ranks, step: int, number: int) -> None:
+    ranks.until(step)
+    ranks.processes[number].send_signal(signal.SIGSTOP)
+    other = 1 - number
+    try:
+        assert ranks.ends(other, TIMEOUT_S + 20) == 1
+    finally:
+        ranks.processes[number].kill()
+    assert f"rank {number} " in ranks.error_of(other)
+
+
+def worker_killed(ranks: Ranks, step: int, number: int) -> None:
+    ranks.until(step)
+    children = Path(f"/proc/{ranks.processes[number].pid}/task/{ranks.processes[number].pid}/children")
+    for child in children.read_text().split():
+        os.kill(int(child), signal.SIGKILL)
+    assert ranks.ends(number, TIMEOUT_S + 20) == 1
+    assert ranks.ends(1 - number, TIMEOUT_S + 20) == 1
+    assert f"rank {number}: a decoding process ended" in ranks.error_of(number)
+    assert f"rank {number} failed: a decoding process ended" in ranks.error_of(1 - number)
+
+
+def terminated(ranks: Ranks, step: int, number: int) -> None:
+    ranks.until(step)
+    ranks.processes[number].terminate()
+    for rank in (0, 1):
+        assert ranks.ends(rank, TIMEOUT_S + 20) == 0, ranks.words(rank)
+    assert "asked to stop: saved at step" in ranks.words(0)
+
+
+def torn_checkpoint(ranks: Ranks, step: int, number: int) -> None:
+    killed(ranks, max(step, 35), number)  # there are two checkpoints by then
+    checkpoints = ranks.run_dir / "checkpoints"
+    newest, before = saved_steps(checkpoints)[:2]
+    part = checkpoints / f"step-{newest:08d}" / f"part-{number:05d}.safetensors"
+    part.write_bytes(part.read_bytes()[:-100])
+    (ranks.run_dir / "expect").write_text(f"{part} is damaged|step {before} of")
+
+
+def corrupt_shard(ranks: Ranks, step: int, number: int) -> None:
+    ranks.until(step)
+    shards = Path(next(o for o in ranks.overrides if o.startswith("data.train=")).removeprefix("data.train="))
+    shard = sorted(shards.glob("*.tar"))[0]
+    whole = shard.read_bytes()
+    shard.write_bytes(b"\xff" * len(whole))
+    try:
+        codes = [ranks.ends(rank, TIMEOUT_S + 20) for rank in (0, 1)]
+        assert all(codes), codes
+        assert any(shard.name in ranks.words(rank) for rank in (0, 1)), ranks.words(0) + ranks.words(1)
+    finally:
+        shard.write_bytes(whole)
+
+
+def full_disk(ranks: Ranks, step: int, number: int) -> None:
+    """A rank may not write files of more than 100 kB: its share of the next checkpoint does not fit."""
+    before = saved_steps(ranks.run_dir / "checkpoints")
+    for rank in (0, 1):
+        assert ranks.ends(rank, 90) == 2
+        line = ranks.error_of(rank)
+        assert f"rank {number} cannot save step" in line and f"last complete checkpoint is of step {before[0]}" in line
+    assert saved_steps(ranks.run_dir / "checkpoints") == before
+
+
+def small_files(number: int) -> Callable[[int], None]:
+    def prepare(rank: int) -> None:
+        if rank == number:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    return prepare
+
+
+FAULTS = [killed, stopped, worker_killed, terminated, torn_checkpoint, corrupt_shard, full_disk]
+
+
+def test_one_run_survives_every_fault(overrides: list[str], tmp_path: Path) -> None:
+    undisturbed = start(overrides, tmp_path / "undisturbed")
+    chance = random.Random()
+    seed = chance.randrange(10**6)
+    chance.seed(seed)
+    print(f"seed of the faults: {seed}")
+    for rank in (0, 1):
+        assert undisturbed.ends(rank, 240) == 0, undisturbed.words(rank)
+
+    disturbed, at = tmp_path / "disturbed", 16
+    table = []
+    for fault in FAULTS:
+        number = 1 if fault is full_disk else chance.randrange(2)  # rank 0 also writes logs and curves
+        ranks = start(overrides, disturbed, small_files(number) if fault is full_disk else lambda rank: None)
+        began = time.monotonic()
+        at += chance.randrange(4, 24)
+        try:
+            fault(ranks, at, number)
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            raise AssertionError(f"{fault.__name__} of rank {number} at step {at} (seed {seed}): {error}") from error
+        finally:
+            for process in ranks.processes:
+                process.kill()
+        expect = disturbed / "expect"
+        lines = ranks.words(1 - number).splitlines()
+        table.append(f"{fault.__name__} of rank {number} at step {at}: {time.monotonic() - began:.1f} s; {lines[-1]}")
+        if expect.is_file():
+            kept, expected = disturbed / "kept", expect.read_text().split("|")
+            shutil.move(expect, kept)
+            again = start(overrides, disturbed)
+            again.until(saved_steps(disturbed / "checkpoints")[1] + 1)
+            for process in again.processes:
+                process.kill()
+            assert all(words in again.words(0) for words in expected), again.words(0)
+    print("\n".join(table))
+    last = start(overrides, disturbed)
+    for rank in (0, 1):
+        assert last.ends(rank, 240) == 0, last.words(rank)
+    one, other = (weights_of(r / "checkpoints" / f"step-{STEPS:08d}") for r in (undisturbed.run_dir, disturbed))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert not list((disturbed / "checkpoints").glob("tmp-*"))
+    again = start(overrides, disturbed)  # nothing is left to do
+    for rank in (0, 1):
+        assert again.ends(rank, 90) == 0, again.words(rank)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_loss_that_is_no_number(overrides: list[str], tmp_path: Path, policy: str) -> None:
+    """A rate that throws the weights out of the numbers' range, on every rank."""
+    wild = ["optim.lr=1e38", "optim.warmup=0", "max_steps=4", "eval_every=4", f"engine.nonfinite={policy}"]
+    ranks = start([*overrides, *wild], tmp_path / "run")
+    codes = [ranks.ends(rank, 90) for rank in (0, 1)]
+    notes = sorted((tmp_path / "run" / "nonfinite").glob("*.json"))
+    found = json.loads(notes[0].read_text())
+    assert [entry["rank"] for entry in found] == [0, 1] and len(found[0]["pairs"]) == 4
+    if policy == "stop":
+        assert codes == [2, 2] and len(notes) == 1
+        assert "is not a number; no rank updated" in ranks.error_of(0)
+    else:
+        assert len(notes) > 1 and "; skipped" in ranks.words(0)

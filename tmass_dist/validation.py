@@ -1,0 +1,76 @@
+"""Validation during training, and the choice of the checkpoint that will be reported."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tmass_dist.config import Config
+from tmass_dist.data.index import Index
+from tmass_dist.distributed import is_main
+from tmass_dist.engine.checkpoint import write_json
+from tmass_dist.engine.zero import Engine
+from tmass_dist.evaluate import encode, ranks_of
+from tmass_dist.evaluation.ranking import metrics
+from tmass_dist.monitor import Monitor
+from tmass_dist.objective import Objective
+
+
+def improves(scores: list[float], window: int) -> bool:
+    """Is the mean of the last ``window`` scores above that of every earlier moment?"""
+    means = [sum(part) / len(part) for end in range(1, len(scores) + 1) if (part := scores[max(0, end - window) : end])]
+    return len(means) == 1 or means[-1] > max(means[:-1])
+
+
+class Validator:
+    """A model of its own, which takes the weights (or their running mean) whole, whatever the ZeRO stage.
+
+    Args:
+        model: a copy of the model that is trained, before ZeRO took it.
+        selection: the split that chooses.
+        tokenize: texts to token ids.
+        config: the run.
+        device: where to encode.
+    """
+
+    def __init__(self, model: Objective, selection: Index, tokenize: Any, config: Config, device: torch.device) -> None:
+        self.model, self.selection, self.tokenize = model.eval().requires_grad_(False), selection, tokenize
+        self.config, self.device = config, device
+        self.directory = Path(config.run_dir) / "checkpoints"
+        self.history: list[dict[str, float]] = []
+
+    def resume(self, step: int) -> None:
+        """Forget what was seen after ``step``: it will be seen again."""
+        path = self.directory / "validation.json"
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        self.history = [point for point in known if point["step"] <= step]
+
+    def validate(self, step: int, engine: Engine, monitor: Monitor, log: logging.Logger) -> None:
+        """Score the selection split, and keep the weights if they are the best so far; every rank calls it."""
+        from safetensors.torch import save_file
+
+        parameters = dict(self.model.named_parameters())
+        kind = "ema" if self.config.optim.ema else "weight"
+        with torch.no_grad():
+            for _, name, value in engine.state((kind,)):
+                parameters[name].copy_(value)
+        features = encode(self.model, self.selection, self.tokenize, self.config, self.device)
+        found = metrics(ranks_of(self.model.head, features, self.config).t2v_T)
+        split, protocol = self.config.evaluation.selected_on, self.config.evaluation.protocol
+        monitor.scalars({f"{split}/{protocol}/t2v_{name}": value for name, value in found.items()}, step)
+        log.info("step %d: %s t2v R@1 %.1f (%s)", step, split, found["R@1"], protocol)
+        self.history.append({"step": step, "R@1": found["R@1"]})
+        if not is_main():
+            return
+        if improves([point["R@1"] for point in self.history], self.config.evaluation.window):
+            weights = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+            aside = self.directory / "best.safetensors.tmp"
+            save_file(weights, aside)
+            os.replace(aside, self.directory / "best.safetensors")
+            write_json(self.directory / "best.json", {"step": step, "selected_on": split, "R@1": found["R@1"]})
+        write_json(self.directory / "validation.json", self.history)
