@@ -36,8 +36,7 @@ class Ranks:
 
     def step(self) -> int:
         """Steps done, by the log of this start."""
-        log = self.run_dir / "train.log"
-        steps = re.findall(r"step (\d+)/", log.read_text()) if log.is_file() else []
+        steps = re.findall(r"step (\d+)/", self.words(0))
         return int(steps[-1]) if steps else 0
 
     def until(self, step: int, seconds: float = 90) -> None:
@@ -152,7 +151,8 @@ def corrupt_shard(ranks: Ranks, step: int, number: int) -> None:
     try:
         codes = [ranks.ends(rank, TIMEOUT_S + 20) for rank in (0, 1)]
         assert all(codes), codes
-        assert any(shard.name in ranks.words(rank) for rank in (0, 1)), ranks.words(0) + ranks.words(1)
+        for rank in (0, 1):  # one reads it first, and the other says so
+            assert shard.name in ranks.error_of(rank) and "damaged" in ranks.error_of(rank)
     finally:
         shard.write_bytes(whole)
 
@@ -191,7 +191,10 @@ def test_one_run_survives_every_fault(overrides: list[str], tmp_path: Path) -> N
     table = []
     for fault in FAULTS:
         number = 1 if fault is full_disk else chance.randrange(2)  # rank 0 also writes logs and curves
-        ranks = start(overrides, disturbed, small_files(number) if fault is full_disk else lambda rank: None)
+        if fault is full_disk:  # a worker hands its batches over in shared memory, which the limit would meet first
+            ranks = start([*overrides, "data.num_workers=0"], disturbed, small_files(number))
+        else:
+            ranks = start(overrides, disturbed)
         began = time.monotonic()
         at += chance.randrange(4, 24)
         try:

@@ -145,6 +145,7 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
         Whether the end was reached.
     """
     import copy
+    from contextlib import closing
 
     import torch
     from tqdm import tqdm
@@ -200,14 +201,13 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     meter = Meter(monitor, log, config, num_steps)
     log.info("%s: step %d of %d, %d ranks, batch %d", run_dir, step, num_steps, world, config.data.batch_size)
 
-    batches = loader.batches(step)
     bar = tqdm(
         total=num_steps, initial=step, desc="train", unit="step", disable=not distributed.is_main(), mininterval=1
     )
     model.train()
     stopping = False
     meter.start(step)
-    with Watch(config.engine.timeout_s) as watch:
+    with Watch(config.engine.timeout_s) as watch, closing(loader.batches(step)) as batches:
         while step < num_steps and not stopping:
             watch.beat(step)
             with meter.phase("data"):

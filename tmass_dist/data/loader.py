@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from tmass_dist.cli import PeerLostError
 from tmass_dist.data.frames import random_frame_indices, uniform_frame_indices
 from tmass_dist.data.index import Index, read_sample
 from tmass_dist.noise import text_key
@@ -192,9 +193,14 @@ class TrainLoader:
         self.steps_per_epoch = self._steps.steps_per_epoch
         self._num_workers, self._timeout_s = num_workers, timeout_s
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """Batches ``start_step``, ``start_step + 1``, ... without an end."""
-        return iter(
+    def batches(self, start_step: int) -> Generator[Batch, None, None]:
+        """Batches ``start_step``, ``start_step + 1``, ... without an end; close it to end the workers.
+
+        Raises:
+            ValueError: a shard is damaged; it is named.
+            PeerLostError: a worker was killed, or took longer than ``timeout_s``.
+        """
+        batches = iter(
             DataLoader(
                 self._steps,
                 batch_size=None,
@@ -205,6 +211,22 @@ class TrainLoader:
                 timeout=self._timeout_s if self._num_workers else 0,
             )
         )
+        try:
+            while True:
+                try:
+                    batch = next(batches)
+                except ValueError as error:
+                    # A worker's error comes with its whole traceback; its last line is what it said.
+                    raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+                except (RuntimeError, ConnectionError, EOFError) as error:
+                    if self._num_workers == 0:
+                        raise
+                    words = " ".join(str(error).split()) or type(error).__name__
+                    raise PeerLostError(f"a decoding process ended or hangs: {words}") from error
+                yield batch
+        finally:
+            # Workers ignore SIGTERM, and so would outlive the exit of a process that was not patient with them.
+            getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 def iterate_videos(

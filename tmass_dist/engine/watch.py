@@ -64,12 +64,14 @@ class Watch:
         try:
             if error is None:
                 gather_objects(None)  # nobody needs the store any more
-            elif isinstance(error, RuntimeError) and _OF_A_COLLECTIVE.search(str(error)):
-                raise PeerLostError(self._why()) from error
-            elif isinstance(error, RuntimeError) and "DataLoader" in str(error):
-                line = f"a decoding process ended or hangs: {' '.join(str(error).split())}"
+            elif isinstance(error, PeerLostError) or "DataLoader worker" in str(error):
+                # A worker's death is a signal to its parent, wherever that is; torch makes it a RuntimeError.
+                line = " ".join(str(error).split())
+                line = line if isinstance(error, PeerLostError) else f"a decoding process ended or hangs: {line}"
                 self._tell(line)
                 raise PeerLostError(f"rank {rank()}: {line}") from error
+            elif isinstance(error, RuntimeError) and _OF_A_COLLECTIVE.search(str(error)):
+                raise PeerLostError(self._why()) from error
             elif error is not None:
                 self._tell(f"{type(error).__name__}: {' '.join(str(error).split())}")
         finally:
