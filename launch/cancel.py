@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch import cluster  # noqa: E402
+from launch.record import jobs_of  # noqa: E402
 from tmass_dist.cli import run_command  # noqa: E402
 
 
@@ -19,17 +19,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python launch/cancel.py", description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     arguments = parser.parse_args()
-    record = arguments.run / "jobs" / "job.json"
-    if not record.is_file():
+    jobs = jobs_of(arguments.run)
+    if not jobs:
         raise ValueError(f"{arguments.run} has no SLURM job on record")
-    job_id = json.loads(record.read_text(encoding="utf-8"))["job_id"]
-    state = cluster.slurm_state(job_id)
-    if not cluster.is_alive(state):
-        raise ValueError(f"job {job_id} is not alive: {state}")
-    done = subprocess.run(["scancel", job_id], capture_output=True, text=True)
+    states = {job["id"]: cluster.slurm_state(job["id"]) for job in jobs}
+    alive = [job_id for job_id, state in states.items() if cluster.is_alive(state)]
+    if not alive:
+        raise ValueError(f"job {jobs[-1]['id']} is not alive: {states[jobs[-1]['id']]}")
+    done = subprocess.run(["scancel", *alive], capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"scancel: {done.stderr.strip()}")
-    print(f"job {job_id} is cancelled; the same submit command goes on from its last checkpoint")
+    print(f"cancelled: job {', '.join(alive)}; the same submit command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

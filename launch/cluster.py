@@ -11,12 +11,12 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-FINAL_ERROR = "final-error.txt"
-"""Written beside the job's logs when starting again cannot help; a requeue asks for it."""
+FINAL_ERROR = "final-error"
+"""``final-error-JOB.txt`` beside the job's logs: starting again cannot help; a requeue asks for it."""
 
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 
@@ -27,6 +27,8 @@ class Resources:
 
     cluster: Literal["slurm", "local"] = "slurm"
     nodes: int = 1
+    min_nodes: int | None = None
+    """Start with fewer nodes, down to so many, where not all are free."""
     gpus: int = 0
     """GPUs, and so tasks, of a node; 0 runs ``procs`` tasks on CPU."""
     procs: int = 2
@@ -38,6 +40,10 @@ class Resources:
     """Seconds before the time limit at which the job is told to save."""
     flags: dict[str, str] = field(default_factory=dict)
     """partition, account, qos, constraint, exclude, mem, dependency: passed on where given."""
+
+    def one_task(self) -> Resources:
+        """For work that needs no other rank and no GPU."""
+        return replace(self, nodes=1, min_nodes=None, gpus=0, procs=1)
 
     @property
     def tasks(self) -> int:
@@ -104,6 +110,8 @@ def slurm_executor(resources: Resources, folder: Path, root: Path, name: str) ->
     extra: dict[str, Any] = {"requeue": True, "open-mode": "append"}
     if "dependency" in flags:
         extra["kill-on-invalid-dep"] = "yes"
+    if resources.min_nodes:
+        extra["nodes"] = f"{resources.min_nodes}-{resources.nodes}"
     executor = Executor(folder=folder)
     executor.update_parameters(
         job_name=name,
@@ -127,13 +135,16 @@ def slurm_executor(resources: Resources, folder: Path, root: Path, name: str) ->
 
 
 def _requeue_lines(folder: Path, requeues: int) -> list[str]:
-    final = shlex.quote(str(folder / FINAL_ERROR))
+    at = shlex.quote(str(folder))
     return [
         "rc=$?",
+        # A task of an array is a job of its own, with another name for its files.
+        'id="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"; id="${id:-$SLURM_JOB_ID}"',
         # A job that somebody cancelled is no longer RUNNING here; it stays cancelled.
-        f'if [ $rc -ne 0 ] && [ ! -e {final} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ] '
+        f'if [ $rc -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ] '
+        f'&& [ ! -e {at}/{FINAL_ERROR}-"$id".txt ] '
         '&& [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then',
-        f"  rm -f {shlex.quote(str(folder))}/${{SLURM_JOB_ID}}_*_result.pkl",
+        f'  rm -f {at}/"$id"_*_result.pkl',
         '  echo "exit code $rc: the job is queued again" && scontrol requeue "$SLURM_JOB_ID" && sleep 60',
         "fi",
         "exit $rc",
@@ -145,8 +156,8 @@ def sbatch_text(executor: Any) -> str:
     return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 
-def submit(executor: Any, task: Any) -> Any:
-    """Submit one job.
+def submit(executor: Any, tasks: list[Any]) -> list[Any]:
+    """Submit one job, or for several tasks one job array; returns submitit's job of each task.
 
     Raises:
         ValueError: sbatch refuses; its own words, once.
@@ -156,7 +167,10 @@ def submit(executor: Any, task: Any) -> Any:
     echoed = io.StringIO()  # submitit repeats sbatch's stderr on ours
     try:
         with contextlib.redirect_stderr(echoed):
-            return executor.submit(task)
+            if len(tasks) == 1:
+                return [executor.submit(tasks[0])]
+            with executor.batch():
+                return [executor.submit(task) for task in tasks]
     except (FailedJobError, FailedSubmissionError) as error:
         said = re.findall(r"sbatch: error: ([^\n\\]+)", echoed.getvalue()) or [" ".join(str(error).split())[-300:]]
         raise ValueError(f"sbatch refused the job: {'; '.join(dict.fromkeys(said))}") from error
@@ -169,7 +183,10 @@ def require_slurm() -> None:
 
 
 def slurm_state(job_id: str) -> str:
-    """The state that SLURM itself reports (never submitit's cache): PENDING, RUNNING, COMPLETED, FAILED, ..."""
+    """The state that SLURM itself reports (never submitit's cache): PENDING, RUNNING, COMPLETED, FAILED, ...
+
+    Of an array: that of a task that is alive, else of one that did not complete.
+    """
     if shutil.which("squeue") is None:
         return "UNKNOWN"
     for command in (
@@ -179,7 +196,9 @@ def slurm_state(job_id: str) -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         states = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
         if done.returncode == 0 and states:
-            return next((state for state in states if state in _ALIVE), states[-1])
+            alive = [state for state in states if state in _ALIVE]
+            failed = [state for state in states if state != "COMPLETED"]
+            return (alive or failed or states)[-1]
     return "UNKNOWN"
 
 

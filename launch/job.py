@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from launch.cluster import FINAL_ERROR
 from tmass_dist.cli import PeerLostError
@@ -20,55 +21,60 @@ STOPPED = 85
 
 
 @dataclass
-class TrainJob:
-    """Train, then evaluate the best checkpoint on the test split.
+class RankedJob:
+    """Ranks that work together: train, then evaluate or encode; or one of these alone.
 
     Args:
         config: the run.
+        folder: of this submission's logs and notes.
+        do: what to do, in order.
         requeues: how often the job may start again.
         cpu_threads: threads of a rank on CPU.
     """
 
     config: Config
+    folder: str
+    do: tuple[Literal["train", "encode", "evaluate"], ...] = ("train", "evaluate")
     requeues: int = 3
     cpu_threads: int = 1
 
     def __call__(self) -> None:
         import submitit
 
+        from tmass_dist.train import usable_ranks
+
         env = submitit.JobEnvironment()
-        jobs = Path(self.config.run_dir) / "jobs"
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
         if restarts:
             # An earlier attempt may have left a result that is no longer true.
             env.paths.result_pickle.unlink(missing_ok=True)
+        world = usable_ranks(self.config, env.num_tasks)
+        if env.global_rank >= world:
+            print(f"the batch of {self.config.data.batch_size} divides by {world} ranks: this one is idle", flush=True)
+            return
         os.environ.update(
             RANK=str(env.global_rank),
-            WORLD_SIZE=str(env.num_tasks),
+            WORLD_SIZE=str(world),
             LOCAL_RANK=str(env.local_rank),
             OMP_NUM_THREADS=str(self.cpu_threads),
         )
-        host, port = _meeting_point(jobs / f"{env.job_id}-{restarts}.meet", env)
+        host, port = _meeting_point(Path(self.folder) / f"{env.job_id}-{restarts}.meet", env)
         os.environ.update(MASTER_ADDR=host, MASTER_PORT=port)
         try:
-            self._run(restarts, jobs)
+            self._run(restarts, env.job_id)
         except (ValueError, OSError) as error:
             if "SLURM_JOB_ID" not in os.environ:
                 raise
-            # What a person must put right is not tried again.
-            line = f"error: rank {env.global_rank}: {' '.join(str(error).split())}"
-            print(line, file=sys.stderr, flush=True)
-            (jobs / FINAL_ERROR).write_text(line + "\n", encoding="utf-8")
-            os._exit(2)
+            _end_for_good(self.folder, env.job_id, f"rank {env.global_rank}: {' '.join(str(error).split())}")
         except PeerLostError as error:
             print(f"error: rank {env.global_rank}: {error}", file=sys.stderr, flush=True)
             os._exit(1)
 
-    def _run(self, restarts: int, jobs: Path) -> None:
+    def _run(self, restarts: int, job_id: str) -> None:
         import torch
 
         from tmass_dist.distributed import StopRequest, finish, is_main
-        from tmass_dist.evaluate import evaluate
+        from tmass_dist.evaluate import encode_run, evaluate
         from tmass_dist.train import train
 
         stop = StopRequest()
@@ -76,15 +82,65 @@ class TrainJob:
         if restarts > self.requeues:
             raise ValueError(f"the job was started again {restarts} times, more than --requeues {self.requeues}")
         if restarts and os.environ["RANK"] == "0":
-            with (jobs / "restarts.log").open("a", encoding="utf-8") as log:
+            log = Path(self.config.run_dir) / "jobs" / "restarts.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a", encoding="utf-8") as file:
                 stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-                log.write(f"{stamp} restart {restarts} of at most {self.requeues}: {_last_end()}\n")
-        if not train(self.config, stop):
+                file.write(f"{stamp} job {job_id} restart {restarts} of at most {self.requeues}: {_last_end()}\n")
+        if "train" in self.do and not train(self.config, stop):
             if is_main():
                 print("stopped on request and saved", file=sys.stderr, flush=True)
             os._exit(STOPPED)
-        evaluate(self.config)
+        if "encode" in self.do:
+            encode_run(self.config)
+        if "evaluate" in self.do:
+            evaluate(self.config)
         finish()
+
+
+@dataclass
+class CommandJob:
+    """One task that runs ``python`` with ``arguments`` in the code that was submitted, as a person could by hand."""
+
+    arguments: tuple[str, ...]
+    folder: str
+    cpu_threads: int = 1
+
+    def __call__(self) -> None:
+        import submitit
+
+        env = submitit.JobEnvironment()
+        env.paths.result_pickle.unlink(missing_ok=True)
+        os.environ["OMP_NUM_THREADS"] = str(self.cpu_threads)
+        root = Path(__file__).resolve().parents[1]
+        process = subprocess.Popen([sys.executable, *self.arguments], cwd=root, stderr=subprocess.PIPE, text=True)
+
+        def stop(*_: Any) -> None:
+            process.kill()
+            os._exit(STOPPED)
+
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, stop)
+        last = ""
+        assert process.stderr is not None
+        for line in process.stderr:
+            print(line, end="", file=sys.stderr, flush=True)
+            last = line.strip() or last
+        code = process.wait()
+        if code == 0:
+            return
+        if "SLURM_JOB_ID" not in os.environ:
+            raise ValueError(last.removeprefix("error: ") or f"{self.arguments[0]} ended with {code}")
+        if code == 2:
+            _end_for_good(self.folder, env.job_id, last.removeprefix("error: "))
+        os._exit(1)
+
+
+def _end_for_good(folder: str, job_id: str, line: str) -> None:
+    """What a person must put right is not tried again."""
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    (Path(folder) / f"{FINAL_ERROR}-{job_id}.txt").write_text(f"error: {line}\n", encoding="utf-8")
+    os._exit(2)
 
 
 def _meeting_point(path: Path, env: Any) -> tuple[str, str]:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch import cluster  # noqa: E402
+from launch.record import jobs_of  # noqa: E402
 from tmass_dist.cli import run_command  # noqa: E402
 
 _STEP = re.compile(r"step (\d+)/(\d+) loss ([\d.nan]+), ([\d.]+) videos/s(?:, ETA (\S+))?")
@@ -27,13 +28,11 @@ def describe(run: Path) -> str:
     if not (run / "jobs").is_dir() and not (run / "config.yaml").is_file():
         raise ValueError(f"{run} is no run directory: it has neither jobs/ nor config.yaml")
     lines = [str(run)]
-    record = run / "jobs" / "job.json"
-    if record.is_file():
-        job_id = json.loads(record.read_text(encoding="utf-8"))["job_id"]
-        state = cluster.slurm_state(job_id)
-        nodes = subprocess.run(["squeue", "-h", "-j", job_id, "-o", "%N %r"], capture_output=True, text=True)
+    for job in jobs_of(run):
+        state = cluster.slurm_state(job["id"])
+        nodes = subprocess.run(["squeue", "-h", "-j", job["id"], "-o", "%N %r"], capture_output=True, text=True)
         where = " ".join(nodes.stdout.split()) if cluster.is_alive(state) else ""
-        lines.append(f"  job {job_id}: {state} {where}".rstrip())
+        lines.append(f"  {job['step']}: job {job['id']}: {state} {where}".rstrip())
     log = run / "train.log"
     steps = _STEP.findall(log.read_text(encoding="utf-8")) if log.is_file() else []
     if steps:
@@ -48,8 +47,7 @@ def describe(run: Path) -> str:
         found = json.loads(metrics.read_text(encoding="utf-8"))
         numbers = ", ".join(f"{name} {value:.1f}" for name, value in found["t2v"].items())
         lines.append(f"  test t2v ({found['protocol']}, selected on {found['selected_on']}): {numbers}")
-    for name in ("restarts.log", cluster.FINAL_ERROR):
-        note = run / "jobs" / name
+    for note in (run / "jobs" / "restarts.log", *sorted((run / "jobs").glob(f"{cluster.FINAL_ERROR}-*.txt"))):
         if note.is_file():
             lines += [f"  {line}" for line in note.read_text(encoding="utf-8").splitlines()]
     return "\n".join(lines)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -16,8 +15,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launch import cluster  # noqa: E402
-from tmass_dist.cli import run_command  # noqa: E402
+from launch import cluster, steps  # noqa: E402
+from launch.job import CommandJob  # noqa: E402
+from launch.record import refuse_live  # noqa: E402
+from tmass_dist.cli import run_command, write_json  # noqa: E402
 from tmass_dist.config import Config, load_config, to_yaml  # noqa: E402
 
 FLAGS = ("partition", "account", "qos", "constraint", "exclude", "mem")
@@ -25,10 +26,23 @@ FLAGS = ("partition", "account", "qos", "constraint", "exclude", "mem")
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python launch/submit.py", description=__doc__)
-    parser.add_argument("--config", required=True, help="a page of configs/, or a path")
+    parser.add_argument("--config", help="a page of configs/, or a path")
+    parser.add_argument(
+        "--job",
+        choices=("train", "evaluate", "shards", "all"),
+        default="train",
+        help="train (and evaluate in the same job; the default); evaluate a run by an array; pack shards by an array; "
+        "or all: pack if needed, train, score by an array, report",
+    )
+    parser.add_argument("--tasks", type=int, default=4, help="tasks of an array that packs or scores (4)")
+    parser.add_argument("--pack", action="append", default=[], metavar="ARGS", help="of make_shards.py; once a split")
+    parser.add_argument("--sweep", nargs="+", metavar="KEY=A,B", help="a run of each combination, and a table")
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm")
     parser.add_argument("--site", metavar="NAME", help="defaults of configs/clusters/NAME.yaml for the options below")
     parser.add_argument("--nodes", type=int)
+    parser.add_argument(
+        "--min-nodes", type=int, help="start with fewer nodes, down to so many; goes on with any number"
+    )
     parser.add_argument("--gpus", type=int, help="GPUs, and so tasks, of a node; default: those of this machine")
     parser.add_argument("--procs", type=int, help="tasks of a node without GPUs (2)")
     parser.add_argument("--cpus", type=int, help="CPUs of a task (1)")
@@ -51,17 +65,21 @@ def _resources(arguments: argparse.Namespace) -> cluster.Resources:
     Raises:
         ValueError: a number that cannot be, an unknown site or site key, GPUs where there are none.
     """
-    known = {"nodes", "gpus", "procs", "cpus", "time", "requeues", "save_before", *FLAGS}
+    known = {"nodes", "min_nodes", "gpus", "procs", "cpus", "time", "requeues", "save_before", *FLAGS}
     given = {key: getattr(arguments, key) for key in known if getattr(arguments, key) is not None}
     if arguments.site:
         given = _site(arguments.site, known) | given
     gpus = int(given.get("gpus", cluster.num_gpus()))
     if arguments.cluster == "local" and gpus > cluster.num_gpus():
         raise ValueError(f"--gpus is {gpus} and this machine has {cluster.num_gpus()}")
-    numbers = {key: int(given[key]) for key in ("nodes", "procs", "cpus", "requeues") if key in given}
+    numbers = {key: int(given[key]) for key in ("nodes", "min_nodes", "procs", "cpus", "requeues") if key in given}
     for key, value in numbers.items():
         if value < (key != "requeues"):
-            raise ValueError(f"--{key} is {value}; at least {int(key != 'requeues')}")
+            raise ValueError(f"--{key.replace('_', '-')} is {value}; at least {int(key != 'requeues')}")
+    if numbers.get("min_nodes", 1) > numbers.get("nodes", 1):
+        raise ValueError(f"--min-nodes is {numbers['min_nodes']}, more than --nodes {numbers.get('nodes', 1)}")
+    if arguments.tasks < 1:
+        raise ValueError(f"--tasks is {arguments.tasks}; at least 1")
     if arguments.cluster == "local" and numbers.get("nodes", 1) != 1:
         raise ValueError(f"--nodes is {numbers['nodes']}; a local run has 1 node")
     return cluster.Resources(
@@ -87,23 +105,6 @@ def _site(name: str, known: set[str]) -> dict[str, Any]:
     return page
 
 
-def _absolute(config: Config) -> Config:
-    """Paths that hold wherever the job starts."""
-    given = {name: getattr(config.data, name) for name in ("train", "val", "test")}
-    paths: Any = {name: str(Path(path).resolve()) for name, path in given.items() if path}
-    files = {
-        key: str(Path(value).resolve())
-        for key in ("architecture", "pretrained")
-        if (value := getattr(config.model, key)) and Path(value).is_file()
-    }
-    return dataclasses.replace(
-        config,
-        run_dir=str(Path(config.run_dir).resolve()),
-        data=dataclasses.replace(config.data, **paths),
-        model=dataclasses.replace(config.model, **files),
-    )
-
-
 def _snapshot(run_dir: Path) -> Path:
     """The code as submitted, in the run directory, so that a requeued job runs what was meant."""
     snapshot, aside = run_dir / "code", run_dir / "code.tmp"
@@ -115,65 +116,119 @@ def _snapshot(run_dir: Path) -> Path:
     return snapshot
 
 
-def _refuse_live(jobs: Path) -> None:
-    """Raises: ValueError: a job that still runs or waits writes to this run directory."""
-    record = jobs / "job.json"
-    if record.is_file():
-        job_id = json.loads(record.read_text(encoding="utf-8"))["job_id"]
-        state = cluster.slurm_state(job_id)
-        if cluster.is_alive(state):
-            raise ValueError(f"{jobs.parent} is in use by job {job_id} ({state}); cancel it, or take another run_dir")
+def _plan(arguments: argparse.Namespace, resources: cluster.Resources) -> tuple[Path, list[Config], list[steps.Step]]:
+    """The directory that the submission belongs to, the runs in it, and what is to be done, in order."""
+    overrides = arguments.overrides + ([f"run_dir={arguments.run_dir}"] if arguments.run_dir else [])
+    page = arguments.config
+    if page is None and arguments.job == "evaluate" and arguments.run_dir:
+        page = str(Path(arguments.run_dir) / "config.yaml")
+    if page is None:
+        raise ValueError("--config is needed: a page of configs/, or a path")
+    config = steps.absolute(load_config(page, overrides))
+    base = Path(config.run_dir)
+    folder = base / "jobs"
+    if arguments.job == "shards":
+        if not arguments.pack:
+            raise ValueError(
+                '--job shards needs --pack "--source ... --videos ... --split ... --out ...", once a split'
+            )
+        return base, [], steps.packing(arguments.pack, resources, folder, arguments.tasks)
+    if arguments.job == "evaluate":
+        return base, [], steps.evaluation(config, resources, folder, arguments.tasks, encode=True)
+    if arguments.sweep:
+        runs = steps.sweep(page, overrides, arguments.sweep, base)
+        trained = [steps.training(run, resources, folder) for run in runs]
+        array = steps.Step("train", [task for step in trained for task in step.tasks], resources)
+        compare = CommandJob(("launch/compare.py", str(base), "--out", str(base)), str(folder))
+        return base, runs, [array, steps.Step("compare", [compare], resources.one_task(), "afterany")]
+    if arguments.job == "all":
+        ready = all(Path(path, "index.json").is_file() for path in (config.data.train, config.data.test))
+        packs = steps.packing([] if ready else arguments.pack, resources, folder, arguments.tasks)
+        trained = steps.training(config, resources, folder, then="encode")
+        after = steps.evaluation(config, resources, folder, arguments.tasks, encode=False)
+        return base, [config] if not packs else [], [*packs, trained, *after]
+    return base, [config], [steps.training(config, resources, folder)]
 
 
 def submit(arguments: argparse.Namespace) -> None:
     """Check everything that can be checked here, then submit; local jobs are followed to their end."""
-    from launch.job import TrainJob
-    from tmass_dist.engine.checkpoint import write_json
     from tmass_dist.train import check, check_batch
 
-    overrides = arguments.overrides + ([f"run_dir={arguments.run_dir}"] if arguments.run_dir else [])
-    config = _absolute(load_config(arguments.config, overrides))
     resources = _resources(arguments)
+    base, runs, plan = _plan(arguments, resources)
     world = resources.nodes * resources.tasks
-    check_batch(config, world)
-    run_dir = Path(config.run_dir)
-    jobs, name = run_dir / "jobs", arguments.name or run_dir.name
+    for run in runs:
+        if resources.min_nodes is None:
+            check_batch(run, world)
+    folder, name = base / "jobs", arguments.name or base.name
     if arguments.dry_run:
-        print(f"# {resources.nodes} nodes x {resources.tasks} tasks ({'GPU' if resources.gpus else 'CPU'})")
-        if resources.cluster == "slurm":
-            import tempfile
-
-            with tempfile.TemporaryDirectory() as nowhere:
-                text = cluster.sbatch_text(cluster.slurm_executor(resources, Path(nowhere), run_dir / "code", name))
-            print(text.replace(nowhere, str(jobs)))
-        print(to_yaml(config), end="")
+        _show_plan(plan, runs, folder, name)
         return
     if resources.cluster == "slurm":
         cluster.require_slurm()
-        _refuse_live(jobs)
-    check(config, world)
-    (jobs / cluster.FINAL_ERROR).unlink(missing_ok=True)
-    task = TrainJob(config, resources.requeues, resources.cpus)
+        refuse_live(base)
+    for run in runs:
+        check(run, 1 if resources.min_nodes else world)
+    folder.mkdir(parents=True, exist_ok=True)
+    for note in folder.glob(f"{cluster.FINAL_ERROR}-*.txt"):
+        note.unlink()
     if resources.cluster == "local":
-        job = cluster.submit(cluster.local_executor(resources, jobs, ROOT), task)
-    else:
-        job = cluster.submit(cluster.slurm_executor(resources, jobs, _snapshot(run_dir), name), task)
-        write_json(jobs / "job.json", {"job_id": job.job_id, "name": name})
-    print(f"job {job.job_id} in {config.run_dir}")
-    print(f"log: {jobs}/{job.job_id}_0_log.err")
-    print(f"watch: tensorboard --logdir {config.run_dir}/tensorboard", flush=True)
-    if resources.cluster == "local":
-        cluster.follow(job, resources.tasks)
-        print(f"\nmetrics: {config.run_dir}/evaluation/metrics.json")
-        print(f"curves: {Path(sys.executable).parent}/tensorboard --logdir {config.run_dir}/tensorboard")
+        _run_here(plan, folder, base)
         return
-    print(f"status: python launch/status.py {config.run_dir}")
-    print(f"cancel: python launch/cancel.py {config.run_dir}", flush=True)
+    jobs: list[dict[str, str]] = []
+    code = _snapshot(base)
+    for step in plan:
+        flags = step.resources.flags | ({"dependency": f"{step.after}:{jobs[-1]['id']}"} if jobs else {})
+        executor = cluster.slurm_executor(dataclasses.replace(step.resources, flags=flags), folder, code, name)
+        job_id = cluster.submit(executor, step.tasks)[0].job_id.split("_")[0]
+        jobs.append({"step": step.name, "id": job_id, "tasks": str(len(step.tasks))})
+        write_json(folder / "jobs.json", {"name": name, "jobs": jobs})
+    print(f"job {jobs[0]['id']} in {base}")
+    for job in jobs[1:]:
+        print(f"then {job['step']}: job {job['id']}, {job['tasks']} tasks")
+    print(f"log: {folder}/{jobs[0]['id']}_0_log.err")
+    print(f"watch: tensorboard --logdir {base}")
+    print(f"status: python launch/status.py {base}")
+    print(f"cancel: python launch/cancel.py {base}", flush=True)
     if arguments.wait:
-        state = cluster.wait(job.job_id)
-        print(f"job {job.job_id}: {state}")
+        for job in jobs:
+            state = cluster.wait(job["id"])
+            print(f"{job['step']}, job {job['id']}: {state}")
         if state != "COMPLETED":
-            raise ValueError(f"job {job.job_id} ended {state}; its logs are in {jobs}")
+            raise ValueError(f"job {jobs[-1]['id']} ended {state}; its logs are in {folder}")
+
+
+def _run_here(plan: list[steps.Step], folder: Path, base: Path) -> None:
+    for step in plan:
+        for task in step.tasks:
+            [job] = cluster.submit(cluster.local_executor(step.resources, folder, ROOT), [task])
+            print(f"{step.name}: job {job.job_id} in {base}, log {folder}/{job.job_id}_0_log.err", flush=True)
+            cluster.follow(job, step.resources.tasks)
+    print(f"\nresults: {base}")
+    print(f"curves: {Path(sys.executable).parent}/tensorboard --logdir {base}")
+
+
+def _show_plan(plan: list[steps.Step], runs: list[Config], folder: Path, name: str) -> None:
+    """The exact sbatch text of each step (its dependency's number is not known yet), and each run's config."""
+    import tempfile
+
+    for number, step in enumerate(plan):
+        resources = step.resources
+        kind = "GPU" if resources.gpus else "CPU"
+        array = f", an array of {len(step.tasks)}" if len(step.tasks) > 1 else ""
+        print(f"# {step.name}: {resources.nodes} nodes x {resources.tasks} tasks ({kind}){array}")
+        if resources.cluster == "slurm":
+            flags = resources.flags | ({"dependency": f"{step.after}:JOB-OF-{plan[number - 1].name}"} if number else {})
+            with tempfile.TemporaryDirectory() as nowhere:
+                executor = cluster.slurm_executor(
+                    dataclasses.replace(resources, flags=flags), Path(nowhere), folder.parent / "code", name
+                )
+                print(cluster.sbatch_text(executor).replace(nowhere, str(folder)))
+        commands = {" ".join(task.arguments) for task in step.tasks if isinstance(task, CommandJob)}
+        for command in sorted(commands):
+            print(f"#   python {command}")
+    for run in runs:
+        print(to_yaml(run), end="")
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ import re
 import sys
 import tarfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tmass_dist.cli import run_command, writable_dir  # noqa: E402
+from tmass_dist.cli import run_command, share_of, writable_dir, write_json  # noqa: E402
 from tmass_dist.data.index import Index, Sample, Shard, sha256_of  # noqa: E402
 
 
@@ -138,30 +139,59 @@ class _ShardWriter:
         return Shard(self.path.name, self.path.stat().st_size, sha256_of(self.path), tuple(self.samples))
 
 
-def make_shards(rows: list[dict[str, Any]], videos: Path, out: Path, arguments: argparse.Namespace) -> None:
-    """Pack every row, or list it in ``quarantine.jsonl`` with its reason."""
+def make_shards(
+    rows: list[dict[str, Any]], videos: Path, out: Path, arguments: argparse.Namespace, part: tuple[int, int] = (0, 1)
+) -> None:
+    """Pack every row, or list it in ``quarantine.jsonl`` with its reason.
+
+    Shard ``k`` holds rows ``k * shard_size`` to ``(k + 1) * shard_size``, less those that are broken, and leaves a
+    record in ``parts/`` once it is whole. What has a record of the same rows and settings is not packed again: after
+    a kill, only the shard in hand is lost. Any number of tasks can each take a part; the index is written when all
+    records are there.
+
+    Args:
+        rows: of the split, in order.
+        videos: the directory that rows' paths start from.
+        out: of the shards.
+        arguments: of the command line.
+        part: pack shards ``part[0]``, ``part[0] + part[1]``, ... only; ``(0, 1)`` is all of them.
+    """
     from tqdm import tqdm
 
-    writable_dir(out)
-    (out / "index.json").unlink(missing_ok=True)  # no index, no split: a stopped packing is not taken for a whole one
-    jobs = [(row, videos, arguments.num_frames, arguments.image_size, arguments.quality) for row in rows]
-    shards: list[Shard] = []
-    writer: _ShardWriter | None = None
-    bad: list[dict[str, str]] = []
-    results = _packed(jobs, arguments.workers)
-    for row, jpegs, facts in tqdm(results, total=len(jobs), desc=f"pack {arguments.split}", unit="video"):
-        if jpegs is None:
-            bad.append({"id": row["id"], "path": row["path"], "reason": facts})
-            continue
-        writer = writer or _ShardWriter(out / f"shard-{len(shards):06d}.tar")
-        writer.add(row, jpegs, facts)
-        if len(writer.samples) == arguments.shard_size:
-            shards.append(writer.close())
-            writer = None
-    if writer:
-        shards.append(writer.close())
+    records = writable_dir(out / "parts")
+    if part == (0, 1):
+        (out / "index.json").unlink(
+            missing_ok=True
+        )  # no index, no split: a stopped packing is not taken for a whole one
+    settings = (arguments.num_frames, arguments.image_size, arguments.quality)
+    chunks = [rows[start : start + arguments.shard_size] for start in range(0, len(rows), arguments.shard_size)]
+    recipes = [_recipe(chunk, videos, settings) for chunk in chunks]
+    pending = [k for k in range(part[0], len(chunks), part[1]) if _read_record(records, out, k, recipes[k]) is None]
+    jobs = [(row, videos, *settings) for k in pending for row in chunks[k]]
+    results = iter(
+        tqdm(_packed(jobs, arguments.workers), total=len(jobs), desc=f"pack {arguments.split}", unit="video")
+    )
+    for k in pending:
+        writer = _ShardWriter(out / _shard_name(k))
+        bad: list[dict[str, str]] = []
+        for _ in chunks[k]:
+            row, jpegs, facts = next(results)
+            if jpegs is None:
+                bad.append({"id": row["id"], "path": row["path"], "reason": facts})
+            else:
+                writer.add(row, jpegs, facts)
+        record = {"recipe": recipes[k], "shard": asdict(writer.close()), "bad": bad}
+        write_json(records / f"{_shard_name(k)}.json", record)
+    if part != (0, 1):
+        print(f"{out}: part {part[0]}/{part[1]} is done, {len(pending)} shards")
+        return
+    found = [_read_record(records, out, k, recipes[k]) for k in range(len(chunks))]
+    shards = tuple(shard for shard, _ in filter(None, found) if shard.samples)
+    bad = [entry for _, entries in filter(None, found) for entry in entries]
+    for stale in set(out.glob("shard-*.tar*")) - {out / shard.name for shard in shards}:
+        stale.unlink()
     (out / "quarantine.jsonl").write_text("".join(json.dumps(b) + "\n" for b in bad), encoding="utf-8")
-    Index(out, arguments.split, arguments.num_frames, arguments.image_size, tuple(shards)).save()
+    Index(out, arguments.split, arguments.num_frames, arguments.image_size, shards).save()
     num_captions = sum(sample.num_captions for shard in shards for sample in shard.samples)
     print(
         f"{out}: {len(rows) - len(bad)} videos, {num_captions} captions, {len(shards)} shards, {len(bad)} in quarantine"
@@ -171,6 +201,31 @@ def make_shards(rows: list[dict[str, Any]], videos: Path, out: Path, arguments: 
             f"{len(bad)} of {len(rows)} videos are in {out / 'quarantine.jsonl'}, more than --max-bad; "
             f"the first: {bad[0]['path']}: {bad[0]['reason']}"
         )
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def _recipe(rows: list[dict[str, Any]], videos: Path, settings: tuple[int, ...]) -> str:
+    """Of what a shard is made: its rows, the size and time of each file, and the settings."""
+
+    def state(path: Path) -> tuple[int, int] | None:
+        return (path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None
+
+    content = json.dumps([[row, state(videos / row["path"])] for row in rows] + [list(settings)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _read_record(records: Path, out: Path, number: int, recipe: str) -> tuple[Shard, list[dict[str, str]]] | None:
+    """A finished shard and its quarantine, or None if it must be packed (again)."""
+    try:
+        record = json.loads((records / f"{_shard_name(number)}.json").read_text(encoding="utf-8"))
+        shard = Shard(**record["shard"] | {"samples": tuple(Sample(**s) for s in record["shard"]["samples"])})
+        whole = (out / shard.name).stat().st_size == shard.bytes
+        return (shard, record["bad"]) if whole and record["recipe"] == recipe else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _share(text: str) -> float:
@@ -189,6 +244,7 @@ def main() -> None:
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality")
     parser.add_argument("--shard-size", type=int, default=256, help="videos in a shard")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--part", metavar="I/N", help="only every N-th shard from the I-th; without it: the rest")
     parser.add_argument("--max-bad", type=_share, default=0.01, help="share of broken videos that is still a success")
     arguments = parser.parse_args()
     if not arguments.videos.is_dir():
@@ -199,7 +255,8 @@ def main() -> None:
         rows = read_manifest(arguments.annotations, arguments.split)
     else:
         rows = read_folder(arguments.videos, arguments.split)
-    make_shards(rows, arguments.videos, arguments.out, arguments)
+    part = share_of(arguments.part, "--part") if arguments.part else (0, 1)
+    make_shards(rows, arguments.videos, arguments.out, arguments, part)
 
 
 if __name__ == "__main__":

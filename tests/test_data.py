@@ -1,6 +1,7 @@
 """Packing and loading: same bytes, exactly once, one order for every world size, clear words for damage."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,8 +87,7 @@ def test_broken_video_goes_to_quarantine_and_fails_the_packing(source: Path, tmp
 
 
 def test_damage_is_named(packed: Path, tmp_path: Path) -> None:
-    for file in packed.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(packed, tmp_path, dirs_exist_ok=True)
     verify = [sys.executable, "shards/verify_shards.py", str(tmp_path)]
     assert subprocess.run(verify, cwd=ROOT, capture_output=True, timeout=60).returncode == 0
     shard = tmp_path / "shard-000001.tar"

@@ -66,13 +66,13 @@ def test_parts_of_any_cut_are_the_same_features(made: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 64])
 def test_any_number_of_shards_gives_the_same_bits(made: Path, tmp_path: Path, num_shards: int) -> None:
-    from tmass_dist.evaluation.rescore import rescore
+    from tmass_dist.evaluation.rescore import Stored
 
     whole, out = tmp_path / "whole", tmp_path / "out"
-    rescore(made, [], whole, None, None)
+    Stored(made, [], whole).report()
     for number in range(num_shards):
-        rescore(made, [], out, f"{number}/{num_shards}", None)
-    rescore(made, [], out, None, None)
+        Stored(made, [], out).tiles.compute(number, num_shards)
+    Stored(made, [], out).report()
     for name in ("metrics.json", "ranks.csv", "table.md"):
         assert (out / name).read_bytes() == (whole / name).read_bytes()
     tiles = sorted(path.relative_to(whole) for path in whole.rglob("rows-*.safetensors"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 class PeerLostError(RuntimeError):
@@ -43,3 +46,22 @@ def writable_dir(path: str | Path) -> Path:
     except OSError as error:
         raise ValueError(f"cannot write to {directory}: {error.strerror or error}; choose another directory") from error
     return directory
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write aside and rename, so that a reader sees the old file or the new one."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def share_of(text: str, option: str) -> tuple[int, int]:
+    """``I/N`` as numbers.
+
+    Raises:
+        ValueError: it is no share.
+    """
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise ValueError(f"{option} {text} is no share; write I/N with I from 0 to N - 1, as 3/8")
+    return int(found[1]), int(found[2])

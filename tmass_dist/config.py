@@ -290,7 +290,7 @@ _FREE_KEYS = (
 
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Dotted keys in which two runs differ, but for those that do not change the result."""
-    a, b = _flat(asdict(one)), _flat(asdict(other))
+    a, b = flat(asdict(one)), flat(asdict(other))
     return [
         f"{key}: saved {a.get(key)!r}, given {b.get(key)!r}"
         for key in a
@@ -298,8 +298,9 @@ def differing_keys(one: Config, other: Config) -> list[str]:
     ]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of a tree of settings."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

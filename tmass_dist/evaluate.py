@@ -13,7 +13,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmass_dist.cli import run_command, writable_dir
+from tmass_dist.cli import run_command, share_of, writable_dir
 from tmass_dist.config import Config, load_config, to_yaml
 
 if TYPE_CHECKING:
@@ -85,24 +85,29 @@ def ranks_of(head: Any, features: Features, config: Config, bank: Bank | None = 
     return ranking.rank(lambda: ordered, features.owner_T, num_videos, post, bank)
 
 
-def evaluate(config: Config, *, only: str | None = None, store: Path | None = None) -> dict[str, Any]:
-    """Evaluate the best checkpoint of ``config.run_dir`` on the test split beside the untrained model.
+def encode_run(config: Config, *, only: str | None = None, store: Path | None = None) -> Path:
+    """Encode the test split by the best checkpoint of ``config.run_dir``; every rank calls it.
 
-    Every rank calls it; rank 0 writes ``<run>/evaluation/`` and prints the table.
+    A store that holds just these features is left as it is.
 
     Args:
         config: the run.
-        only: a weights file to evaluate in place of the run's best.
-        store: keep the features there; by default in ``<run>/evaluation/features``.
+        only: a weights file in place of the run's best.
+        store: where to keep them; by default ``<run>/evaluation/features``.
+
+    Returns:
+        The store; its index also holds the scores before training.
+
+    Raises:
+        ValueError: no checkpoint, weights of another model, or a ``store`` that holds something else.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     from tmass_dist.data.index import load_index, sha256_of
-    from tmass_dist.distributed import barrier, initialise, is_main, rank, world_size
+    from tmass_dist.distributed import barrier, gather_objects, initialise, is_main, rank, world_size
     from tmass_dist.evaluation import features as feature_store
-    from tmass_dist.evaluation.report import Report, label, labels, summary, table
-    from tmass_dist.evaluation.tiles import Scorer
+    from tmass_dist.evaluation.report import summary
     from tmass_dist.models.backbone import build_tokenizer, load_weights
     from tmass_dist.models.head import RetrievalHead
     from tmass_dist.models.pooling import MeanPool
@@ -111,66 +116,66 @@ def evaluate(config: Config, *, only: str | None = None, store: Path | None = No
     weights = Path(only) if only else Path(config.run_dir) / "checkpoints" / "best.safetensors"
     if not weights.is_file():
         raise ValueError(f"no checkpoint {weights}; train first, or name one with --checkpoint")
-    device, index = initialise(), load_index(config.data.test)
+    device, index = initialise(config.engine.timeout_s), load_index(config.data.test)
+    given, store = store, store or Path(config.run_dir) / "evaluation" / "features"
+    made_from = feature_store.fingerprint(
+        sha256_of(weights), [shard.sha256 for shard in index.shards], config.model.num_frames
+    )
+    there = gather_objects(feature_store.fingerprint_of(store) if is_main() else None)[0]
+    if there == made_from:
+        return store
+    if there is not None and given is not None:
+        raise ValueError(
+            f"{store} holds features of another model or split (fingerprint {there}, asked for {made_from}); "
+            "give another directory, or remove it"
+        )
     tokenize = build_tokenizer(config.model.architecture)
     model = build_model(config).to(device).eval()
-    mean_head = RetrievalHead(MeanPool(), None)
-
-    def scored(head: Any, features: Features) -> dict[str, Any]:
-        return summary(ranks_of(head, features, config))
-
     untrained = encode(model, index, tokenize, config, device)
-    without_mean, without = scored(mean_head, untrained), scored(model.head, untrained)
+    before = {
+        "mean pooling, before training": summary(ranks_of(RetrievalHead(MeanPool(), None), untrained, config)),
+        "zero-shot (untrained head)": summary(ranks_of(model.head, untrained, config)),
+    }
     try:
         loaded = load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights} is torn, or not a file of weights: {error}") from error
     load_weights(model, loaded, str(weights))
-    store = store or Path(config.run_dir) / "evaluation" / "features"
-    made_from = feature_store.fingerprint(
-        sha256_of(weights), [shard.sha256 for shard in index.shards], config.model.num_frames
-    )
     if is_main():
         (store / "index.json").unlink(missing_ok=True)
     barrier()
     feature_store.save_part(store, rank(), encode_part(model.to(device), index, tokenize, config, device))
     barrier()
     if is_main():
-        save_file(
-            {name: value.cpu().contiguous() for name, value in model.head.state_dict().items()},
-            store / "head.safetensors",
-        )
+        head = {name: value.cpu().contiguous() for name, value in model.head.state_dict().items()}
+        save_file(head, store / "head.safetensors")
         about = {
             "config": to_yaml(config),
             "split": index.split,
-            "shards": str(index.directory),
+            "shards": str(index.directory.resolve()),
             "checkpoint": str(weights),
+            "before_training": before,
         }
         feature_store.save_index(store, world_size(), [s.id for s in index.samples], made_from, about)
     barrier()
-    features = feature_store.load_features(store)
-    mean, ranks = scored(mean_head, features), ranks_of(model.head, features, config)
-    best = summary(ranks)
-    result = labels(config, features, str(weights)) | best
-    result |= {"before_training": without, "mean_pooling": {"before_training": without_mean, "same_towers": mean}}
-    if is_main():
-        systems = {
-            direction: {
-                "mean pooling, before training": without_mean[direction],
-                "zero-shot (untrained head)": without[direction],
-                "mean pooling of the trained towers": mean[direction],
-            }
-            for direction in ("t2v", "v2t")
-        }
-        scorer = Scorer(model.head, features, config)
-        report = Report(result, ranks, features.captions, features.caption_ids, systems, scorer, index)
-        report.write(Path(config.run_dir) / "evaluation")
-        for direction, name in (("t2v", "text to video"), ("v2t", "video to text")):
-            rows = report.rows(direction)
-            rows["trained"] = rows.pop("this result")
-            print(table(rows, f"\n{name} ({label(result)})"), flush=True)
+    return store
+
+
+def evaluate(config: Config, *, only: str | None = None, store: Path | None = None, out: Path | None = None) -> None:
+    """Encode, score and report; every rank calls it, rank 0 writes ``<run>/evaluation/`` and prints the tables.
+
+    The road is that of a job array: each rank leaves its blocks of scores on disk, and rank 0 puts them together.
+    """
+    from tmass_dist.distributed import barrier, is_main, rank, world_size
+    from tmass_dist.evaluation.rescore import Stored
+
+    store = encode_run(config, only=only, store=store)
+    stored = Stored(store, [], out or Path(config.run_dir) / "evaluation")
+    stored.tiles.compute(rank(), world_size())
     barrier()
-    return result
+    if is_main():
+        stored.report()
+    barrier()
 
 
 def main() -> None:
@@ -200,13 +205,17 @@ def main() -> None:
         if not saved.is_file():
             raise ValueError(f"{arguments.run} is no run directory: it has no config.yaml")
         config = dataclasses.replace(load_config(str(saved), arguments.overrides), run_dir=arguments.run)
-        evaluate(config, only=arguments.checkpoint, store=arguments.features)
+        evaluate(config, only=arguments.checkpoint, store=arguments.features, out=arguments.out)
     elif arguments.features:
-        from tmass_dist.evaluation.rescore import rescore
+        from tmass_dist.evaluation.rescore import Stored
 
-        rescore(
-            arguments.features, arguments.overrides, arguments.out, arguments.shard, arguments.bank, arguments.search
-        )
+        share = share_of(arguments.shard, "--shard") if arguments.shard else None
+        stored = Stored(arguments.features, arguments.overrides, arguments.out)
+        if share is None:
+            stored.report(arguments.bank, arguments.search)
+        else:
+            stored.tiles.compute(*share)
+            print(f"share {arguments.shard} is done: {stored.tiles.directory}")
     else:
         raise ValueError("say what to evaluate: --run RUN, --features DIR or --similarities S.npy")
 

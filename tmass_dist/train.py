@@ -35,6 +35,11 @@ def check_batch(config: Config, world: int) -> None:
         )
 
 
+def usable_ranks(config: Config, given: int) -> int:
+    """The most of ``given`` ranks that the global batch divides by."""
+    return max(n for n in range(1, given + 1) if config.data.batch_size % n == 0)
+
+
 def load_splits(config: Config) -> tuple[Index, Index]:
     """The training split, and the one that chooses the checkpoint."""
     from tmass_dist.data.index import load_index
@@ -116,7 +121,7 @@ def report_broken(
         ValueError: with ``engine.nonfinite=stop``.
     """
     from tmass_dist import distributed
-    from tmass_dist.engine.checkpoint import write_json
+    from tmass_dist.cli import write_json
 
     pairs = [f"{video} caption {slot}" for video, slot in zip(batch.video_ids, batch.caption_slots)]
     mine = {"rank": distributed.rank(), "loss": str(loss), "pairs": pairs}

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from tmass_dist.cli import write_json
 from tmass_dist.config import Config
 from tmass_dist.data.index import Index
 from tmass_dist.distributed import is_main
-from tmass_dist.engine.checkpoint import write_json
 from tmass_dist.engine.zero import Engine
 from tmass_dist.evaluate import encode, ranks_of
 from tmass_dist.evaluation.ranking import metrics

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         found = re.match(r"job (\d+) in ", done.stdout)
         assert found, done.stdout
-        return Job(self, found[1], run_dir)
+        return Job(self, found[1], run_dir, re.findall(r"^then (\S+): job (\d+)", done.stdout, re.M))
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,11 @@ class Job:
     cluster: Cluster
     id: str
     run_dir: Path
+    then: list[tuple[str, str]] = field(default_factory=list)
+    """Steps that follow, and their jobs."""
+
+    def following(self, step: str) -> Job:
+        return Job(self.cluster, dict(self.then)[step], self.run_dir)
 
     def step(self) -> int:
         """Steps done, by its log."""
@@ -98,6 +103,23 @@ class Job:
 
     def until_completed(self, seconds: float) -> None:
         until(lambda: self.state() == "COMPLETED", seconds, f"end of job {self.id}:\n{self.history()}", 0.5)
+
+    def history_of_tasks(self) -> str:
+        """``JOB_TASK|STATE`` of every attempt of an array's tasks."""
+        return self.cluster.run("sacct", "-D", "-X", "-n", "-P", "-j", self.id, "-o", "JobID,State").stdout
+
+    def task_pid(self, number: int) -> int | None:
+        """The scoring process of one task of an array."""
+        wanted = {f"SLURM_ARRAY_JOB_ID={self.id}".encode(), f"SLURM_ARRAY_TASK_ID={number}".encode()}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = set((entry / "environ").read_bytes().split(b"\0"))
+                command = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if wanted <= environment and b"tmass_dist.evaluate" in command:
+                return int(entry.name)
+        return None
 
     def pids(self, rank: int) -> list[int]:
         """The training process of one rank, found by the environment SLURM gave it."""

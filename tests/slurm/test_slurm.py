@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from shards.demo_data import generate
 from tests.slurm.cluster import ROOT, Cluster, Job, until
 from tests.slurm.conftest import STEPS
 from tmass_dist.engine.checkpoint import weights_of
@@ -123,6 +124,75 @@ def test_side_by_side_in_use_and_cancelled(cluster: Cluster, settings: list[str]
         until(lambda job=job: job.state().startswith("CANCELLED"), 60, "cancelled job")
     time.sleep(3)
     assert not any(job.squeue("%T") for job in both)
+
+
+def test_all_trains_scores_by_an_array_and_reports(
+    cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path
+) -> None:
+    """One task of the array is killed: it alone is started again, and the numbers are those of the undisturbed run."""
+    job = cluster.submit(tmp_path / "run", "--nodes", "2", "--job", "all", "--tasks", "3", *settings)
+    array, report = job.following("score"), job.following("report")
+    job.until_completed(180)
+    until(lambda: array.task_pid(1), 60, "task 1 of the array")
+    os.kill(array.task_pid(1), signal.SIGKILL)
+    report.until_completed(180)
+    _same_end(job, undisturbed)
+    attempts = [line.split("|")[0] for line in array.history_of_tasks().splitlines()]
+    assert sorted(attempts) == [f"{array.id}_{n}" for n in (0, 1, 1, 2)], attempts
+
+
+def test_what_follows_a_failed_step_is_cancelled(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
+    wrong = ["model.num_heads=7"]
+    job = cluster.submit(tmp_path / "run", "--nodes", "2", "--job", "all", "--tasks", "2", *settings, *wrong)
+    until(lambda: job.state() == "FAILED", 120, "failed job", 0.5)
+    for step, _ in job.then:
+        until(lambda step=step: job.following(step).state().startswith("CANCELLED"), 60, f"cancelled {step}", 0.5)
+
+
+def test_goes_on_with_fewer_nodes(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
+    """Four nodes, of which one dies: the run goes on with those that are left, as many as its batch divides by."""
+    job = cluster.submit(tmp_path / "run", "--nodes", "4", "--min-nodes", "2", *settings)
+    job.until_step(40)
+    lost = job.nodes()[-1]
+    cluster.control("crash", lost)
+    try:
+        job.until_completed(300)
+    finally:
+        cluster.control("boot", lost)
+    assert "restart 1" in _restarted(job)
+    assert (
+        "4 ranks" in (job.run_dir / "train.log").read_text() and ", 2 ranks" in (job.run_dir / "train.log").read_text()
+    )
+    one, other = (weights_of(j.run_dir / "checkpoints" / f"step-{STEPS:08d}") for j in (job, undisturbed))
+    whole = [torch.cat([found[name].flatten() for name in sorted(found)]) for found in (one, other)]
+    gap = ((whole[0] - whole[1]).norm() / whole[1].norm()).item()
+    print(f"\n4 ranks, then 2, against 2: weights differ by {gap:.1e}")
+    assert gap < 1e-4
+
+
+def test_sweep(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
+    axes = ["--sweep", "optim.lr=1e-3,3e-4", "data.batch_size=8,16"]
+    job = cluster.submit(tmp_path / "sweep", "--nodes", "1", *settings, "max_steps=6", "eval_every=6", *axes)
+    job.following("compare").until_completed(240)
+    table = (tmp_path / "sweep" / "comparison.md").read_text()
+    assert table.count("query_conditioned") == 4 and "optim.lr=0.0003,data.batch_size=8" not in table
+    assert "| optim.lr=3e-4,data.batch_size=8 | 8 | 0.0003 |" in table, table
+
+
+def test_packing_by_an_array(cluster: Cluster, tmp_path: Path) -> None:
+    """Three tasks pack what one process packs, byte for byte."""
+    generate(tmp_path / "videos", {"train": 12, "val": 1, "test": 1}, seed=0)
+    source = f"--source manifest --annotations {tmp_path}/videos/manifest.jsonl --videos {tmp_path}/videos"
+    source += " --split train --image-size 32 --shard-size 3"
+    packed = cluster.submit(
+        tmp_path / "run", "--job", "shards", "--tasks", "3", "--pack", f"{source} --out {tmp_path}/by-array"
+    )
+    packed.following("index").until_completed(120)
+    alone = [sys.executable, "shards/make_shards.py", *source.split(), "--out", str(tmp_path / "alone")]
+    assert cluster.run(*alone).returncode == 0
+    names = ["index.json", *(f"shard-{n:06d}.tar" for n in range(4))]
+    for name in names:
+        assert (tmp_path / "by-array" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

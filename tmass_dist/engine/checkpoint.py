@@ -15,6 +15,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tmass_dist.cli import write_json
 from tmass_dist.data.index import sha256_of
 from tmass_dist.distributed import barrier, gather_objects, is_main, rank, share_failure, world_size
 
@@ -25,13 +26,6 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write aside and rename, so that a reader sees the old file or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)
 
 
 def saved_steps(directory: Path) -> list[int]:

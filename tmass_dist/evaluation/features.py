@@ -136,6 +136,14 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged ({error}); encode again") from error
 
 
+def fingerprint_of(directory: Path) -> str | None:
+    """What the store there was made from; None where there is none that can be read."""
+    try:
+        return read_index(directory)["fingerprint"]
+    except (ValueError, KeyError):
+        return None
+
+
 def load_features(directory: Path) -> Features:
     """Read every part, check it, and put the split together.
 

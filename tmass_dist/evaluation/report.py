@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tmass_dist.evaluation.tiles import Scorer
 
 COLUMNS = ("R@1", "R@5", "R@10", "MdR", "MnR")
+THIS = "this result"
 
 
 def table(rows: dict[str, dict[str, float]], title: str) -> str:
@@ -95,7 +96,7 @@ class Report:
     def rows(self, direction: str) -> dict[str, dict[str, float]]:
         """Every row of one direction's table."""
         chances = {"chance": chance(self.result["num_videos"])}
-        return chances | self.systems.get(direction, {}) | {"this result": self.result[direction]}
+        return chances | self.systems.get(direction, {}) | {THIS: self.result[direction]}
 
     def write(self, directory: Path) -> None:
         """Write all four files, each aside and renamed."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from tmass_dist.cli import write_json
 from tmass_dist.config import Config, load_config
-from tmass_dist.engine.checkpoint import write_json
+from tmass_dist.data.index import Index, load_index
 from tmass_dist.evaluation import ranking
 from tmass_dist.evaluation.features import Features, fingerprint, load_features, read_index
 from tmass_dist.evaluation.report import Report, label, labels, summary, table
 from tmass_dist.evaluation.tiles import Scorer, Tiles
 from tmass_dist.models.head import RetrievalHead, build_head
+from tmass_dist.models.pooling import MeanPool
 
 
 def _config(store: Path, index: dict[str, Any], overrides: list[str]) -> Config:
@@ -61,66 +62,88 @@ def _head(store: Path, config: Config, width: int) -> RetrievalHead:
     return head
 
 
-def _share(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not int(found[1]) < int(found[2]):
-        raise ValueError(f"--shard {text} is no share; write I/N with I from 0 to N - 1, as 3/8")
-    return int(found[1]), int(found[2])
+class Stored:
+    """A feature store that is being scored: blocks on disk, shared out over any number of tasks, then one report.
 
+    Finished blocks stay in ``out/tiles``: a share that was killed goes on, and what any task computed is not computed
+    again.
 
-def rescore(
-    store: Path,
-    overrides: list[str],
-    out: Path | None,
-    shard: str | None,
-    bank: Path | None,
-    num_candidates: int | None = None,
-) -> None:
-    """Score a feature store, or one share of it, and report.
+    Args:
+        store: its directory.
+        overrides: on the store's own config.
+        out: where blocks and report go; by default beside the store.
 
-    Finished blocks of scores stay in ``OUT/tiles``: a share that was killed goes on, and what any task computed is
-    not computed again. Without ``--shard`` whatever is missing is computed, ranked and reported.
+    Raises:
+        ValueError: the store is missing or damaged, or an override asks for another model than encoded it.
     """
-    share = _share(shard)
-    index = read_index(store)
-    config = _config(store, index, overrides)
-    if bank is None and config.evaluation.post_processing == "qbnorm":
-        raise ValueError("qbnorm needs a bank of training queries: give --bank FEATURES")
-    plain = config.evaluation.post_processing == "none" and config.evaluation.protocol == "query_conditioned"
-    if num_candidates is not None and not plain:
-        raise ValueError("--search has no post-processing and no published_code protocol; leave them out")
-    features = load_features(store)
-    if num_candidates is not None and not 1 <= num_candidates <= len(features.video_ids):
-        raise ValueError(f"--search is {num_candidates}; the gallery has {len(features.video_ids)} videos")
-    head = _head(store, config, features.text_TD.shape[1])
-    out = out or store.parent
-    scorer = Scorer(head, features, config)
-    key = fingerprint(
-        index["fingerprint"],
-        config.seed,
-        dataclasses.asdict(config.stochastic),
-        config.evaluation.protocol,
-        config.model.pooled_by,
-    )
-    tiles = Tiles(out / "tiles" / key, scorer, log=lambda text: print(text, file=sys.stderr))
-    tiles.compute(*(share or (0, 1)))
-    if share is not None:
-        print(f"share {shard} is done: {out / 'tiles' / key}")
-        return
-    found = None
-    if bank is not None:
-        found = _bank(bank, index, features, scorer)
 
-    post, num_videos = config.evaluation.post_processing, len(features.video_ids)
-    ranks = ranking.rank(tiles.blocks, features.owner_T, num_videos, post, found)
-    result = labels(config, features, index["checkpoint"]) | summary(ranks)
-    Report(result, ranks, features.captions, features.caption_ids, {}, scorer).write(out)
-    _show(result)
-    print(f"report: {out / 'report.html'}")
-    if num_candidates is not None:
-        _compare_search(scorer, num_candidates, ranks, result, out)
+    def __init__(self, store: Path, overrides: list[str], out: Path | None = None) -> None:
+        self.index = read_index(store)
+        self.config = config = _config(store, self.index, overrides)
+        self.features = load_features(store)
+        self.scorer = Scorer(_head(store, config, self.features.text_TD.shape[1]), self.features, config)
+        self.out = out or store.parent
+        key = fingerprint(
+            self.index["fingerprint"],
+            config.seed,
+            dataclasses.asdict(config.stochastic),
+            config.evaluation.protocol,
+            config.model.pooled_by,
+        )
+        self.tiles = Tiles(self.out / "tiles" / key, self.scorer, log=lambda text: print(text, file=sys.stderr))
+
+    def report(self, bank: Path | None = None, num_candidates: int | None = None) -> dict[str, Any]:
+        """Compute the blocks that are still missing, rank, write the report, print the tables.
+
+        Args:
+            bank: feature store of training queries; qbnorm needs it.
+            num_candidates: also try the two-stage search with so many candidates.
+
+        Raises:
+            ValueError: what was asked for does not go together, or a share of it is missing.
+        """
+        evaluation, num_videos = self.config.evaluation, len(self.features.video_ids)
+        if bank is None and evaluation.post_processing == "qbnorm":
+            raise ValueError("qbnorm needs a bank of training queries: give --bank FEATURES")
+        plain = evaluation.post_processing == "none" and evaluation.protocol == "query_conditioned"
+        if num_candidates is not None and not plain:
+            raise ValueError("--search has no post-processing and no published_code protocol; leave them out")
+        if num_candidates is not None and not 1 <= num_candidates <= num_videos:
+            raise ValueError(f"--search is {num_candidates}; the gallery has {num_videos} videos")
+        found = _bank(bank, self.index, self.features, self.scorer) if bank else None
+        self.tiles.compute(0, 1)
+        ranks = ranking.rank(self.tiles.blocks, self.features.owner_T, num_videos, evaluation.post_processing, found)
+        same_towers = self._mean_pooling()
+        before = self.index.get("before_training", {})
+        result = labels(self.config, self.features, self.index["checkpoint"]) | summary(ranks)
+        result |= {"baselines": {**before, "mean pooling of these towers": same_towers}}
+        systems = {
+            direction: {name: row[direction] for name, row in result["baselines"].items()}
+            for direction in ("t2v", "v2t")
+        }
+        caption_ids = self.features.caption_ids
+        report = Report(result, ranks, self.features.captions, caption_ids, systems, self.scorer, self._shards())
+        report.write(self.out)
+        _show(report)
+        print(f"report: {self.out / 'report.html'}")
+        if num_candidates is not None:
+            _compare_search(self.scorer, num_candidates, ranks, result, self.out)
+        return result
+
+    def _mean_pooling(self) -> dict[str, Any]:
+        plain = dataclasses.replace(
+            self.config, evaluation=dataclasses.replace(self.config.evaluation, protocol="query_conditioned")
+        )
+        scorer = Scorer(RetrievalHead(MeanPool(), None), self.features, plain)
+        blocks = lambda: map(scorer.score, scorer.starts)  # noqa: E731
+        return summary(ranking.rank(blocks, self.features.owner_T, len(self.features.video_ids), "none"))
+
+    def _shards(self) -> Index | None:
+        """The split's shards, for the report's pictures, if they are still where they were."""
+        try:
+            return load_index(self.index["shards"])
+        except (KeyError, ValueError):
+            return None
 
 
 def _compare_search(scorer: Scorer, num: int, exact: ranking.Ranks, result: dict[str, Any], out: Path) -> None:
@@ -203,13 +226,13 @@ def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> 
         "post_processing": post,
         **summary(ranks),
     }
+    ids = [(str(owner), int(row)) for owner, row in zip(owner_T.tolist(), order)]
+    report = Report(result, ranks, [""] * num_texts, ids, {})
     if out is not None:
-        ids = [(str(owner), int(row)) for owner, row in zip(owner_T.tolist(), order)]
-        Report(result, ranks, [""] * num_texts, ids, {}).write(out)
-    _show(result)
+        report.write(out)
+    _show(report)
 
 
-def _show(result: dict[str, Any]) -> None:
+def _show(report: Report) -> None:
     for direction, name in (("t2v", "text to video"), ("v2t", "video to text")):
-        rows = {"chance": ranking.chance(result["num_videos"]), "this result": result[direction]}
-        print(table(rows, f"\n{name} ({label(result)})"), flush=True)
+        print(table(report.rows(direction), f"\n{name} ({label(report.result)})"), flush=True)

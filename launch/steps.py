@@ -1,0 +1,101 @@
+"""What a submission consists of: steps that follow each other, each a job or an array of tasks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.cluster import Resources
+from launch.job import CommandJob, RankedJob
+from tmass_dist.config import Config, load_config
+
+
+@dataclass(frozen=True)
+class Step:
+    """One job, or an array with a task for each entry of ``tasks``.
+
+    ``after`` is SLURM's word on the step before: ``afterok`` wants its success, ``afterany`` only its end.
+    """
+
+    name: str
+    tasks: list[Any]
+    resources: Resources
+    after: str = "afterok"
+
+
+def absolute(config: Config) -> Config:
+    """Paths that hold wherever the job starts."""
+    given = {name: getattr(config.data, name) for name in ("train", "val", "test")}
+    paths: Any = {name: str(Path(path).resolve()) for name, path in given.items() if path}
+    files = {
+        key: str(Path(value).resolve())
+        for key in ("architecture", "pretrained")
+        if (value := getattr(config.model, key)) and Path(value).is_file()
+    }
+    return dataclasses.replace(
+        config,
+        run_dir=str(Path(config.run_dir).resolve()),
+        data=dataclasses.replace(config.data, **paths),
+        model=dataclasses.replace(config.model, **files),
+    )
+
+
+def training(config: Config, resources: Resources, folder: Path, *, then: str = "evaluate") -> Step:
+    """Train, then ``evaluate`` in the same allocation, or only ``encode`` for an array to score."""
+    do: Any = ("train", then)
+    return Step("train", [RankedJob(config, str(folder), do, resources.requeues, resources.cpus)], resources)
+
+
+def evaluation(config: Config, resources: Resources, folder: Path, tasks: int, *, encode: bool) -> list[Step]:
+    """Encode the test split where that is not done yet, score it by an array of tasks, and put the report together."""
+    out = Path(config.run_dir) / "evaluation"
+    command = ("-m", "tmass_dist.evaluate", "--features", str(out / "features"), "--out", str(out))
+    one = resources.one_task()
+    steps = []
+    if encode:
+        job = RankedJob(config, str(folder), ("encode",), resources.requeues, resources.cpus)
+        steps.append(Step("encode", [job], resources))
+    shares = [CommandJob((*command, "--shard", f"{n}/{tasks}"), str(folder), one.cpus) for n in range(tasks)]
+    report = CommandJob(command, str(folder), one.cpus)
+    return [*steps, Step("score", shares, one), Step("report", [report], one)]
+
+
+def packing(arguments: list[str], resources: Resources, folder: Path, tasks: int) -> list[Step]:
+    """``shards/make_shards.py`` for each of ``arguments``: an array packs, then one task writes the index."""
+    one = resources.one_task()
+    steps = []
+    for text in arguments:
+        words = shlex.split(text)
+        for number, word in enumerate(words[:-1]):
+            if word in ("--annotations", "--videos", "--out"):
+                words[number + 1] = str(Path(words[number + 1]).resolve())
+        command = ("shards/make_shards.py", *words, "--workers", str(resources.cpus))
+        if tasks > 1:
+            parts = [CommandJob((*command, "--part", f"{n}/{tasks}"), str(folder), one.cpus) for n in range(tasks)]
+            steps.append(Step("pack", parts, one))
+        steps.append(Step("index", [CommandJob(command, str(folder), one.cpus)], one))
+    return steps
+
+
+def sweep(page: str, overrides: list[str], grid: list[str], base: Path) -> list[Config]:
+    """Every combination of ``key=a,b`` settings, each with a run directory named after it.
+
+    Raises:
+        ValueError: a setting without values, or twice.
+    """
+    axes: dict[str, list[str]] = {}
+    for setting in grid:
+        key, _, values = setting.partition("=")
+        if not values or key in axes:
+            raise ValueError(f"--sweep {setting}: write key=value,value,... and each key once, as optim.lr=1e-5,3e-5")
+        axes[key] = [value for value in values.split(",") if value]
+    configs = []
+    for chosen in itertools.product(*axes.values()):
+        settings = [f"{key}={value}" for key, value in zip(axes, chosen)]
+        run_dir = base / ",".join(setting.replace("/", "_") for setting in settings)
+        configs.append(absolute(load_config(page, [*overrides, *settings, f"run_dir={run_dir}"])))
+    return configs
