@@ -46,6 +46,32 @@ def test_tensorboard_has_every_tag_once_a_step(whole: Path) -> None:
     assert [event.step for event in events.Scalars("val/query_conditioned/t2v_R@1")] == [3, 6]
 
 
+def test_export_loads_without_deepspeed_and_gives_the_same_similarities(whole: Path, tmp_path: Path) -> None:
+    done = run("-m", "tmass_dist.export", str(whole), str(tmp_path / "model"))
+    assert done.returncode == 0, done.stderr
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "query_conditioned" in card and "R@1" in card
+    code = f"""
+import sys, torch
+from safetensors.torch import load_file
+from tmass_dist.export import load
+from tmass_dist.evaluation.scoring import score
+from tmass_dist.evaluation.rescore import Stored
+from pathlib import Path
+model, tokenize = load({str(tmp_path / "model")!r})
+stored = Stored(Path({str(whole / "evaluation" / "features")!r}), [], Path({str(tmp_path)!r}))
+text = model.towers.encode_text(tokenize(stored.features.captions)).detach()
+torch.testing.assert_close(text, stored.features.text_TD, rtol=1e-5, atol=1e-5)
+found = score(model.head, stored.features.text_TD, stored.features.frames_VFD)
+torch.testing.assert_close(found, score(stored.scorer.head, stored.features.text_TD, stored.features.frames_VFD))
+assert "deepspeed" not in sys.modules
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+    done = run("-m", "tmass_dist.export", str(tmp_path), str(tmp_path / "nothing"))
+    assert done.returncode == 2 and "train it first" in done.stderr
+
+
 def test_another_config_in_the_same_directory_is_refused(data: list[str], whole: Path) -> None:
     done = _submit(data, whole, "optim.lr=0.5")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1

@@ -21,7 +21,7 @@ def check_environment() -> bool:
         ValueError: some are set and others missing; it names both.
     """
     missing = [name for name in _VARIABLES if name not in os.environ]
-    if missing and len(missing) < len(_VARIABLES):
+    if set(_VARIABLES) - set(missing) - {"LOCAL_RANK"} and missing:  # that one alone says nothing
         present = [name for name in _VARIABLES if name in os.environ]
         raise ValueError(
             f"the distributed environment is partly set: {', '.join(present)} given but {', '.join(missing)} missing; "
@@ -49,11 +49,30 @@ def initialise(timeout_s: float = 600.0) -> torch.device:
     return device
 
 
+def join_alone() -> None:
+    """A process group of one, for libraries that have no life without; it touches no port and no variable."""
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
+    )
+
+
+def open_store(timeout_s: float = 30.0) -> Any:
+    """A store of its own, held by rank 0, for words between ranks outside the collectives; every rank calls it."""
+    host, wait = os.environ.get("MASTER_ADDR", "127.0.0.1"), datetime.timedelta(seconds=timeout_s)
+    held = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait) if is_main() else None
+    port = gather_objects(held.port if held else 0)[0]
+    return held or dist.TCPStore(host, port, is_master=False, timeout=wait)
+
+
 def finish() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
     _host_groups.clear()
+
+
+def is_initialised() -> bool:
+    return dist.is_initialized()
 
 
 def rank() -> int:
@@ -114,6 +133,12 @@ def gather_objects(local: Any) -> list[Any]:
     parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, local)
     return parts
+
+
+def sum_over_ranks(values: Tensor) -> None:
+    """Add up every rank's ``values``, in place; no gradient."""
+    if world_size() > 1:
+        dist.all_reduce(values)
 
 
 _host_groups: list[Any] = []

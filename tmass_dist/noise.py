@@ -60,16 +60,15 @@ def keyed_noise(
     return std * (-2 * torch.log1p(-first)).sqrt() * torch.cos(2 * math.pi * second)
 
 
-def keyed_dropout(x_VTD: Tensor, probability: float, keys: list[int]) -> Tensor:
-    """Dropout in which video ``i`` draws its own mask from ``keys[i]``: the same whatever rank holds the video.
+def keyed_mask(keys: list[int], shape: tuple[int, int], probability: float, device: torch.device) -> Tensor:
+    """What dropout keeps: bool ``(len(keys), *shape)``, each entry false with ``probability`` (to 2^-17).
 
-    Args:
-        x_VTD: activations; the texts stand in the order of the global batch.
-        probability: share of the values that become 0; the others are divided by one less it.
-        keys: one of each video.
+    Entry ``i`` is drawn from ``keys[i]`` alone, and so is the same whatever rank holds it; CPU and GPU draw
+    different ones.
     """
-    keep_VTD = torch.empty_like(x_VTD)
-    generator = torch.Generator(x_VTD.device)
-    for row, key in zip(keep_VTD, keys):
-        row.bernoulli_(1 - probability, generator=generator.manual_seed(key))
-    return x_VTD * keep_VTD.div_(1 - probability)
+    size = shape[0] * shape[1]
+    words = torch.empty(len(keys), -(-size // 4), dtype=torch.int64, device=device)  # four draws of 16 bits in each
+    generator = torch.Generator(device)
+    for row, key in zip(words, keys):
+        row.random_(-(2**63), None, generator=generator.manual_seed(key))
+    return (words.view(torch.int16)[:, :size] >= round(probability * 2**16) - 2**15).unflatten(1, shape)

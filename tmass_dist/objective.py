@@ -83,7 +83,9 @@ def global_losses(
     anchor_AND = torch.stack([F.normalize(gather_rows(anchor_BD), dim=-1) for anchor_BD in anchors])
 
     def columns(pooled_BND: Tensor) -> Tensor:
-        return torch.einsum("and,bnd->ban", anchor_AND, F.normalize(pooled_BND, dim=-1))
+        # Divided by the norms afterwards: a normalised copy would be one more (B, N, D) to keep.
+        norm_BN = torch.linalg.vector_norm(pooled_BND, dim=-1).clamp_min(1e-12)
+        return torch.einsum("and,bnd->ban", anchor_AND, pooled_BND) / norm_BN[:, None]
 
     similarity_ANN = gather_rows(pooling.map(columns)).permute(1, 2, 0)
     stochastic = total = symmetric_info_nce(similarity_ANN[0], logit_scale)

@@ -20,7 +20,8 @@ from tmass_dist.models.backbone import build_towers
 from tmass_dist.models.head import RetrievalHead, build_head
 from tmass_dist.models.tmass import parameter_groups
 from tmass_dist.objective import Objective, global_losses
-from tmass_dist.train import improves, validation_steps
+from tmass_dist.train import validation_steps
+from tmass_dist.validation import improves
 
 DIRECTORY = Path(os.environ.get("TMASS_GOLDEN", Path(__file__).parent / "data"))
 FILES = {path.stem: path for path in sorted(DIRECTORY.glob("*.npz"))}
@@ -71,8 +72,8 @@ def test_training_forward_losses_and_gradients(name: str, monkeypatch: pytest.Mo
     head = _head(data, int(num_heads))
     if dropout:
         head.train().pooling.dropout = dropout
-        mask = data["dropout_keep"].float() / (1 - dropout)
-        monkeypatch.setattr("tmass_dist.models.pooling.keyed_dropout", lambda value, *_: value * mask)
+        keep = data["dropout_keep"].bool()
+        monkeypatch.setattr("tmass_dist.models.pooling.keyed_mask", lambda *_: keep)
     text = data["text"].clone().requires_grad_()
     video = data["video"].clone().requires_grad_()
     scale = data["w_logit_scale"].reshape(1).clone().requires_grad_()
@@ -303,7 +304,7 @@ def test_five_full_training_steps_of_a_tiny_clip(name: str, tmp_path: Path) -> N
     for step, rates in enumerate(data["lr_used_f64"].tolist()):
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate
-        losses = model(pixels_of(step), data[f"tokens{step}"], data[f"eps{step}"])
+        losses = model("whole", pixels_of(step), data[f"tokens{step}"], data[f"eps{step}"], None)
         torch.testing.assert_close(losses.stochastic, data["loss"][step], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(losses.support, data["loss_support"][step], rtol=1e-4, atol=1e-5)
         optimizer.zero_grad()

@@ -7,14 +7,11 @@ import re
 import sys
 import threading
 import time
-from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
-import torch.distributed as dist
-
 from tmass_dist.cli import PeerLostError
-from tmass_dist.distributed import gather_objects, is_main, rank, world_size
+from tmass_dist.distributed import gather_objects, is_main, open_store, rank, world_size
 
 _OF_A_COLLECTIVE = re.compile(r"gloo|nccl|tcpstore|connection|socket|broken pipe|timed out waiting", re.IGNORECASE)
 
@@ -41,13 +38,7 @@ class Watch:
 
     def __enter__(self) -> Watch:
         if world_size() > 1:
-            host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-            wait = timedelta(seconds=30)
-            if is_main():
-                self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
-            port = gather_objects(self._store.port if is_main() else 0)[0]
-            if not is_main():
-                self._store = dist.TCPStore(host, port, is_master=False, timeout=wait)
+            self._store = open_store()
             self._heard = time.monotonic()
             threading.Thread(target=self._talk, name="watch-talk", daemon=True).start()
         self._at = time.monotonic()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tmass_dist.config import Config
-from tmass_dist.distributed import initialise, world_size
+from tmass_dist.distributed import is_initialised, join_alone, rank, sum_over_ranks, world_size
 from tmass_dist.engine.optim import AuthorsAdamW, TorchAdamW
 from tmass_dist.models.tmass import parameter_groups
 from tmass_dist.objective import Losses, Objective
@@ -34,18 +34,6 @@ def _deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
-
-
-def _join_alone() -> None:
-    """DeepSpeed has no life without a process group: give a single process one of its own."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    initialise()
 
 
 class Engine:
@@ -72,11 +60,12 @@ class Engine:
             model.towers.clip.set_grad_checkpointing(True)
         if config.engine.compile:
             model.towers.clip.visual.compile()
-        if "RANK" not in os.environ:
-            _join_alone()
+        if not is_initialised():
+            join_alone()
         deepspeed = _deepspeed()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, whoever launched us
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
@@ -163,8 +152,7 @@ class Engine:
                 number = zero.sub_group_to_group_id[piece] if self.stage == 3 else piece
                 for gradient in gradients or []:
                     squares[number] += gradient.double().square().sum()
-            if world_size() > 1:
-                torch.distributed.all_reduce(squares)
+            sum_over_ranks(squares)
         found = dict(zip(names, squares.sqrt().tolist()))
         return found | {"total": squares.sum().sqrt().item()}
 
@@ -218,7 +206,7 @@ class Engine:
             # Pieces are padded to one length; DeepSpeed's own setter of whole tensors forgets it.
             length: int = parameter.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
             padded = nn.functional.pad(value.flatten(), (0, length * world_size() - value.numel()))
-            piece = padded.narrow(0, length * torch.distributed.get_rank(), length)
+            piece = padded.narrow(0, length * rank(), length)
             if key == "weight":
                 safe_set_local_fp32_param(parameter, piece)
                 parameter.ds_tensor.data.copy_(piece)  # pyright: ignore[reportAttributeAccessIssue]

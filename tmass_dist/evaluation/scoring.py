@@ -155,15 +155,10 @@ class _Folded:
             return
         width = frames_VFD.shape[-1]
         self.keys = pool.keys(frames_VFD)
-        values_VKD = pool.values(frames_VFD).flatten(1, 2)
-        values_VKD = values_VKD - values_VKD.mean(-1, keepdim=True)
-        self.gram_in = values_VKD @ values_VKD.transpose(1, 2) / width
+        self.gram_in, attended, projected = pool.span(frames_VFD)
         first, last = pool.norm_attended, pool.norm_out
-        scaled = values_VKD * first.weight
         constant_D = first.bias + pool.linear(first.bias)
-        basis = torch.cat(
-            [scaled + F.linear(scaled, pool.linear.weight), constant_D.expand(len(frames_VFD), 1, width)], dim=1
-        )
+        basis = torch.cat([attended + projected, constant_D.expand(len(frames_VFD), 1, width)], dim=1)
         basis = basis - basis.mean(-1, keepdim=True)
         self.gram_out = basis @ basis.transpose(1, 2) / width
         self.basis = torch.cat([basis * last.weight, last.bias.expand(len(frames_VFD), 1, width)], dim=1)
@@ -173,11 +168,9 @@ class _Folded:
         pool = self.head.pooling
         assert isinstance(pool, XPool)
         weights = pool.attention(query_HTE, self.keys).transpose(1, 2).flatten(2)
-        variance = ((weights @ self.gram_in) * weights).sum(-1, keepdim=True)
-        weights = weights * (variance + pool.norm_attended.eps).rsqrt()
+        weights = pool.normalised(weights, self.gram_in, pool.norm_attended.eps)
         weights = torch.cat([weights, torch.ones_like(weights[..., :1])], dim=-1)
-        variance = ((weights @ self.gram_out) * weights).sum(-1, keepdim=True)
-        weights = weights * (variance + pool.norm_out.eps).rsqrt()
+        weights = pool.normalised(weights, self.gram_out, pool.norm_out.eps)
         return torch.cat([weights, torch.ones_like(weights[..., :1])], dim=-1)
 
     def pooled(self, text_TD: Tensor) -> Tensor:

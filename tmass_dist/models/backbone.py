@@ -39,8 +39,13 @@ def _find(path: str) -> Path:
     raise ValueError(f"no file {path}, neither here nor in configs/")
 
 
+def find_description(architecture: str) -> Path:
+    """The file of a tower description, as given or below ``configs/``."""
+    return _find(architecture)
+
+
 def _description(architecture: str) -> dict[str, Any]:
-    path = _find(architecture)
+    path = find_description(architecture)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

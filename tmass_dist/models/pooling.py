@@ -1,6 +1,6 @@
 """Text-conditioned pooling of a video's frames (X-Pool), and its plain alternative."""
 
-# Shapes: T texts, V videos, F frames, H heads, D embedding width, E = D / H.
+# Shapes: T texts, V videos, F frames, H heads, K = H F, D embedding width, E = D / H.
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tmass_dist.noise import keyed_dropout
+from tmass_dist.noise import keyed_mask
 
 
 class XPool(nn.Module):
@@ -56,6 +56,25 @@ class XPool(nn.Module):
         weight_DHE = self.out.weight.unflatten(1, (self.num_heads, -1))
         return torch.einsum("vfhe,dhe->vhfd", value_VFHE, weight_DHE) + self.out.bias / self.num_heads
 
+    def span(self, frames_VFD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What pooled vectors of a video are made of: ``gram_VKK``, ``attended_VKD`` and ``projected_VKD``, K = H F.
+
+        A normalisation is affine but for one number a pair, its deviation, and the Gram matrix gives that from the
+        weights. So with weights divided by it (:meth:`normalised`), the attended vector is a sum of ``attended_VKD``
+        and its projection one of ``projected_VKD``: nothing of size D x D is done for a pair.
+        """
+        values_VKD = self.values(frames_VFD).flatten(1, 2)
+        values_VKD = values_VKD - values_VKD.mean(-1, keepdim=True)
+        attended_VKD = values_VKD * self.norm_attended.weight
+        gram_VKK = values_VKD @ values_VKD.transpose(1, 2) / values_VKD.shape[-1]
+        return gram_VKK, attended_VKD, F.linear(attended_VKD, self.linear.weight)
+
+    @staticmethod
+    def normalised(weights_VTK: Tensor, gram_VKK: Tensor, eps: float) -> Tensor:
+        """Weights divided by the deviation, over D, of the vector that they make."""
+        variance_VT1 = ((weights_VTK @ gram_VKK) * weights_VTK).sum(-1, keepdim=True).clamp_min(0)
+        return weights_VTK * (variance_VT1 + eps).rsqrt()
+
     def forward(self, text_TD: Tensor, frames_VFD: Tensor, dropout_keys: list[int] | None = None) -> Tensor:
         """Every video as every text sees it, ``pooled_VTD``; embeddings of any norm.
 
@@ -65,12 +84,17 @@ class XPool(nn.Module):
             dropout_keys: one of each video; training needs them where there is dropout.
         """
         weights_VTK = self.attention(self.queries(text_TD), self.keys(frames_VFD)).transpose(1, 2).flatten(2)
-        attended_VTD = self.norm_attended(weights_VTK @ self.values(frames_VFD).flatten(1, 2))
-        projected_VTD = self.linear(attended_VTD)
-        if self.training and self.dropout:
-            assert dropout_keys is not None, "in training every video brings the key of its dropout mask"
-            projected_VTD = keyed_dropout(projected_VTD, self.dropout, dropout_keys)
-        return self.norm_out(attended_VTD + projected_VTD)
+        gram_VKK, attended_VKD, projected_VKD = self.span(frames_VFD)
+        weights_VTK = self.normalised(weights_VTK, gram_VKK, self.norm_attended.eps)
+        constant_D = self.linear(self.norm_attended.bias)
+        if not (self.training and self.dropout):
+            both_VTD = weights_VTK @ (attended_VKD + projected_VKD) + (self.norm_attended.bias + constant_D)
+            return self.norm_out(both_VTD)
+        assert dropout_keys is not None, "in training every video brings the key of its dropout mask"
+        keep_VTD = keyed_mask(dropout_keys, (len(text_TD), text_TD.shape[1]), self.dropout, text_TD.device)
+        scale = 1 / (1 - self.dropout)  # of what is kept; on the frames' vectors it costs nothing
+        dropped_VTD = (weights_VTK @ (scale * projected_VKD) + scale * constant_D) * keep_VTD
+        return self.norm_out(weights_VTK @ attended_VKD + self.norm_attended.bias + dropped_VTD)
 
 
 class MeanPool(nn.Module):

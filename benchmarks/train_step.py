@@ -1,0 +1,107 @@
+"""One training step of the head, forward to backward, beside the plain published head in the same run: JSON lines.
+
+``python benchmarks/train_step.py`` on this machine's CPU, one thread, and on its GPU where there is one. Memory is what
+autograd keeps for the backward pass: the same number on every machine.
+"""
+
+# Shapes: B pairs, F frames, D embedding width.
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tmass_dist.losses import symmetric_info_nce  # noqa: E402
+from tmass_dist.models.head import RetrievalHead, build_head  # noqa: E402
+from tmass_dist.objective import global_losses  # noqa: E402
+
+NUM_FRAMES, WIDTH, DROPOUT = 12, 512, 0.3
+
+
+def ours(head: RetrievalHead, text: Tensor, frames: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
+    """The objective of tmass_dist."""
+    return global_losses(head, text, frames, noise, scale, 0.8, dropout_keys=list(range(len(text)))).total
+
+
+def published(head: RetrievalHead, text: Tensor, frames: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
+    """The published head, plainly and in its order: each projection of each pair, then both similarity matrices."""
+    pool, mass = head.pooling, head.mass
+    width = text.shape[-1]
+    query, normed = pool.query(pool.norm_in(text)), pool.norm_in(frames)
+    key, value = pool.key(normed), pool.value(normed)
+    weights = (torch.einsum("td,vfd->vtf", query, key) / width**0.5).softmax(-1)
+    attended = pool.norm_attended(pool.out(weights @ value))
+    pooled = pool.norm_out(attended + F.dropout(pool.linear(attended), DROPOUT))
+    cosine = (F.normalize(frames, dim=-1) @ F.normalize(text, dim=-1)[:, :, None]).squeeze(-1)
+    radius = mass.linear(cosine).exp()
+    sampled = text + radius * noise
+    support = text + radius * F.normalize(pooled.mean(dim=1) - text, dim=-1)
+    total = torch.zeros(())
+    for anchor, weight in ((sampled, 1.0), (support, 0.8)):
+        similarity = torch.einsum("td,vtd->tv", F.normalize(anchor, dim=-1), F.normalize(pooled, dim=-1))
+        total = total + weight * symmetric_info_nce(similarity, scale)
+    return total
+
+
+def measure(step: Callable[..., Tensor], batch: int, device: str, repeats: int) -> tuple[float, float, float]:
+    """Seconds of a step (the best of ``repeats``), MB kept for the backward pass, and the loss."""
+    torch.manual_seed(0)
+    head = build_head(embed_dim=WIDTH, num_frames=NUM_FRAMES, dropout=DROPOUT).train().to(device)
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((batch, WIDTH), (batch, NUM_FRAMES, WIDTH), (batch, WIDTH))
+    text, frames, noise = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    text.requires_grad_()
+    frames.requires_grad_()
+    scale = torch.full((1,), 4.6, device=device, requires_grad=True)
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = step(head, text, frames, noise, scale)
+    loss.backward()
+    best = float("inf")
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        step(head, text, frames, noise, scale).backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return best, sum(held.values()) / 1e6, loss.item()
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for batch in (32, 64, 128, 256):
+            repeats = 3 if device == "cpu" else 20
+            seconds, megabytes, _ = measure(ours, batch, device, repeats)
+            plain_s, plain_mb, _ = measure(published, batch, device, repeats)
+            for what, unit, found, reference in (
+                ("seconds", "s", seconds, plain_s),
+                ("memory", "MB kept for backward", megabytes, plain_mb),
+            ):
+                line = {"name": f"head-step-b{batch}-{device}-{what}", "value": round(found, 4), "unit": unit}
+                line |= {
+                    "reference": f"plain published head, {reference:.4g} {unit}",
+                    "ratio": round(reference / found, 2),
+                }
+                print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
