@@ -32,8 +32,8 @@ T-MASS (Wang et al., "Text Is MASS", CVPR 2024, arXiv:2403.17998) on {architectu
     text, frames = model.towers.encode_text(tokenize(texts)), model.towers.encode_frames(pixels)
     similarity = score(model.head, text, frames, noise)
 
-`pixels` are uint8 `(videos, {num_frames}, side, side, 3)`; `noise` is `(texts, trials, width)` (`tmass_dist.noise`), or None
-for the mean text.
+`pixels` are uint8 `(videos, {num_frames}, side, side, 3)`; `noise` is `(texts, trials, width)` (`tmass_dist.noise`), or
+None for the mean text.
 """
 
 

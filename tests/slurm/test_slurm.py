@@ -52,7 +52,7 @@ def test_four_nodes_train_the_demo(cluster: Cluster, settings: list[str], tmp_pa
 def test_time_limit(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
     began = time.monotonic()
     job = cluster.submit(
-        tmp_path / "run", "--nodes", "2", "--time", "1", "--save-before", "50", *settings, "eval_every=2"
+        tmp_path / "run", "--nodes", "2", "--time", "1", "--save-before", "35", *settings, "eval_every=2"
     )
     job.until_completed(300)
     _report("time limit", time.monotonic() - began, job)
@@ -151,6 +151,9 @@ def test_what_follows_a_failed_step_is_cancelled(cluster: Cluster, settings: lis
 
 def test_goes_on_with_fewer_nodes(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
     """Four nodes, of which one dies: the run goes on with those that are left, as many as its batch divides by."""
+    until(
+        lambda: cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == "4", 90, "four idle nodes", 0.5
+    )
     job = cluster.submit(tmp_path / "run", "--nodes", "4", "--min-nodes", "2", *settings)
     job.until_step(40)
     lost = job.nodes()[-1]

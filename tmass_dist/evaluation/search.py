@@ -37,7 +37,9 @@ def candidates(text_TD: Tensor, frames_VFD: Tensor, num_candidates: int) -> Tens
     mean_VD = F.normalize(F.normalize(frames_VFD, dim=-1).mean(dim=1), dim=-1)
     index = Index(ndim=mean_VD.shape[1], metric="ip", dtype="f32")
     index.add(np.arange(len(mean_VD)), mean_VD.numpy())
-    found = index.search(F.normalize(text_TD, dim=-1).numpy(), num_candidates)
+    # A graph built by several threads can leave a video that no walk reaches; where every distance is cheap, take all.
+    exact = len(mean_VD) <= 10_000 or num_candidates == len(mean_VD)
+    found = index.search(F.normalize(text_TD, dim=-1).numpy(), num_candidates, exact=exact)
     return torch.from_numpy(found.keys.reshape(len(text_TD), -1).astype("int64"))
 
 
