@@ -110,19 +110,24 @@ def slurm_executor(resources: Resources, folder: Path, root: Path, name: str) ->
     extra: dict[str, Any] = {"requeue": True, "open-mode": "append"}
     if "dependency" in flags:
         extra["kill-on-invalid-dep"] = "yes"
+    # srun of SLURM 22.05 and later does not inherit --cpus-per-task.
+    srun = [f"--cpus-per-task={resources.cpus}", "--kill-on-bad-exit=1"]
+    tasks: dict[str, Any] = {"ntasks_per_node": resources.tasks}
     if resources.min_nodes:
-        extra["nodes"] = f"{resources.min_nodes}-{resources.nodes}"
+        # Told of its tasks, SLURM would never give more than the fewest nodes: room is asked for, and srun fills it.
+        extra |= {"nodes": f"{resources.min_nodes}-{resources.nodes}", "mincpus": resources.tasks * resources.cpus}
+        srun.append(f"--ntasks-per-node={resources.tasks}")
+        tasks = {}
     executor = Executor(folder=folder)
     executor.update_parameters(
         job_name=name,
         time=resources.minutes,
         signal_delay_s=resources.save_before_s,
         nodes=resources.nodes,
-        ntasks_per_node=resources.tasks,
+        **tasks,
         cpus_per_task=resources.cpus,
         **({"gpus_per_node": resources.gpus} if resources.gpus else {}),
-        # srun of SLURM 22.05 and later does not inherit --cpus-per-task.
-        srun_args=[f"--cpus-per-task={resources.cpus}", "--kill-on-bad-exit=1"],
+        srun_args=srun,
         setup=[
             *(f"export {key}={shlex.quote(value)}" for key, value in exports.items()),
             f"cd {shlex.quote(str(root))}",
