@@ -44,9 +44,12 @@ class Cluster:
         # Its daemons keep what they inherit: output goes to a file, or the pipe would never close.
         log = Path(self.env["MC_STATE"] + ".log")
         with log.open("w") as out:
-            code = subprocess.run(
-                ["bash", str(SCRIPT), *arguments], env=self.env, stdout=out, stderr=out, timeout=600
-            ).returncode
+            try:
+                code = subprocess.run(
+                    ["bash", str(SCRIPT), *arguments], env=self.env, stdout=out, stderr=out, timeout=600
+                ).returncode
+            except subprocess.TimeoutExpired as error:
+                raise NoClusterError(f"mini_cluster.sh {arguments[0]} took more than 600 s") from error
         if code:
             raise NoClusterError(f"mini_cluster.sh {arguments[0]}: {log.read_text()[-300:]}")
         return log.read_text()
