@@ -55,9 +55,9 @@ def export(run: Path, out: Path) -> None:
     shutil.copyfile(weights, out / "model.safetensors")
     shutil.copyfile(run / "config.yaml", out / "config.yaml")
     if config.model.architecture.endswith(".json"):
-        from tmass_dist.models.backbone import find_description
+        from tmass_dist.models.backbone import find_file
 
-        shutil.copyfile(find_description(config.model.architecture), out / "towers.json")
+        shutil.copyfile(find_file(config.model.architecture), out / "towers.json")
     card = CARD.format(
         name=out.name,
         architecture=Path(config.model.architecture).name,

@@ -31,7 +31,7 @@ def _open_clip() -> Any:
     return open_clip
 
 
-def _find(path: str) -> Path:
+def find_file(path: str) -> Path:
     """As given, else below ``configs/``."""
     for candidate in (Path(path), _CONFIG_DIR / path):
         if candidate.is_file():
@@ -39,13 +39,8 @@ def _find(path: str) -> Path:
     raise ValueError(f"no file {path}, neither here nor in configs/")
 
 
-def find_description(architecture: str) -> Path:
-    """The file of a tower description, as given or below ``configs/``."""
-    return _find(architecture)
-
-
 def _description(architecture: str) -> dict[str, Any]:
-    path = find_description(architecture)
+    path = find_file(architecture)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -135,7 +130,7 @@ def build_towers(architecture: str, pretrained: str | None) -> Towers:
         pretrained = None if tag else pretrained
     towers = Towers(clip, embed_dim, context_length, normalisation)
     if pretrained:
-        _load(towers.clip, _find(pretrained))
+        _load(towers.clip, find_file(pretrained))
     return towers
 
 
