@@ -96,6 +96,7 @@ class RankedJob:
         if "evaluate" in self.do:
             evaluate(self.config)
         finish()
+        _ignore_signals()
 
 
 @dataclass
@@ -128,12 +129,19 @@ class CommandJob:
             last = line.strip() or last
         code = process.wait()
         if code == 0:
+            _ignore_signals()
             return
         if "SLURM_JOB_ID" not in os.environ:
             raise ValueError(last.removeprefix("error: ") or f"{self.arguments[0]} ended with {code}")
         if code == 2:
             _end_for_good(self.folder, env.job_id, last.removeprefix("error: "))
         os._exit(1)
+
+
+def _ignore_signals() -> None:
+    """The work is done: while the interpreter ends it drops its handlers, and SLURM's warning would then kill it."""
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end_for_good(folder: str, job_id: str, line: str) -> None:

@@ -52,8 +52,18 @@ def test_four_nodes_train_the_demo(cluster: Cluster, settings: list[str], tmp_pa
 def test_time_limit(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
     began = time.monotonic()
     job = cluster.submit(
-        tmp_path / "run", "--nodes", "2", "--time", "1", "--save-before", "35", *settings, "eval_every=2"
-    )
+        tmp_path / "run",
+        "--nodes",
+        "2",
+        "--time",
+        "1",
+        "--save-before",
+        "35",
+        "--requeues",
+        "9",
+        *settings,
+        "eval_every=2",
+    )  # SLURM warns up to a minute early: a start may have little time, and several of them are needed
     job.until_completed(300)
     _report("time limit", time.monotonic() - began, job)
     assert "restart 1" in _restarted(job)
