@@ -12,6 +12,7 @@ from typing import Any
 from launch.cluster import Resources
 from launch.job import CommandJob, RankedJob
 from tmass_dist.config import Config, load_config
+from tmass_dist.data.remote import is_remote
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Step:
 def absolute(config: Config) -> Config:
     """Paths that hold wherever the job starts."""
     given = {name: getattr(config.data, name) for name in ("train", "val", "test")}
-    paths: Any = {name: str(Path(path).resolve()) for name, path in given.items() if path}
+    paths: Any = {name: path if is_remote(path) else str(Path(path).resolve()) for name, path in given.items() if path}
     files = {
         key: str(Path(value).resolve())
         for key in ("architecture", "pretrained")

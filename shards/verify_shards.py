@@ -10,37 +10,42 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tmass_dist.cli import run_command  # noqa: E402
-from tmass_dist.data.index import load_index, read_sample, sha256_of  # noqa: E402
+from tmass_dist.data.index import load_index, read_sample  # noqa: E402
+from tmass_dist.data.remote import sha256_of  # noqa: E402
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python shards/verify_shards.py", description=__doc__)
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--contact-sheet", type=Path, metavar="PNG", help="write a picture of the first videos' frames")
+    parser.add_argument("--decode", type=int, metavar="N", help="decode N videos spread over the split (default: all)")
     arguments = parser.parse_args()
     import numpy as np
-    import simplejpeg
-    from PIL import Image
+    from tqdm import tqdm
+
+    from tmass_dist.data.loader import read_into
 
     index = load_index(arguments.directory)
-    damaged = [shard.name for shard in index.shards if sha256_of(index.directory / shard.name) != shard.sha256]
-    sheet = []
-    for path, sample in index.located:
+    damaged = []
+    for shard in tqdm(index.shards, desc="hash", unit="shard"):
+        if sha256_of(Path(index.directory) / shard.name) != shard.sha256:
+            damaged.append(f"{shard.name}: its checksum differs from the index")
+    decode = len(index) if arguments.decode is None else min(arguments.decode, len(index))
+    decoded = set(np.linspace(0, len(index) - 1, decode).astype(int).tolist())
+    for number in tqdm(range(len(index)), desc="read", unit="video"):
         try:
-            meta, jpegs = read_sample(path, sample)
-            frames = [simplejpeg.decode_jpeg(jpeg) for jpeg in jpegs]
-            if len(frames) != index.num_frames or len(meta["captions"]) != sample.num_captions:
-                raise ValueError(f"{len(frames)} frames and {len(meta['captions'])} captions")
+            meta, payload = read_sample(index, number)
+            counted = len(payload), len(meta["captions"])
+            expected = index.num_frames or len(payload), int(index.num_captions[number])
+            if counted != expected or not payload:
+                raise ValueError(f"{index.id_of(number)!r} has {counted[0]} frames and {counted[1]} captions")
+            if number in decoded:
+                side = index.image_size
+                read_into(np.empty((index.num_frames or 4, side, side, 3), np.uint8), index, number)
         except ValueError as error:
-            damaged.append(f"{path.name} {sample.id}: {error}")
-            continue
-        if len(sheet) < 12:
-            sheet.append(np.concatenate(frames, axis=1))
-    if arguments.contact_sheet and sheet:
-        Image.fromarray(np.concatenate(sheet)).save(arguments.contact_sheet)
+            damaged.append(str(error))
     if damaged:
-        raise ValueError(f"{len(damaged)} damaged: {'; '.join(damaged[:5])}")
-    print(f"{arguments.directory}: {len(index.shards)} shards and {len(index.samples)} videos are whole")
+        raise ValueError(f"{len(damaged)} damaged: {'; '.join(damaged[:20])}")
+    print(f"{arguments.directory}: {len(index.shards)} shards and {len(index)} videos are whole, {decode} decoded")
 
 
 if __name__ == "__main__":

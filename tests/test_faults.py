@@ -91,7 +91,13 @@ def start(overrides: list[str], run_dir: Path, prepare: Callable[[int], None] = 
 
 @pytest.fixture
 def overrides(data: list[str]) -> list[str]:
-    more = [f"max_steps={STEPS}", "eval_every=15", f"engine.timeout_s={TIMEOUT_S}", "data.num_workers=1"]
+    more = [
+        f"max_steps={STEPS}",
+        "eval_every=15",
+        f"engine.timeout_s={TIMEOUT_S}",
+        "data.num_workers=1",
+        "data.max_bad=0",
+    ]
     return [*data, *more]
 
 

@@ -36,11 +36,16 @@ class DataConfig:
     """Train on a random crop (half to all of the area) and flip of each video, one for all its frames."""
     frames: Literal["uniform", "random"] = "uniform"
     """Which of more packed frames than ``model.num_frames`` training takes from each segment: its middle, or any."""
+    max_bad: float = 0.01
+    """Share of the training videos that may be damaged, each replaced by another; more end the run. 0: the first."""
+    cache: str | None = None
+    """A local directory that keeps the shards of a split given as a URL (``https://``, ``s3://``)."""
     eval_batch_size: int = 16
     """Videos encoded at a time by one rank during evaluation."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "a contrastive loss needs at least 2 pairs")
+        _require(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "it is a share, from 0 to 1")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "it cannot be negative")
         _require(self.eval_batch_size >= 1, "data.eval_batch_size", self.eval_batch_size, "at least 1")
         needed = self.val is None and self.holdout < 1

@@ -63,7 +63,7 @@ def encode(model: Objective, index: Index, tokenize: Any, config: Config, device
     from tmass_dist.evaluation.features import merge
 
     parts = gather_objects(encode_part(model, index, tokenize, config, device))
-    return merge(parts, [sample.id for sample in index.samples])
+    return merge(parts, index.ids)
 
 
 def ranks_of(head: Any, features: Features, config: Config, bank: Bank | None = None) -> Ranks:
@@ -104,7 +104,8 @@ def encode_run(config: Config, *, only: str | None = None, store: Path | None = 
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    from tmass_dist.data.index import load_index, sha256_of
+    from tmass_dist.data.index import load_index
+    from tmass_dist.data.remote import is_remote, sha256_of
     from tmass_dist.distributed import barrier, gather_objects, initialise, is_main, rank, world_size
     from tmass_dist.evaluation import features as feature_store
     from tmass_dist.evaluation.report import summary
@@ -116,7 +117,7 @@ def encode_run(config: Config, *, only: str | None = None, store: Path | None = 
     weights = Path(only) if only else Path(config.run_dir) / "checkpoints" / "best.safetensors"
     if not weights.is_file():
         raise ValueError(f"no checkpoint {weights}; train first, or name one with --checkpoint")
-    device, index = initialise(config.engine.timeout_s), load_index(config.data.test)
+    device, index = initialise(config.engine.timeout_s), load_index(config.data.test, config.data.cache)
     given, store = store, store or Path(config.run_dir) / "evaluation" / "features"
     made_from = feature_store.fingerprint(
         sha256_of(weights), [shard.sha256 for shard in index.shards], config.model.num_frames
@@ -152,11 +153,11 @@ def encode_run(config: Config, *, only: str | None = None, store: Path | None = 
         about = {
             "config": to_yaml(config),
             "split": index.split,
-            "shards": str(index.directory.resolve()),
+            "shards": index.directory if is_remote(index.directory) else str(Path(index.directory).resolve()),
             "checkpoint": str(weights),
             "before_training": before,
         }
-        feature_store.save_index(store, world_size(), [s.id for s in index.samples], made_from, about)
+        feature_store.save_index(store, world_size(), index.ids, made_from, about)
     barrier()
     return store
 

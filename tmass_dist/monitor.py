@@ -33,6 +33,7 @@ TAGS = {
     "optim/grad_norm_towers": "of the towers alone; optim/grad_norm_head: of the head",
     "optim/lr_towers": "learning rate of the towers; optim/lr_head: of the head",
     "progress/samples": "pairs seen since the beginning",
+    "progress/damaged_videos": "training videos that do not decode; another stands in for each (quarantine.jsonl)",
     "speed/data_s": "seconds of a step that wait for the loader",
     "speed/gradient_s": "seconds of a step in forward, loss and backward, the gathering of embeddings included",
     "speed/optimizer_s": "seconds of a step in ZeRO's reduction and the update",
@@ -91,7 +92,7 @@ class Meter:
         yield
         self._spent[name] += time.perf_counter() - began
 
-    def log(self, step: int, losses: Losses, norms: dict[str, float], rates: dict[str, float]) -> None:
+    def log(self, step: int, losses: Losses, norms: dict[str, float], rates: dict[str, float], damaged: int) -> None:
         """Write everything about the steps since the last time; ``norms`` and ``rates`` by parameter group."""
         steps, elapsed_s = max(1, step - self._since), time.perf_counter() - self._began
         batch = self.config.data.batch_size
@@ -107,6 +108,7 @@ class Meter:
             "model/positive_similarity": losses.positive.item(),
             "model/hardest_negative_similarity": losses.hardest.item(),
             "progress/samples": float(step * batch),
+            "progress/damaged_videos": float(damaged),
             "speed/videos_per_s": rate,
             "speed/data_wait": self._spent["data"] / elapsed_s,
             "speed/memory_gb": peak_memory_gb(),

@@ -44,12 +44,13 @@ def load_splits(config: Config) -> tuple[Index, Index]:
     """The training split, and the one that chooses the checkpoint."""
     from tmass_dist.data.index import load_index
 
-    training = load_index(config.data.train)
+    cache = config.data.cache
+    training = load_index(config.data.train, cache)
     if config.evaluation.selected_on == "test":
-        return training, load_index(config.data.test)
-    return (
-        training.hold_out(config.data.holdout) if config.data.val is None else (training, load_index(config.data.val))
-    )
+        return training, load_index(config.data.test, cache)
+    if config.data.val is None:
+        return training.hold_out(config.data.holdout)
+    return training, load_index(config.data.val, cache)
 
 
 def validation_steps(config: Config, steps_per_epoch: int, num_steps: int) -> set[int]:
@@ -157,6 +158,7 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
 
     from tmass_dist import distributed
     from tmass_dist.data.loader import TrainLoader
+    from tmass_dist.data.quarantine import Quarantine
     from tmass_dist.engine import checkpoint
     from tmass_dist.engine.optim import warmup_cosine
     from tmass_dist.engine.watch import Watch
@@ -202,6 +204,7 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     step = checkpoint.resume(engine, checkpoints, log)
     saver = checkpoint.Saver(engine, checkpoints, config.engine.keep)
     validator.resume(step)
+    quarantine = Quarantine(run_dir / "quarantine.jsonl", len(training), config.data.max_bad)
     monitor = Monitor(run_dir / "tensorboard", step)
     meter = Meter(monitor, log, config, num_steps)
     log.info("%s: step %d of %d, %d ranks, batch %d", run_dir, step, num_steps, world, config.data.batch_size)
@@ -220,10 +223,15 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
             inputs = step_inputs(batch, step, model, config, device)
             with meter.phase("gradient"):
                 losses = engine.backward(*inputs)
-            # One exchange a step: was anybody asked to stop, is any number broken, is anybody still writing?
-            asked, broken, writing = distributed.largest(
-                [float(stop is not None and stop.asked), float(not engine.finite), float(saver.busy)]
+            # One exchange a step: was anybody asked to stop, is any number broken, is anybody still writing, did
+            # anybody find a damaged video?
+            new = quarantine.unknown(batch.damaged)
+            asked, broken, writing, damaged = distributed.largest(
+                [float(stop is not None and stop.asked), float(not engine.finite), float(saver.busy), float(bool(new))]
             )
+            if damaged:
+                for line in quarantine.add(new):
+                    log.warning("step %d: %s", step + 1, line)
             stopping = asked > 0
             if broken:
                 saver.finish()
@@ -239,7 +247,7 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
             bar.update()
             if logged:
                 rates = {name: base * factor for name, base in engine.base_lrs.items()}
-                meter.log(step, losses, norms, rates)
+                meter.log(step, losses, norms, rates, len(quarantine.reasons))
             if step in validations:
                 validator.validate(step, engine, monitor, log)
             if step in validations or stopping:

@@ -1,63 +1,106 @@
-"""The index of a split: where every sample lies in its tar shard, so that one seek and one read fetch it."""
+"""The index of a split: where every sample lies in its tar shard, so that one seek and one read fetch it.
+
+It is columns and not objects: a million samples are read in a moment, and loader processes share them without copies.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
-import tarfile
+import re
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-VERSION = 1
+import numpy as np
+
+from tmass_dist.data.remote import fetch, is_remote
+
+VERSION, NAME = 2, "index.safetensors"
+COLUMNS = {"shard": np.int32, "num_captions": np.int32, "offset": np.int64, "size": np.int64, "crc32": np.uint32}
+
+
+class DamagedError(ValueError):
+    """A sample whose bytes are not those that were packed; it names the shard and the sample."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One video with its captions; ``offset`` and ``size`` are the bytes of all its tar members."""
+    """One video with its captions; ``offset`` and ``size`` are the bytes of all its tar members, headers included."""
 
-    key: str
     id: str
+    shard: int
     num_captions: int
     offset: int
     size: int
+    crc32: int
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar and what it holds."""
+    """One tar."""
 
     name: str
     bytes: int
     sha256: str
-    samples: tuple[Sample, ...]
 
 
 @dataclass(frozen=True)
 class Index:
-    """A split directory."""
+    """A split directory.
 
-    directory: Path
+    ``columns`` are numpy arrays, a row a sample: those of ``COLUMNS``, and ``id_bytes`` with ``id_end``, the UTF-8
+    bytes of all ids and where each ends.
+    """
+
+    directory: str
     split: str
     num_frames: int
+    """JPEG frames of a sample; 0 where they vary, or where the clips themselves are stored."""
     image_size: int
+    store: str
+    """``jpeg`` or ``clip``."""
     shards: tuple[Shard, ...]
+    columns: dict[str, np.ndarray]
+    cache: str | None = None
+    """Where shards of a URL are kept."""
+
+    def __len__(self) -> int:
+        return len(self.columns["size"])
 
     @property
-    def located(self) -> list[tuple[Path, Sample]]:
-        """Every sample with its shard's path, in order."""
-        return [(self.directory / shard.name, sample) for shard in self.shards for sample in shard.samples]
+    def num_captions(self) -> np.ndarray:
+        """Captions of each sample, int32."""
+        return self.columns["num_captions"]
 
-    @property
-    def samples(self) -> list[Sample]:
-        """Every sample, in order; its position is its number."""
-        return [sample for shard in self.shards for sample in shard.samples]
+    def id_of(self, number: int) -> str:
+        ends = self.columns["id_end"]
+        return self.columns["id_bytes"][ends[number - 1] if number else 0 : ends[number]].tobytes().decode()
 
-    def subset(self, ids: set[str]) -> Index:
-        """The same shards with these samples only."""
-        shards = (replace(s, samples=tuple(x for x in s.samples if x.id in ids)) for s in self.shards)
-        return replace(self, shards=tuple(shards))
+    @cached_property
+    def ids(self) -> list[str]:
+        """Every sample's id, in order; its position is its number."""
+        return [self.id_of(number) for number in range(len(self))]
+
+    def sample(self, number: int) -> Sample:
+        return Sample(self.id_of(number), *(int(self.columns[name][number]) for name in COLUMNS))
+
+    def path(self, sample: Sample) -> Path:
+        """The sample's shard on this machine; fetched first where the split is a URL."""
+        shard = self.shards[sample.shard]
+        if not is_remote(self.directory):
+            return Path(self.directory) / shard.name
+        return fetch(f"{self.directory}/{shard.name}", self.cache, shard.bytes, shard.sha256)
+
+    def take(self, numbers: Sequence[int] | np.ndarray) -> Index:
+        """The same shards with these samples only, in this order."""
+        ids = [self.id_of(int(number)) for number in numbers]
+        columns = {name: self.columns[name][np.asarray(numbers, dtype=np.int64)] for name in COLUMNS}
+        return replace(self, columns=columns | _id_columns(ids))
 
     def hold_out(self, number: int) -> tuple[Index, Index]:
         """What is left, and ``number`` samples chosen by their ids alone: the same ones in every run.
@@ -65,84 +108,125 @@ class Index:
         Raises:
             ValueError: it would leave nothing to train on.
         """
-        ids = sorted((hashlib.sha256(sample.id.encode()).hexdigest(), sample.id) for sample in self.samples)
-        if number >= len(ids):
-            raise ValueError(f"data.holdout is {number} and {self.directory} has {len(ids)} videos")
-        held = {sample_id for _, sample_id in ids[:number]}
-        return self.subset({sample_id for _, sample_id in ids} - held), self.subset(held)
+        if number >= len(self):
+            raise ValueError(f"data.holdout is {number} and {self.directory} has {len(self)} videos")
+        hashes = [hashlib.sha256(sample_id.encode()).hexdigest() for sample_id in self.ids]
+        by_hash = sorted(range(len(self)), key=hashes.__getitem__)
+        return self.take(sorted(by_hash[number:])), self.take(sorted(by_hash[:number]))
 
     def save(self) -> None:
-        """Write ``index.json`` aside and rename it."""
-        content = {
-            "version": VERSION,
-            "split": self.split,
-            "num_frames": self.num_frames,
-            "image_size": self.image_size,
-        }
-        aside = self.directory / "index.json.tmp"
-        aside.write_text(json.dumps(content | {"shards": [asdict(s) for s in self.shards]}, indent=1), encoding="utf-8")
-        os.replace(aside, self.directory / "index.json")
+        """Write it aside and rename it."""
+        from safetensors.numpy import save_file
+
+        about = {name: getattr(self, name) for name in ("split", "num_frames", "image_size", "store")}
+        about |= {"version": VERSION, "shards": [asdict(shard) for shard in self.shards]}
+        aside = Path(self.directory) / f"{NAME}.tmp"
+        save_file(self.columns, aside, metadata={"index": json.dumps(about, ensure_ascii=False)})
+        os.replace(aside, Path(self.directory) / NAME)
 
 
-def load_index(directory: str | Path) -> Index:
+def make_columns(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """The columns of an index, from samples in order."""
+    columns = {name: np.array([getattr(s, name) for s in samples], dtype=kind) for name, kind in COLUMNS.items()}
+    return columns | _id_columns([sample.id for sample in samples])
+
+
+def _id_columns(ids: list[str]) -> dict[str, np.ndarray]:
+    encoded = [sample_id.encode() for sample_id in ids]
+    ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
+    return {"id_bytes": np.frombuffer(b"".join(encoded), dtype=np.uint8), "id_end": ends}
+
+
+def load_index(directory: str | Path, cache: str | None = None) -> Index:
     """Read the index and check that every shard is there, whole.
+
+    Args:
+        directory: of the split; or a URL that fsspec opens (``https://``, ``s3://`` ...), whose shards are fetched
+            into ``cache`` when they are needed.
+        cache: a local directory.
 
     Raises:
         ValueError: in one line, what is missing and what is there instead.
     """
-    directory = Path(directory)
-    path = directory / "index.json"
+    from safetensors import SafetensorError, safe_open
+
+    directory = str(directory).rstrip("/")
+    path = fetch(f"{directory}/{NAME}", cache) if is_remote(directory) else Path(directory) / NAME
     if not path.is_file():
-        nearest = next((parent for parent in (directory, *directory.parents) if parent.is_dir()), Path("."))
-        there = ", ".join(sorted(entry.name for entry in nearest.iterdir())[:8]) or "nothing"
-        raise ValueError(
-            f"no shards in {directory}: index.json is missing; {nearest} holds {there}. Pack with shards/make_shards.py"
-        )
+        raise ValueError(_nothing_there(Path(directory)))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] > VERSION:
-            raise ValueError(f"{path} was written by a newer version ({content['version']}); this one reads {VERSION}")
-        shards = tuple(
-            Shard(s["name"], s["bytes"], s["sha256"], tuple(Sample(**sample) for sample in s["samples"]))
-            for s in content["shards"]
-        )
-        index = Index(directory, content["split"], content["num_frames"], content["image_size"], shards)
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        with safe_open(path, framework="numpy") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {})["index"])
+            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if about["version"] > VERSION:
+            raise ValueError(f"{path} was written by a newer version ({about['version']}); this one reads {VERSION}")
+        shards = tuple(Shard(**shard) for shard in about["shards"])
+        settings = (about["split"], about["num_frames"], about["image_size"], about["store"])
+        known = {name: columns[name] for name in (*COLUMNS, "id_bytes", "id_end")}
+        index = Index(directory, *settings, shards, known, cache)
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({error}); pack the split again with shards/make_shards.py") from error
-    for shard in shards:
-        file = directory / shard.name
-        if not file.is_file():
-            there = ", ".join(sorted(tar.name for tar in directory.glob("*.tar"))[:8]) or "no tar"
-            raise ValueError(f"shard {file} is missing; {directory} holds {there}")
-        if file.stat().st_size != shard.bytes:
-            raise ValueError(
-                f"shard {file} has {file.stat().st_size} bytes and its index says {shard.bytes}; pack it again"
-            )
+    if not is_remote(directory):
+        _check_shards(Path(directory), shards)
     return index
 
 
-def read_sample(path: Path, sample: Sample) -> tuple[dict, list[bytes]]:
-    """The JSON of a sample and its JPEG frames, in time order.
+def _nothing_there(directory: Path) -> str:
+    if (directory / "index.json").is_file():
+        return f"{directory} was packed by an older version; pack it again with shards/make_shards.py"
+    nearest = next((parent for parent in (directory, *directory.parents) if parent.is_dir()), Path("."))
+    there = ", ".join(sorted(entry.name for entry in nearest.iterdir())[:8]) or "nothing"
+    return f"no shards in {directory}: {NAME} is missing; {nearest} holds {there}. Pack with shards/make_shards.py"
+
+
+def _check_shards(directory: Path, shards: tuple[Shard, ...]) -> None:
+    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory) if entry.name.endswith(".tar")}
+    for shard in shards:
+        if shard.name not in sizes:
+            there = ", ".join(sorted(sizes)[:8]) or "no tar"
+            raise ValueError(f"shard {directory / shard.name} is missing; {directory} holds {there}")
+        if sizes[shard.name] != shard.bytes:
+            raise ValueError(
+                f"shard {directory / shard.name} has {sizes[shard.name]} bytes and its index says {shard.bytes}; "
+                "pack it again"
+            )
+
+
+def safe_key(video_id: str) -> str:
+    """A WebDataset key: no dot or slash, since the library cuts a name at its first dot; two ids never share one."""
+    clean = re.sub(r"[^A-Za-z0-9_-]", "_", video_id)[:64]
+    return clean if clean == video_id else f"{clean}-{hashlib.sha256(video_id.encode()).hexdigest()[:8]}"
+
+
+def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]:
+    """The JSON of a sample, and its JPEG frames in time order, or its clip alone.
 
     Raises:
-        ValueError: the shard is damaged there; it names the shard and the sample.
+        DamagedError: the shard is damaged there.
     """
+    sample = index.sample(number)
+    path = index.path(sample)
     with path.open("rb") as shard:
-        shard.seek(sample.offset)
-        raw = shard.read(sample.size)
+        raw = os.pread(shard.fileno(), sample.size, sample.offset)
     try:
-        members: dict[str, bytes] = {}
-        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
-            for member in tar:
-                file = tar.extractfile(member)
-                members[member.name] = file.read() if file else b""
-        meta = json.loads(members.pop(f"{sample.key}.json"))
-        return meta, [members[name] for name in sorted(members)]
-    except (tarfile.TarError, KeyError, ValueError) as error:
-        raise ValueError(f"shard {path} is damaged at sample {sample.id!r}: {error}") from error
+        if zlib.crc32(raw) != sample.crc32:
+            raise ValueError("its checksum differs from the index")
+        (name, meta), *rest = _members(raw)
+        key = safe_key(sample.id)
+        if name != f"{key}.json" or not all(other.startswith(f"{key}.") for other, _ in rest):
+            raise ValueError(f"its members are {name} ...")
+        return json.loads(meta), [content for _, content in rest]
+    except ValueError as error:
+        raise DamagedError(f"shard {path} is damaged at sample {sample.id!r}: {error}") from error
 
 
-def sha256_of(path: Path) -> str:
-    """Checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and content of regular files in a run of USTAR members; the library's reader takes longer than decoding."""
+    at = 0
+    while at < len(raw):
+        header = raw[at : at + 512]
+        size = int(header[124:135], 8)
+        if header[156:157] not in (b"0", b"\0") or at + 512 + size > len(raw):
+            raise ValueError(f"no whole file at byte {at}")
+        yield header[:100].rstrip(b"\0").decode(), raw[at + 512 : at + 512 + size]
+        at += 512 + -(-size // 512) * 512

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmass_dist.cli import write_json
-from tmass_dist.data.index import sha256_of
+from tmass_dist.data.remote import sha256_of
 from tmass_dist.distributed import barrier, gather_objects, is_main, rank, share_failure, world_size
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tmass_dist.data.index import sha256_of
+from tmass_dist.data.remote import sha256_of
 
 VERSION = 1
 

@@ -169,10 +169,15 @@ class Report:
         video_id = self.scorer.features.video_ids[number]
         frames = []
         if self.index is not None:
-            from tmass_dist.data.index import read_sample
+            import numpy as np
+            import simplejpeg
 
-            jpegs = next(read_sample(*at)[1] for at in self.index.located if at[1].id == video_id)
-            frames = [_as_url(jpegs[i], "jpeg") for i in range(0, len(jpegs), max(1, len(jpegs) // 4))]
+            from tmass_dist.data.loader import read_into
+
+            side = self.index.image_size
+            frames_FHWC = np.empty((min(4, self.index.num_frames or 4), side, side, 3), np.uint8)
+            read_into(frames_FHWC, self.index, self.index.ids.index(video_id))
+            frames = [_as_url(simplejpeg.encode_jpeg(frame, quality=85), "jpeg") for frame in frames_FHWC]
         return {"id": video_id, "score": float(row_V[number]), "role": role, "frames": frames}
 
     def _radii(self, number: int, truth: int) -> list[bytes]:

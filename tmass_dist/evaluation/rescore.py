@@ -141,7 +141,7 @@ class Stored:
     def _shards(self) -> Index | None:
         """The split's shards, for the report's pictures, if they are still where they were."""
         try:
-            return load_index(self.index["shards"])
+            return load_index(self.index["shards"], self.config.data.cache)
         except (KeyError, ValueError):
             return None
 

@@ -74,8 +74,16 @@ class Towers(nn.Module):
         return self.clip.logit_scale
 
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
-        """``text_BD`` of token ids."""
-        return self.clip.encode_text(tokens_BL)
+        """``text_BD`` of token ids; what is left out beyond the longest text of a batch changes nothing."""
+        length = tokens_BL.shape[1]
+        if length == self.context_length:
+            return self.clip.encode_text(tokens_BL)
+        # open_clip's CLIP takes full contexts only. In a causal tower no token sees what follows the end token.
+        clip = self.clip
+        cast = clip.transformer.get_cast_dtype()
+        x_BLW = clip.token_embedding(tokens_BL).to(cast) + clip.positional_embedding[:length].to(cast)
+        x_BLW = clip.ln_final(clip.transformer(x_BLW, attn_mask=clip.attn_mask[:length, :length]))
+        return x_BLW[torch.arange(len(tokens_BL)), tokens_BL.argmax(dim=-1)] @ clip.text_projection
 
     def encode_frames(self, pixels_BFHWC: Tensor) -> Tensor:
         """``frames_BFD`` of uint8 frames; normalised here, so that bytes travel to the device and not floats."""
@@ -231,12 +239,34 @@ class WordTokenizer:
         return tokens
 
 
+class Trimmed:
+    """A tokenizer without the padding that all texts of a call share; the end token has the highest id."""
+
+    def __init__(self, tokenize: Callable[[list[str]], Tensor]) -> None:
+        self.tokenize = tokenize
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        tokens = self.tokenize(texts)
+        return tokens[:, : int(tokens.argmax(dim=1).max()) + 1].contiguous() if len(texts) else tokens
+
+
+def _is_plain_clip(config: dict[str, Any]) -> bool:
+    """Whether open_clip builds its ``CLIP``, causal and pooled at the end token, as OpenAI's is."""
+    text = config["text_cfg"]
+    plain = text.get("pool_type", "argmax") == "argmax" and not text.get("proj_bias")
+    return plain and not config.get("custom_text") and not {"hf_model_name", "no_causal_mask"} & set(text)
+
+
 def build_tokenizer(architecture: str) -> Callable[[list[str]], Tensor]:
-    """Texts to token ids ``(len(texts), context_length)``, for the towers of the same name."""
+    """Texts to token ids ``(len(texts), L)``, for the towers of the same name.
+
+    ``L`` is the longest text's length where the tower is causal and pools at the end token, else the context length.
+    """
     if architecture.endswith(".json"):
         description = _description(architecture)
-        return WordTokenizer(description["vocabulary"], description["text_cfg"]["context_length"])
+        return Trimmed(WordTokenizer(description["vocabulary"], description["text_cfg"]["context_length"]))
     try:
-        return _open_clip().get_tokenizer(architecture)
+        tokenize = _open_clip().get_tokenizer(architecture)
+        return Trimmed(tokenize) if _is_plain_clip(_open_clip().get_model_config(architecture)) else tokenize
     except ModuleNotFoundError as error:
         raise ValueError(f"the tokenizer of {architecture} needs {error.name}: pip install -e '.[towers]'") from error

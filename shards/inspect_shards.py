@@ -1,0 +1,63 @@
+"""A contact sheet of packed shards: frames and captions as training will see them.
+
+``python shards/inspect_shards.py DIR [--shard NAME] [--out sheet.png]``
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tmass_dist.cli import run_command  # noqa: E402
+from tmass_dist.data.index import load_index  # noqa: E402
+
+MARGIN, CELL, TEXT_WIDTH = 4, 96, 260
+"""Pixels between pictures, of a picture's side, and of the column of words."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python shards/inspect_shards.py", description=__doc__)
+    parser.add_argument("directory", help="a split: a directory, or a URL with --cache")
+    parser.add_argument("--shard", metavar="NAME", help="only this tar (default: spread over all)")
+    parser.add_argument("--videos", type=int, default=12, help="rows of the sheet")
+    parser.add_argument("--frames", type=int, default=12, help="pictures in a row")
+    parser.add_argument("--out", type=Path, default=Path("contact-sheet.png"))
+    parser.add_argument("--cache", help="where shards of a URL are kept")
+    arguments = parser.parse_args()
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFont
+
+    from tmass_dist.data.loader import read_into
+
+    index = load_index(arguments.directory, arguments.cache)
+    numbers = np.arange(len(index))
+    if arguments.shard:
+        names = [shard.name for shard in index.shards]
+        if arguments.shard not in names:
+            raise ValueError(f"no shard {arguments.shard} in {index.directory}; it has {', '.join(names[:8])}")
+        numbers = numbers[index.columns["shard"] == names.index(arguments.shard)]
+    numbers = numbers[np.linspace(0, len(numbers) - 1, min(arguments.videos, len(numbers))).astype(int)]
+    frames_of = min(arguments.frames, index.num_frames or arguments.frames)
+    pitch = CELL + MARGIN
+    sheet = Image.new("RGB", (TEXT_WIDTH + frames_of * pitch + MARGIN, len(numbers) * pitch + MARGIN), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for row, number in enumerate(numbers):
+        frames = np.empty((frames_of, index.image_size, index.image_size, 3), np.uint8)
+        meta = read_into(frames, index, int(number))
+        words = [str(meta["id"])[:40], f"{len(meta['captions'])} captions, {meta['num_decoded_frames']} frames decoded"]
+        words += textwrap.wrap(meta["captions"][0], 42)
+        pen.multiline_text((MARGIN, MARGIN + row * pitch), "\n".join(words[:6]), fill="black", font=font)
+        for column, frame in enumerate(frames):
+            picture = Image.fromarray(frame).resize((CELL, CELL))
+            sheet.paste(picture, (TEXT_WIDTH + column * pitch, MARGIN + row * pitch))
+    sheet.save(arguments.out)
+    print(f"{arguments.out}: {len(numbers)} of {len(index)} videos")
+
+
+if __name__ == "__main__":
+    run_command(main)

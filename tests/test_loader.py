@@ -1,0 +1,316 @@
+"""Loading: exactly once, one order for any world size, resumed anywhere, damage replaced and named."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import run
+from tmass_dist.cli import PeerLostError
+from tmass_dist.data.index import DamagedError, Index, Sample, Shard, load_index, make_columns, read_sample
+from tmass_dist.data.loader import Batch, TrainLoader, iterate_videos
+from tmass_dist.data.order import epoch_batches, rounds, substitutes
+from tmass_dist.data.transforms import augment
+from tmass_dist.models.backbone import WordTokenizer
+
+TOKENIZE = WordTokenizer(["a"], 8)
+
+
+@pytest.fixture(scope="module")
+def packed(data: list[str]) -> Path:
+    return Path(next(o for o in data if o.startswith("data.train=")).removeprefix("data.train="))
+
+
+def _by_pairs(counts: np.ndarray, seed: int, epoch: int, batch_size: int) -> list[list[tuple[int, int]]]:
+    """The order as its docstring says it, pair by pair."""
+    queue = [tuple(pair) for part in rounds(counts, seed=seed, epoch=epoch) for pair in part.tolist()]
+    assert len(set(queue)) == counts.sum()
+    batches: list[list[tuple[int, int]]] = [[]]
+    while queue:
+        seen = {video for video, _ in batches[-1]}
+        following = next((pair for pair in queue if pair[0] not in seen), queue[0])
+        queue.remove(following)
+        batches[-1].append(following)
+        if len(batches[-1]) == batch_size:
+            batches.append([])
+    return [batch for batch in batches if len(batch) == batch_size]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("counts", [[3] * 40, [1, 5, 2, 3] * 10, [1] * 33, [20] + [1] * 12, [2] * 7, [4] * 8])
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_every_pair_once_and_no_video_twice_in_a_batch(seed: int, counts: list[int], batch_size: int) -> None:
+    plan = epoch_batches(np.array(counts), seed=seed, epoch=seed % 3, batch_size=batch_size)
+    pairs = [tuple(pair) for pair in plan.reshape(-1, 2).tolist()]
+    assert plan.shape == (sum(counts) // batch_size, batch_size, 2)  # the remainder is what fills no batch
+    assert len(set(pairs)) == len(pairs) and all(slot < counts[video] for video, slot in pairs)
+    oracle = _by_pairs(np.array(counts), seed, seed % 3, batch_size)
+    repeats = [
+        sum(len(set(b[:, 0])) < batch_size for b in plan),
+        sum(len({v for v, _ in b}) < batch_size for b in oracle),
+    ]
+    assert repeats[0] <= repeats[1]  # only where nothing else is left
+    if repeats == [0, 0]:
+        assert [[tuple(pair) for pair in batch] for batch in plan.tolist()] == oracle
+
+
+def _loaders(index: Index, world_size: int, **options) -> list[TrainLoader]:
+    settings = {"batch_size": 4, "seed": 1, "tokenize": TOKENIZE, "num_workers": 0} | options
+    return [TrainLoader(index, rank=rank, world_size=world_size, **settings) for rank in range(world_size)]
+
+
+def _kept(batch: Batch) -> Batch:
+    """The loader uses a batch's memory again."""
+    return replace(batch, pixels_BFHWC=batch.pixels_BFHWC.clone())
+
+
+def _global_batches(loaders: list[TrainLoader], start: int, steps: int) -> list[list[Batch]]:
+    streams = [loader.batches(start) for loader in loaders]
+    found = [[_kept(next(stream)) for stream in streams] for _ in range(steps)]
+    for stream in streams:
+        stream.close()
+    return found
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_any_world_size_workers_and_start_give_the_same_batches(packed: Path, num_workers: int) -> None:
+    index = load_index(packed)
+
+    def content(world_size: int, start: int, steps: int) -> list[tuple]:
+        batches = _global_batches(_loaders(index, world_size, num_workers=num_workers), start, steps)
+        pixels = [torch.cat([b.pixels_BFHWC for b in step]) for step in batches]
+        return [([p for b in step for p in zip(b.video_ids, b.captions)], x) for step, x in zip(batches, pixels)]
+
+    number = int(index.num_captions.sum()) // 4 + 3  # more than an epoch
+    alone = content(1, 0, number)
+    for other in (content(2, 0, number), content(4, 5, number - 5)):
+        for (pairs, pixels), (expected, true) in zip(other[::-1], alone[::-1]):
+            assert pairs == expected and torch.equal(pixels, true)
+
+
+def test_a_resume_reads_nothing_of_what_came_before(packed: Path, tmp_path: Path) -> None:
+    """Batch k+1 comes even when every shard that only earlier batches need is unreadable."""
+    shutil.copytree(packed, tmp_path, dirs_exist_ok=True)
+    index = load_index(tmp_path)
+    loader = _loaders(index, 1)[0]
+    wanted = {
+        index.sample(int(v)).shard for v in epoch_batches(index.num_captions, seed=1, epoch=0, batch_size=4)[7][:, 0]
+    }
+    opened = next(loader.batches(7))
+    for k, shard in enumerate(index.shards):
+        if k not in wanted:
+            (tmp_path / shard.name).unlink()
+    again = next(_loaders(index, 1)[0].batches(7))
+    assert again.video_ids == opened.video_ids and torch.equal(again.pixels_BFHWC, opened.pixels_BFHWC)
+
+
+def test_evaluation_meets_every_video_once(packed: Path) -> None:
+    index = load_index(packed)
+    seen = [
+        video
+        for rank in range(3)
+        for batch in iterate_videos(index, rank=rank, world_size=3, batch_size=2, tokenize=TOKENIZE)
+        for video in batch.video_ids
+    ]
+    assert sorted(seen) == sorted(index.ids)
+
+
+def test_held_out_videos_are_the_same_in_every_run_and_in_no_batch(packed: Path) -> None:
+    index = load_index(packed)
+    left, held = index.hold_out(3)
+    ids = [set(left.ids), set(held.ids)]
+    assert len(ids[1]) == 3 and not ids[0] & ids[1] and ids[0] | ids[1] == set(index.ids)
+    assert set(index.hold_out(3)[1].ids) == ids[1]
+    assert [read_sample(held, k)[0]["id"] for k in range(3)] == held.ids
+    with pytest.raises(ValueError, match=f"data.holdout is {len(index)}"):
+        index.hold_out(len(index))
+
+
+def test_augmentation_belongs_to_the_pair_and_is_one_crop_for_all_frames() -> None:
+    pixels = torch.arange(2 * 1 * 8 * 8 * 3, dtype=torch.uint8).view(2, 1, 8, 8, 3).expand(2, 4, 8, 8, 3)
+    both = augment(pixels, [1, 2], 8)
+    assert torch.equal(augment(pixels[1:], [2], 8)[0], both[1])
+    assert all(torch.equal(both[:, 0], both[:, frame]) for frame in range(4))
+    assert not torch.equal(both[0], pixels[0].float())
+
+
+def test_more_packed_frames_than_the_model_takes(packed: Path) -> None:
+    index = load_index(packed)
+    whole, middle, anywhere = (
+        next(_loaders(index, 1, num_frames=n, random_frames=r)[0].batches(0)).pixels_BFHWC
+        for n, r in ((12, False), (4, False), (4, True))
+    )
+    assert torch.equal(middle, whole[:, [1, 4, 7, 10]])
+    assert anywhere.shape == middle.shape and not torch.equal(anywhere, middle)
+
+
+def _damage(directory: Path, index: Index, number: int) -> None:
+    sample = index.sample(number)
+    path = directory / index.shards[sample.shard].name
+    content = bytearray(path.read_bytes())
+    content[sample.offset + sample.size // 2] ^= 0xFF  # one byte
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_damaged_sample_has_the_same_stand_in_on_any_world_size(
+    packed: Path, tmp_path: Path, num_workers: int
+) -> None:
+    shutil.copytree(packed, tmp_path, dirs_exist_ok=True)
+    index = load_index(tmp_path)
+    plan = epoch_batches(index.num_captions, seed=1, epoch=0, batch_size=4)
+    bad = [int(plan[2, 0, 0]), int(plan[2, 3, 0])]  # two of one batch, on two ranks
+    for number in bad:
+        _damage(tmp_path, index, number)
+    found = {}
+    for world_size in (1, 2, 4):
+        step = _global_batches(_loaders(index, world_size, num_workers=num_workers), 2, 1)[0]
+        found[world_size] = [pair for b in step for pair in zip(b.video_ids, b.caption_slots)]
+        damaged = [entry for b in step for entry in b.damaged]
+        assert [video for video, _ in damaged] == [index.id_of(number) for number in bad]
+        assert all("checksum" in reason and ".tar" in reason for _, reason in damaged)
+    assert found[1] == found[2] == found[4]
+    assert len({video for video, _ in found[1]}) == 4 and not {index.id_of(n) for n in bad} & {v for v, _ in found[1]}
+    with pytest.raises(DamagedError, match="checksum"):
+        list(iterate_videos(index, rank=0, world_size=1, batch_size=4, tokenize=TOKENIZE))
+
+
+def test_stand_ins_hold_no_video_of_the_batch_and_are_disjoint() -> None:
+    counts = np.array([2] * 30)
+    batch = epoch_batches(counts, seed=0, epoch=0, batch_size=8)[1]
+    offered = [list(substitutes(counts, batch, position, seed=0, step=1)) for position in range(8)]
+    videos = [video for pairs in offered for video, _ in pairs]
+    assert sorted(videos) == sorted(set(range(30)) - set(batch[:, 0].tolist()))
+    nobody = list(substitutes(counts[:8], np.stack([np.arange(8), np.zeros(8, int)], 1), 0, seed=0, step=0))
+    assert nobody == []
+
+
+def test_training_goes_on_past_damage_and_counts_it_until_there_is_too_much(data: list[str], tmp_path: Path) -> None:
+    train = Path(next(o for o in data if o.startswith("data.train=")).removeprefix("data.train="))
+    shutil.copytree(train, tmp_path / "train")
+    index = load_index(tmp_path / "train")
+    _damage(tmp_path / "train", index, 5)
+    more = [
+        *data,
+        f"data.train={tmp_path / 'train'}",
+        "epochs=1",
+        "max_steps=null",
+        "data.num_workers=1",
+        "eval_every=100",
+    ]
+    command = ["-m", "tmass_dist.train", "--config", "demo.yaml", *more]
+    done = run(*command, f"run_dir={tmp_path / 'run'}", "data.max_bad=0.1")
+    assert done.returncode == 0, done.stderr
+    noted = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in noted] == [index.id_of(5)]
+    assert "another video stands in for it" in (tmp_path / "run" / "train.log").read_text()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("progress/damaged_videos")[-1].value == 1
+    done = run(*command, f"run_dir={tmp_path / 'other'}", "data.max_bad=0")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert index.id_of(5) in done.stderr and "more than data.max_bad allows" in done.stderr
+
+
+def test_a_worker_that_hangs_is_named_with_its_shard(packed: Path, tmp_path: Path) -> None:
+    """A shard that never answers, as on a dead file server."""
+    shutil.copytree(packed, tmp_path, dirs_exist_ok=True)
+    index = load_index(tmp_path)
+    loader = _loaders(index, 1, num_workers=1, timeout_s=4)[0]
+    for shard in index.shards:
+        (tmp_path / shard.name).unlink()
+        os.mkfifo(tmp_path / shard.name)
+    stream = loader.batches(0)
+    with pytest.raises(PeerLostError, match=r"hangs reading shard-000000\.tar of .*timed out"):
+        next(stream)
+    for shard in index.shards:  # let the worker go: it ignores the signals that end others
+        os.close(os.open(tmp_path / shard.name, os.O_WRONLY | os.O_NONBLOCK))
+
+
+@pytest.fixture
+def server(packed: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A real HTTP server on loopback."""
+    shutil.copytree(packed, tmp_path / "served")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [
+        sys.executable,
+        "-m",
+        "http.server",
+        str(port),
+        "--bind",
+        "127.0.0.1",
+        "--directory",
+        str(tmp_path / "served"),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(200):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    yield f"http://127.0.0.1:{port}", tmp_path / "served"
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_behind_http_are_kept_whole(
+    server: tuple[str, Path], packed: Path, tmp_path: Path, num_workers: int
+) -> None:
+    url, served = server
+    cache = tmp_path / "cache"
+    remote, local = load_index(url, str(cache)), load_index(packed)
+    found, expected = (_global_batches(_loaders(index, 2, num_workers=num_workers), 0, 5) for index in (remote, local))
+    for step, true in zip(found, expected):
+        assert all(torch.equal(a.pixels_BFHWC, b.pixels_BFHWC) for a, b in zip(step, true))
+    kept = sorted(path.name for path in cache.rglob("*.tar"))
+    assert kept == [shard.name for shard in local.shards] and not list(cache.rglob("*.tmp"))
+    for shard in local.shards:  # what is kept is not asked for again
+        (served / shard.name).unlink()
+    assert _global_batches(_loaders(remote, 1), 3, 1)[0][0].video_ids
+    shutil.rmtree(cache)
+    with pytest.raises(ValueError, match=r"shard-000000\.tar is not there"):
+        _global_batches(_loaders(remote, 1, num_workers=num_workers), 3, 1)
+
+
+def test_a_url_that_is_wrong_is_one_line(server: tuple[str, Path], tmp_path: Path) -> None:
+    url, served = server
+    with pytest.raises(ValueError, match=r"data\.cache must say"):
+        load_index(url)
+    with pytest.raises(ValueError, match="is not there"):
+        load_index(f"{url}/nowhere", str(tmp_path / "cache"))
+    index = load_index(url, str(tmp_path / "cache"))
+    shard = served / index.shards[0].name
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 0xFF
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="is not the file that its index describes"):
+        read_sample(index, 0)
+    with pytest.raises(ValueError, match="cannot be had, after 3 tries"):
+        load_index("http://127.0.0.1:9", str(tmp_path / "cache"))
+
+
+def test_an_index_of_many_shards_is_columns(tmp_path: Path) -> None:
+    samples = [Sample(f"vidéo {k}", k // 10, 1 + k % 3, k * 512, 512, k) for k in range(1000)]
+    shards = tuple(Shard(f"shard-{k:06d}.tar", 3, "x") for k in range(100))
+    for shard in shards:
+        (tmp_path / shard.name).write_bytes(b"abc")
+    Index(str(tmp_path), "train", 12, 224, "jpeg", shards, make_columns(samples)).save()
+    index = load_index(tmp_path)
+    assert [index.sample(k) for k in range(1000)] == samples and index.ids == [s.id for s in samples]
+    part = index.take([7, 3])
+    assert [part.sample(k) for k in range(2)] == [samples[7], samples[3]]

@@ -1,0 +1,410 @@
+"""Packing: every video rightly or with its reason, the same bytes each time, the data sets' own files as published."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import simplejpeg
+
+from shards.demo_data import generate
+from shards.make_shards import Recipe, pack_video
+from shards.sources import read_rows
+from tests.conftest import ROOT, run
+from tmass_dist.data.frames import uniform_frame_indices
+from tmass_dist.data.index import load_index, read_sample, safe_key
+from tmass_dist.data.loader import read_into
+from tmass_dist.data.video import BadVideoError, Timeline, at_rate, read_video, uniform
+
+SIZES = {"train": 10, "val": 4, "test": 4}
+CLIPS = ROOT / "tests" / "clips"
+SHARED = ROOT.parent / "shared"
+
+
+def _pack(source: Path, out: Path, *more: str, kind: str = "manifest") -> subprocess.CompletedProcess[str]:
+    command = ["shards/make_shards.py", "--source", kind, "--videos", str(source), "--split", "train", "--out"]
+    command += [str(out), "--image-size", "32", "--shard-size", "4", "--workers", "1", *more]
+    if kind == "manifest":
+        command += ["--annotations", str(source / "manifest.jsonl")]
+    return run(*command)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("videos")
+    generate(out, SIZES, seed=0)
+    return out
+
+
+@pytest.fixture(scope="module")
+def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards")
+    done = _pack(source, out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_generated_data_is_the_same_bytes_and_disjoint(source: Path, tmp_path: Path) -> None:
+    generate(tmp_path, SIZES, seed=0)
+    files = sorted(p.relative_to(source) for p in source.rglob("*") if p.is_file())
+    assert len(files) == sum(SIZES.values()) + 1
+    assert all((source / f).read_bytes() == (tmp_path / f).read_bytes() for f in files)
+    rows = [json.loads(line) for line in (source / "manifest.jsonl").read_text().splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows)
+
+
+def test_packing_twice_gives_the_same_bytes(source: Path, packed: Path, tmp_path: Path) -> None:
+    assert _pack(source, tmp_path).returncode == 0
+    files = [*sorted(packed.glob("*.tar")), packed / "index.safetensors"]
+    assert len(files) == 4
+    assert all(file.read_bytes() == (tmp_path / file.name).read_bytes() for file in files)
+
+
+def test_webdataset_reads_our_tars(packed: Path) -> None:
+    import webdataset as wds
+
+    samples = list(wds.WebDataset([str(t) for t in sorted(packed.glob("*.tar"))], shardshuffle=False))
+    assert len(samples) == SIZES["train"]
+    assert all("json" in s and "000.jpg" in s and "011.jpg" in s for s in samples)
+
+
+def test_keys_are_safe_short_and_distinct() -> None:
+    assert safe_key("video7") == "video7"
+    assert "." not in safe_key('1012_"Unbreakable_00.05') and safe_key("a.b") != safe_key("a-b") != safe_key("a_b")
+    assert len(safe_key("x" * 200)) < 80 and safe_key("x" * 200) != safe_key("x" * 201)
+
+
+def _write_video(
+    path: Path, greys: list[int], *, times: list[int] | None = None, size: tuple[int, int] = (64, 48)
+) -> None:
+    """Frame ``i`` is a plain grey of its own; 10 frames a second, or shown at ``times`` in tenths of a second."""
+    width, height = size
+    kind = "avi" if path.suffix == ".avi" else "mp4"
+    with av.open(str(path), "w", format=kind) as container:
+        stream = container.add_stream("mjpeg" if kind == "avi" else "mpeg4", rate=10)
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "yuvj420p" if kind == "avi" else "yuv420p"
+        stream.codec_context.bit_rate = 4_000_000
+        for number, grey in enumerate(greys):
+            frame = av.VideoFrame.from_ndarray(np.full((height, width, 3), grey, np.uint8), format="rgb24")
+            if times is not None:
+                frame.pts = times[number]
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize(("window", "share"), [((None, None), 1.0), ((1.0, 3.0), 1.0), ((None, None), 0.6)])
+def test_the_right_frames_are_packed_whatever_the_header_claims(
+    tmp_path: Path, window: tuple[float | None, float | None], share: float
+) -> None:
+    """Also of a file that was cut off: its header claims the frames that were lost."""
+    path = tmp_path / "grey.avi"
+    _write_video(path, [4 * i for i in range(50)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    frames, facts = read_video(path, uniform(5, *window), 32, window[1])
+    decoded = facts["num_decoded_frames"]
+    assert decoded == 50 if window == (None, None) and share == 1 else decoded < 50
+    first, last = (0, decoded) if window[0] is None else (10, 30)
+    assert facts["frame_indices"] == [first + i for i in uniform_frame_indices(last - first, 5)]
+    assert all(abs(frame.mean() - 4 * index) < 3 for frame, index in zip(frames, facts["frame_indices"]))
+
+
+def test_a_part_of_a_video_of_variable_rate_is_found_by_its_times(tmp_path: Path) -> None:
+    """Twenty frames in the first second (as a phone in the light), then one a second."""
+    times = [*range(0, 20), *range(20, 220, 20)]
+    path = tmp_path / "vary.mp4"
+    _write_video(path, [8 * i for i in range(30)], times=times)
+    frames, facts = read_video(path, uniform(3, 2.0, 8.0), 32, 8.0)
+    shown = sorted(t / 10 for t in times)
+    assert all(2.0 <= shown[i] <= 8.0 for i in facts["frame_indices"]), facts
+    assert all(abs(frame.mean() - 8 * index) < 6 for frame, index in zip(frames, facts["frame_indices"]))
+
+
+def test_frames_at_a_rate(tmp_path: Path) -> None:
+    times = np.arange(50) / 10
+    assert at_rate(1.0)(Timeline(times, 10.0)) == [4, 14, 24, 34, 44]
+    assert len(at_rate(2.0, 1.0, 3.0)(Timeline(times, 10.0))) == 4
+    assert len(at_rate(0.01)(Timeline(times, 10.0))) == 1
+    _write_video(tmp_path / "short.mp4", [100] * 3)
+    _write_video(tmp_path / "long.mp4", [100] * 60)
+    (tmp_path / "captions.csv").write_text("file,caption,mood\nshort.mp4,one,glad\nlong.mp4,two,\nlong.mp4,three,\n")
+    out = tmp_path / "out"
+    done = _pack(tmp_path, out, "--rate", "2", kind="folder")
+    assert done.returncode == 0, done.stderr
+    index = load_index(out)
+    counts = [len(read_sample(index, number)[1]) for number in range(2)]
+    assert counts == [1, 12] and index.num_frames == 0 and index.num_captions.tolist() == [1, 2]
+    assert read_sample(index, 0)[0]["fields"]["mood"] == "glad"  # a field of one's own is kept
+    frames = np.zeros((5, 32, 32, 3), np.uint8)
+    read_into(frames, index, 0)
+    assert (frames > 90).all()  # a short video repeats its last frame and is never black
+
+
+def test_a_rotation_tag_is_obeyed(tmp_path: Path) -> None:
+    """A phone held upright writes the picture lying and a matrix that turns it."""
+    path = tmp_path / "phone.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        picture = np.zeros((64, 64, 3), np.uint8)
+        picture[:, :32] = 220  # the left half is bright
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    lying, _ = read_video(path, uniform(1), 32)
+    content = bytearray(path.read_bytes())
+    track = content.index(b"tkhd") - 4
+    at = track + 8 + 4 + 20 + 16  # header, version, times and ids of version 0, then layer, group, volume
+    assert content[at : at + 4] == b"\x00\x01\x00\x00"  # the matrix begins with one
+    quarter = struct.pack(">9i", 0, 0x10000, 0, -0x10000, 0, 0, 64 << 16, 0, 0x40000000)
+    content[at : at + 36] = quarter
+    path.write_bytes(content)
+    upright, _ = read_video(path, uniform(1), 32)
+    assert lying[0, :, 4].mean() > 200 > 30 > lying[0, :, 28].mean()
+    assert upright[0, 4].mean() > 200 > 30 > upright[0, 28].mean()  # clockwise: what was left is up
+
+
+def _audio(path: Path) -> None:
+    with av.open(str(path), "w", format="wav") as container:
+        stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def test_each_broken_video_has_its_reason_and_none_is_dropped(source: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "source"
+    copy.mkdir()
+    (copy / "videos").symlink_to(source / "videos")
+    (copy / "text.mp4").write_bytes(b"not a video at all")
+    (copy / "empty.mp4").write_bytes(b"")
+    _audio(copy / "sound.mp4")
+    _write_video(copy / "cut.mp4", [50] * 30)
+    (copy / "cut.mp4").write_bytes((copy / "cut.mp4").read_bytes()[:600])
+    _write_video(copy / "short.mp4", [50] * 20)
+    rows = [json.loads(line) for line in (source / "manifest.jsonl").read_text().splitlines()]
+    bad = {
+        "text": "",
+        "empty": "empty",
+        "missing": "missing",
+        "sound": "no video stream",
+        "cut": "",
+        "short": "ends after",
+    }
+    rows += [{"id": name, "path": f"{name}.mp4", "captions": ["a"], "split": "train"} for name in bad]
+    rows[-1] |= {"start": 10.0, "end": 15.0}
+    (copy / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = _pack(copy, tmp_path / "out")
+    assert done.returncode == 2 and "6 of 16 videos" in done.stderr and "Traceback" not in done.stderr
+    listed = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert {entry["id"] for entry in listed} == set(bad)
+    assert all(bad[entry["id"]] in entry["reason"] and entry["reason"] for entry in listed), listed
+    assert _pack(copy, tmp_path / "out", "--max-bad", "40%").returncode == 0
+    assert len(load_index(tmp_path / "out")) == SIZES["train"]
+
+
+def test_one_frame_and_a_large_picture(tmp_path: Path) -> None:
+    _write_video(tmp_path / "one.mp4", [77])
+    _write_video(tmp_path / "uhd.mp4", [120, 121], size=(3840, 2160))
+    for name, grey in (("one", 77), ("uhd", 120)):
+        members, facts = pack_video(tmp_path / f"{name}.mp4", {}, Recipe(image_size=32))
+        pictures = [simplejpeg.decode_jpeg(content) for _, content in members]
+        assert len(pictures) == 12 and all(abs(picture.mean() - grey) < 5 for picture in pictures)
+        assert facts["num_decoded_frames"] == (1 if name == "one" else 2)
+
+
+def test_a_clip_is_kept_as_it_is_and_decoded_in_training(source: Path, packed: Path, tmp_path: Path) -> None:
+    assert _pack(source, tmp_path, "--store", "clip").returncode == 0
+    clips, jpegs = load_index(tmp_path), load_index(packed)
+    meta, payload = read_sample(clips, 3)
+    assert payload == [(source / meta["source"]).read_bytes()]
+    frames = [np.zeros((12, 32, 32, 3), np.uint8) for _ in range(2)]
+    for out, index in zip(frames, (clips, jpegs)):
+        read_into(out, index, 3)
+    assert np.abs(frames[0].astype(int) - frames[1]).mean() < 3  # what JPEG lost
+
+
+def test_damage_is_named(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path, dirs_exist_ok=True)
+    assert run("shards/verify_shards.py", str(tmp_path)).returncode == 0
+    shard = tmp_path / "shard-000001.tar"
+    content = bytearray(shard.read_bytes())
+    content[3000:3600] = b"\0" * 600
+    shard.write_bytes(content)
+    done = run("shards/verify_shards.py", str(tmp_path), "--decode", "3")
+    assert done.returncode == 2 and "shard-000001.tar" in done.stderr and "at sample" in done.stderr
+    assert "Traceback" not in done.stderr
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"shard-000001\.tar is missing.*shard-000000\.tar"):
+        load_index(tmp_path)
+    with pytest.raises(ValueError, match=r"index\.safetensors is missing"):
+        load_index(tmp_path / "nowhere")
+    (tmp_path / "index.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="damaged"):
+        load_index(tmp_path)
+
+
+def test_a_contact_sheet(packed: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    done = run("shards/inspect_shards.py", str(packed), "--shard", "shard-000001.tar", "--out", str(tmp_path / "s.png"))
+    assert done.returncode == 0 and "4 of 10 videos" in done.stdout, done.stderr
+    assert np.asarray(Image.open(tmp_path / "s.png")).std() > 10
+    done = run("shards/inspect_shards.py", str(packed), "--shard", "shard-9.tar")
+    assert done.returncode == 2 and "it has shard-000000.tar" in done.stderr
+
+
+def _clips() -> list[Path]:
+    """The committed clips, and where it is there the larger collection."""
+    return [CLIPS, *([SHARED / "clips"] if (SHARED / "clips").is_dir() else [])]
+
+
+@pytest.mark.parametrize("clips", _clips(), ids=lambda path: path.parent.name)
+def test_real_clips_go_through_packing_training_input_and_back(clips: Path, tmp_path: Path) -> None:
+    done = _pack(clips, tmp_path, "--image-size", "224", kind="folder")
+    assert done.returncode == 0, done.stderr
+    listed = [json.loads(line) for line in (clips / "captions.jsonl").read_text().splitlines()]
+    index = load_index(tmp_path)
+    assert len(index) == len(listed) and (tmp_path / "quarantine.jsonl").read_text() == ""
+    frames = np.zeros((12, 224, 224, 3), np.uint8)
+    for number, entry in enumerate(listed):
+        meta = read_into(frames, index, number)
+        assert meta["source"] == entry["file"] and meta["captions"] == [entry["caption"]]
+        # Back: what training sees are the frames of the file, but for what JPEG loses.
+        again, facts = read_video(clips / entry["file"], uniform(12), 224)
+        assert facts["frame_indices"] == meta["frame_indices"]
+        assert np.abs(again.astype(int) - frames).mean() < 5, entry["file"]
+        if entry["file"] == "opencv_tree.avi":  # its header claims 444
+            assert meta["num_decoded_frames"] == 68 and max(meta["frame_indices"]) < 68
+    assert run("shards/verify_shards.py", str(tmp_path)).returncode == 0
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _msrvtt(directory: Path) -> None:
+    _write(directory / "MSRVTT_train.9k.csv", "video_id\nvideo0\nvideo1\n")
+    _write(directory / "MSRVTT_train.7k.csv", "video_id\nvideo1\n")
+    _write(directory / "MSRVTT_JSFUSION_test.csv", "key,vid_key,video_id,sentence\nret0,msr9,video9,a man, sings\n")
+    sentences = [{"caption": f"c{i % 3}", "video_id": f"video{i // 4}", "sen_id": i} for i in range(8)]
+    _write(directory / "MSRVTT_data.json", json.dumps({"sentences": sentences, "videos": []}))
+
+
+def _others(directory: Path) -> None:
+    clip = "1012_Unbreakable_00.05.16.065-00.05.21.941"
+    lines = [f'"{clip}\t1\t2\t1\t2\tHe "runs.', f"{clip}\t1\t2\t1\t2\tHe stops.", "a_b_00.01\t1\t2\t1\t2\tA dog."]
+    _write(directory / "LSMDC16_annos_training.csv", "\n".join(lines) + "\n")
+    _write(
+        directory / "didemo_train_label.csv",
+        "success,video_path,starts,ends,text,formatted_data\n"
+        'True,/home/x/1@N04_2.3_ab.m4v,tensor([[0]]),tensor([[31]]),"one\ntwo",/x.pth\n'
+        "True,/home/x/2@N04_5_cd,tensor([0]),tensor([31]),three,/y.pth\n",
+    )
+    raw = [{"videoID": "-5xGs_000055_000065", "enCap": ["a", "b"], "chCap": ["c"]}]
+    _write(directory / "vatex_training_v1.0.json", json.dumps(raw))
+    _write(directory / "train_list.txt", "-5xGs_000055_000065\n")
+    header = "id,subject,scene,quality,relevance,verified,script,objects,descriptions,actions,length\n"
+    rows = 'AB1,x,Kitchen,6,7,Yes,"A person, cooks",pan;pot,A man cooks.;He eats.,c092 11.90 21.20;c147 0.00 12.60,30\n'
+    rows += "CD2,x,Room,6,7,Yes,She sleeps,bed,A nap.,,12\n"
+    _write(directory / "Charades_v1_train.csv", header + rows)
+
+
+def test_each_data_set_is_read_as_published(tmp_path: Path) -> None:
+    _msrvtt(tmp_path)
+    _others(tmp_path)
+    videos = tmp_path / "videos"
+    for name in ("2@N04_5_cd.mov", "video0.webm"):
+        _write(videos / name, "")
+    rows, counts = read_rows("msrvtt", tmp_path, videos, "train")
+    assert [row["captions"] for row in rows] == [["c0", "c1", "c2", "c0"], ["c1", "c2", "c0", "c1"]]
+    assert rows[0]["path"] == "video0.webm" and "2 videos, 8 captions (published: 9000 videos)" in counts
+    assert [row["id"] for row in read_rows("msrvtt", tmp_path, videos, "train-7k")[0]] == ["video1"]
+    rows, _ = read_rows("lsmdc", tmp_path, videos, "train")
+    assert rows[0]["id"] == "1012_Unbreakable_00.05.16.065-00.05.21.941"
+    assert rows[0]["captions"] == ['He "runs.', "He stops."]
+    assert rows[0]["path"] == f"1012_Unbreakable/{rows[0]['id']}.avi"
+    rows, _ = read_rows("didemo", tmp_path, videos, "train")
+    assert [(r["id"], r["path"], r["captions"], r["end"]) for r in rows] == [
+        ("1@N04_2.3_ab", "1@N04_2.3_ab.m4v", ["one two"], 31.0),
+        ("2@N04_5_cd", "2@N04_5_cd.mov", ["three"], 31.0),
+    ]
+    rows, _ = read_rows("vatex", tmp_path, videos, "train")
+    assert [(r["id"], r["captions"]) for r in rows] == [("-5xGs_000055_000065", ["a", "b"])]
+    rows, _ = read_rows("charades", tmp_path, videos, "train")
+    assert rows[0]["captions"] == ["A man cooks. He eats."] and rows[0]["actions"][0] == ["c092", 11.9, 21.2]
+    assert rows[1]["actions"] == [] and rows[1]["script"] == "She sleeps"
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "content", "said"),
+    [
+        ("msrvtt", "MSRVTT_train.9k.csv", "video\nvideo0\n", "lacks the column video_id"),
+        ("msrvtt", "MSRVTT_train.9k.csv", "video_id\nvideo77\n", "no caption of 1 videos.*video77"),
+        ("lsmdc", "LSMDC16_annos_training.csv", "a\tb\n", "line 1 has 2 fields and not 6"),
+        ("didemo", "didemo_train_label.csv", "video_path,starts,ends,text\n/a.mp4,none,,t\n", "a.mp4 has no window"),
+        ("vatex", "train_list.txt", "abc\n", "no caption of 1 listed videos: abc"),
+        ("charades", "Charades_v1_train.csv", "id\nA\n", "lacks the column"),
+    ],
+)
+def test_a_wrong_annotation_file_is_named(tmp_path: Path, source: str, name: str, content: str, said: str) -> None:
+    _msrvtt(tmp_path)
+    _others(tmp_path)
+    _write(tmp_path / name, content)
+    with pytest.raises(ValueError, match=said):
+        read_rows(source, tmp_path, tmp_path, "train")
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"no .* in "):
+        read_rows(source, tmp_path, tmp_path, "train")
+    with pytest.raises(ValueError, match="has no split 'dev'"):
+        read_rows(source, tmp_path, tmp_path, "dev")
+
+
+REAL = SHARED / "annotations"
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real annotation files lie only in ../shared/annotations")
+def test_the_real_annotation_files(tmp_path: Path) -> None:
+    for split, number in (("train", 8362), ("val", 1062), ("test", 1004)):
+        rows, counts = read_rows("didemo", REAL / "DiDeMo", tmp_path, split)
+        assert len(rows) == number and f"{number} videos" in counts and "published" in counts
+        assert all((row["start"], row["end"]) == (0, 31) and "\n" not in row["captions"][0] for row in rows)
+    rows, _ = read_rows("msrvtt", REAL / "MSRVTT", tmp_path, "test")
+    assert len(rows) == 1000 and len({row["captions"][0] for row in rows}) == 995
+    # The captions of MSR-VTT's training videos are not there: one for each listed id stands in.
+    ids = [line for line in (REAL / "MSRVTT" / "MSRVTT_train.9k.csv").read_text().split()[1:]]
+    shutil.copytree(REAL / "MSRVTT", tmp_path / "m")
+    os.chmod(tmp_path / "m", 0o755)
+    sentences = [{"video_id": i, "caption": "a"} for i in ids]
+    (tmp_path / "m" / "MSRVTT_data.json").write_text(json.dumps({"sentences": sentences}))
+    train, _ = read_rows("msrvtt", tmp_path / "m", tmp_path, "train")
+    assert len(train) == 9000 and not {r["id"] for r in train} & {r["id"] for r in rows}
+    (tmp_path / "v").mkdir()
+    shutil.copy(REAL / "VATEX" / "vatex_raw_format_sample.json", tmp_path / "v" / "vatex_sample.json")
+    (tmp_path / "v" / "test_list.txt").write_text("5-xGskbsBgI_000055_000065\n")
+    assert len(read_rows("vatex", tmp_path / "v", tmp_path, "test")[0][0]["captions"]) == 10
+
+
+def test_bad_arguments_and_files_are_one_line(source: Path, tmp_path: Path) -> None:
+    for more, said in (
+        (["--rate", "0"], "--rate must be above 0"),
+        (["--num-frames", "0"], "--num-frames must be at least 1"),
+        (["--split", "dev"], "has no row of split 'dev'"),
+        (["--annotations", "nowhere.jsonl"], "no annotations nowhere.jsonl"),
+    ):
+        command = ["shards/make_shards.py", "--source", "manifest", "--annotations", str(source / "manifest.jsonl")]
+        done = run(*command, "--videos", str(source), "--split", "train", "--out", str(tmp_path), *more)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "captions.csv").write_text("file,caption\na.mp4,\n")
+    with pytest.raises(ValueError, match="row 2 has no file or no caption"):
+        read_rows("folder", None, tmp_path, "train")
+    with pytest.raises(BadVideoError, match="missing"):
+        read_video(tmp_path / "nowhere.mp4", uniform(3), 32)

@@ -1,0 +1,49 @@
+"""Videos that training found damaged: written down, counted, and too many of them end the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tmass_dist import distributed
+
+
+class Quarantine:
+    """``quarantine.jsonl`` of a run; every rank holds the same.
+
+    Args:
+        path: of the file; what it holds from an earlier start counts.
+        num_videos: of the training split.
+        max_bad: the share of them that may be damaged.
+    """
+
+    def __init__(self, path: Path, num_videos: int, max_bad: float) -> None:
+        self.path, self.limit = path, max_bad * num_videos
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        self.reasons: dict[str, str] = {}
+        for line in lines:
+            entry = json.loads(line)
+            self.reasons[entry["id"]] = entry["reason"]
+
+    def unknown(self, damaged: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Those of this rank's (id, reason) that are new."""
+        return [(video, reason) for video, reason in damaged if video not in self.reasons]
+
+    def add(self, damaged: list[tuple[str, str]]) -> list[str]:
+        """Take in what this rank found new; every rank calls it together. Returns a line for each of all ranks.
+
+        Raises:
+            ValueError: more videos are damaged than may be; it names them.
+        """
+        found = dict(pair for part in distributed.gather_objects(self.unknown(damaged)) for pair in part)
+        self.reasons |= found
+        if distributed.is_main():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"id": v, "reason": r}, ensure_ascii=False) + "\n" for v, r in found.items())
+        if len(self.reasons) > self.limit:
+            names = "; ".join(list(self.reasons.values())[:5])
+            raise ValueError(
+                f"{len(self.reasons)} damaged videos are more than data.max_bad allows: {names}. See {self.path}; "
+                "pack their shards again, or raise data.max_bad"
+            )
+        return [f"{reason}; another video stands in for it" for reason in found.values()]
