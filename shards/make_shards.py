@@ -71,7 +71,7 @@ def pack_video(path: Path, row: Row, recipe: Recipe) -> tuple[list[tuple[str, by
         del facts["frame_indices"]
         return [(suffix, path.read_bytes())], facts | {"frame_window": edges}
     frames, facts = read_video(path, recipe.frames_of(row), recipe.image_size, row.get("end"))
-    jpegs = (simplejpeg.encode_jpeg(frame, quality=recipe.quality) for frame in frames)
+    jpegs = (simplejpeg.encode_jpeg(frame, quality=recipe.quality, colorspace="RGBX") for frame in frames)
     return [(f"{number:03d}.jpg", jpeg) for number, jpeg in enumerate(jpegs)], facts
 
 

@@ -73,7 +73,8 @@ def read_into(
 
             start, end = (int(edge) for edge in meta["frame_window"])
             chosen = [start + i for i in pick(end - start, num_frames)]
-            out_FHWC[:] = read_video(payload[0], lambda _: chosen, index.image_size)[0]
+            for frame_HWC, picture in zip(out_FHWC, read_video(payload[0], lambda _: chosen, index.image_size)[0]):
+                frame_HWC[:] = picture[..., :3]
             return meta
         chosen = range(num_frames) if len(payload) == num_frames else pick(len(payload), num_frames)
         for frame_HWC, i in zip(out_FHWC, chosen):
