@@ -243,7 +243,12 @@ def main() -> None:
     frames.add_argument("--rate", type=float, metavar="FPS", help="frames a second, in place of a number")
     parser.add_argument("--image-size", type=int, default=224, help="side of the square frames, pixels")
     parser.add_argument("--quality", type=int, default=90, help="JPEG quality")
-    parser.add_argument("--store", choices=("jpeg", "clip"), default="jpeg", help="frames, or the video file itself")
+    parser.add_argument(
+        "--store",
+        choices=("jpeg", "clip", "mp4"),
+        default="jpeg",
+        help="frames, or the video file itself (mp4: the same)",
+    )
     parser.add_argument("--shard-size", type=int, default=256, help="videos in a shard")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--part", metavar="I/N", help="only every N-th shard from the I-th; without it: the rest")
@@ -258,7 +263,8 @@ def main() -> None:
         raise ValueError(f"no directory {arguments.videos}")
     rows, counts = read_rows(arguments.source, arguments.annotations, arguments.videos, arguments.split)
     print(counts)
-    recipe = Recipe(arguments.num_frames, arguments.rate, arguments.image_size, arguments.quality, arguments.store)
+    store = "jpeg" if arguments.store == "jpeg" else "clip"
+    recipe = Recipe(arguments.num_frames, arguments.rate, arguments.image_size, arguments.quality, store)
     part = share_of(arguments.part, "--part") if arguments.part else (0, 1)
     make_shards(rows, arguments.videos, arguments.out, recipe, arguments, part)
 

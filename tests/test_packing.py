@@ -5,6 +5,8 @@ import os
 import shutil
 import struct
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import av
@@ -408,3 +410,25 @@ def test_bad_arguments_and_files_are_one_line(source: Path, tmp_path: Path) -> N
         read_rows("folder", None, tmp_path, "train")
     with pytest.raises(BadVideoError, match="missing"):
         read_video(tmp_path / "nowhere.mp4", uniform(3), 32)
+
+
+def test_kill_9_loses_the_shard_in_hand_alone(source: Path, packed: Path, tmp_path: Path) -> None:
+    """Killed after its first shard, the packing goes on, packs the rest, and gives the same bytes."""
+    command = [sys.executable, "shards/make_shards.py", "--source", "manifest", "--annotations"]
+    command += [str(source / "manifest.jsonl"), "--videos", str(source), "--split", "train", "--out", str(tmp_path)]
+    command += ["--image-size", "32", "--shard-size", "4", "--workers", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = tmp_path / "parts" / "shard-000000.tar.json"
+    deadline = time.monotonic() + 60
+    while not first.is_file():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "index.safetensors").exists()
+    whole = first.stat().st_mtime_ns
+    assert _pack(source, tmp_path).returncode == 0
+    assert first.stat().st_mtime_ns == whole
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["index.safetensors", "parts", "quarantine.jsonl", *(f"shard-00000{k}.tar" for k in range(3))]
+    assert all((tmp_path / name).read_bytes() == (packed / name).read_bytes() for name in names if name != "parts")
