@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,9 +14,6 @@ sys.path.insert(0, str(ROOT))
 
 from tmass_dist.cli import run_command  # noqa: E402
 from tmass_dist.data.index import load_index  # noqa: E402
-
-MARGIN, CELL, TEXT_WIDTH = 4, 96, 260
-"""Pixels between pictures, of a picture's side, and of the column of words."""
 
 
 def main() -> None:
@@ -30,9 +26,9 @@ def main() -> None:
     parser.add_argument("--cache", help="where shards of a URL are kept")
     arguments = parser.parse_args()
     import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
 
     from tmass_dist.data.loader import read_into
+    from tmass_dist.pictures import sheet
 
     index = load_index(arguments.directory, arguments.cache)
     numbers = np.arange(len(index))
@@ -43,19 +39,13 @@ def main() -> None:
         numbers = numbers[index.columns["shard"] == names.index(arguments.shard)]
     numbers = numbers[np.linspace(0, len(numbers) - 1, min(arguments.videos, len(numbers))).astype(int)]
     frames_of = min(arguments.frames, index.num_frames or arguments.frames)
-    pitch = CELL + MARGIN
-    sheet = Image.new("RGB", (TEXT_WIDTH + frames_of * pitch + MARGIN, len(numbers) * pitch + MARGIN), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
-    for row, number in enumerate(numbers):
+    rows = []
+    for number in numbers:
         frames = np.empty((frames_of, index.image_size, index.image_size, 3), np.uint8)
         meta = read_into(frames, index, int(number))
-        words = [str(meta["id"])[:40], f"{len(meta['captions'])} captions, {meta['num_decoded_frames']} frames decoded"]
-        words += textwrap.wrap(meta["captions"][0], 42)
-        pen.multiline_text((MARGIN, MARGIN + row * pitch), "\n".join(words[:6]), fill="black", font=font)
-        for column, frame in enumerate(frames):
-            picture = Image.fromarray(frame).resize((CELL, CELL))
-            sheet.paste(picture, (TEXT_WIDTH + column * pitch, MARGIN + row * pitch))
-    sheet.save(arguments.out)
+        counts = f"{len(meta['captions'])} captions, {meta['num_decoded_frames']} frames decoded"
+        rows.append(([str(meta["id"])[:40], counts, meta["captions"][0]], list(frames)))
+    sheet(rows).save(arguments.out)
     print(f"{arguments.out}: {len(numbers)} of {len(index)} videos")
 
 

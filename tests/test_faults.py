@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run
 from tmass_dist.engine.checkpoint import saved_steps, weights_of
 
 STEPS, TIMEOUT_S = 200, 12
@@ -247,3 +247,22 @@ def test_a_loss_that_is_no_number(overrides: list[str], tmp_path: Path, policy: 
         assert "is not a number; no rank updated" in ranks.error_of(0)
     else:
         assert len(notes) > 1 and "; skipped" in ranks.words(0)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks_and_another_stage(overrides: list[str], tmp_path: Path) -> None:
+    """Two ranks, stopped; one process under ZeRO-3 to the end; the same as one process that nothing disturbed."""
+    more = [*overrides, "max_steps=40"]
+    ranks = start(more, tmp_path / "run")
+    terminated(ranks, 12, 1)
+    saved = saved_steps(tmp_path / "run" / "checkpoints")[0]
+    assert 12 <= saved < 40
+    alone = ["-m", "tmass_dist.train", "--config", "demo.yaml", *more]
+    for name, further in (("run", ["engine.zero_stage=3"]), ("undisturbed", [])):
+        done = run(*alone, f"run_dir={tmp_path / name}", *further)
+        assert done.returncode == 0, done.stderr
+    assert f"step {saved} of 40, 1 ranks" in (tmp_path / "run" / "train.log").read_text()
+    one, other = (weights_of(tmp_path / name / "checkpoints" / "step-00000040") for name in ("run", "undisturbed"))
+    distance = sum(float((one[n] - other[n]).square().sum()) for n in one) ** 0.5
+    relative = distance / sum(float(other[n].square().sum()) for n in one) ** 0.5
+    print(f"2 ranks under ZeRO-1, then 1 under ZeRO-3: weights differ by {relative:.1e} after 40 steps")
+    assert relative < 1e-5

@@ -1,9 +1,12 @@
 """The whole road in small, through the command line: real mp4s, tars, two DeepSpeed ranks, evaluation, resuming."""
 
+import io
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -41,7 +44,17 @@ def test_tensorboard_has_every_tag_once_a_step(whole: Path) -> None:
     events = EventAccumulator(str(whole / "tensorboard")).Reload()
     tags = {"loss/total", "loss/stochastic", "loss/support", "optim/lr_towers", "optim/lr_head", "optim/grad_norm"}
     tags |= {"model/logit_scale", "model/mean_radius", "speed/videos_per_s", "speed/data_wait", "speed/memory_gb"}
+    tags |= {"speed/tflops", "optim/grad_norm_towers", "model/positive_similarity", "final/val_t2v_R@1"}
     assert tags <= set(events.Tags()["scalars"])
+    assert "speed/mfu" not in events.Tags()["scalars"]  # nobody knows this CPU's peak
+    assert [image.step for image in events.Images("validation/queries")] == [3, 6]
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(events.Images("validation/queries")[-1].encoded_image_string))
+    assert picture.height > 8 * 90 and np.asarray(picture).std() > 20
+    assert "_hparams_/session_start_info" in events.Tags()["tensors"] or "_hparams_/session_start_info" in str(
+        events.summary_metadata
+    )
     assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("val/query_conditioned/t2v_R@1")] == [3, 6]
 
@@ -125,3 +138,42 @@ def test_every_variant_trains_and_is_evaluated(data: list[str], tmp_path: Path, 
     done = run("-m", "tmass_dist.evaluate", "--run", str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["protocol"] == "query_conditioned"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_a_compiled_tower_trains_the_same(data: list[str], tmp_path: Path) -> None:
+    losses = []
+    for compiled in ("false", "true"):
+        more = [f"run_dir={tmp_path / compiled}", "max_steps=3", "eval_every=3", f"engine.compile={compiled}"]
+        done = run("-m", "tmass_dist.train", "--config", "demo.yaml", *data, *more, timeout_s=500)
+        assert done.returncode == 0, done.stderr
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        events = EventAccumulator(str(tmp_path / compiled / "tensorboard")).Reload().Scalars("loss/total")
+        losses.append([event.value for event in events])
+    assert len(losses[0]) == 3 and np.allclose(*losses, rtol=1e-4)
+
+
+def test_the_share_of_a_known_peak_is_shown(data: list[str], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    more = [f"run_dir={tmp_path}", "max_steps=2", "eval_every=2", "engine.peak_tflops=0.5"]
+    done = run("-m", "tmass_dist.train", "--config", "demo.yaml", *data, *more)
+    assert done.returncode == 0, done.stderr
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    tflops, mfu = (events.Scalars(f"speed/{name}")[-1].value for name in ("tflops", "mfu"))
+    assert mfu == pytest.approx(tflops / 0.5) and 0 < mfu < 1
+
+
+def test_flops_are_those_of_the_architecture() -> None:
+    """ViT-B/32 at 224: 4.4 G multiplications a frame (Radford et al., 2021); a text of 77 tokens: 3.0 G."""
+    import torch
+
+    from tmass_dist.config import load_config
+    from tmass_dist.models.tmass import build_model
+    from tmass_dist.monitor import forward_flops
+
+    model = build_model(load_config("msrvtt.yaml", ["model.pretrained=null"]))
+    pixels = torch.zeros(1, 2, 224, 224, 3, dtype=torch.uint8)
+    found = forward_flops(model, pixels, torch.ones(1, 77, dtype=torch.int64))
+    assert found == pytest.approx(2 * (2 * 4.4e9 + 3.0e9), rel=0.03)

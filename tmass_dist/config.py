@@ -148,6 +148,8 @@ class EngineConfig:
     """Compute the towers' activations again in the backward pass: less memory for a third more work."""
     compile: bool = False
     """torch.compile the image tower."""
+    peak_tflops: float | None = None
+    """A GPU's bfloat16 peak, TFLOP/s, for ``speed/mfu``; null: known for common ones."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """When a loss or gradient is not a number, on any rank: no rank updates, and the run stops or goes on."""
     timeout_s: int = 600
@@ -160,6 +162,7 @@ class EngineConfig:
         for key in ("micro_batch", "head_memory_mb", "timeout_s", "keep"):
             value = getattr(self, key)
             _require(value is None or value >= 1, f"engine.{key}", value, "at least 1")
+        _require(self.peak_tflops is None or self.peak_tflops > 0, "engine.peak_tflops", self.peak_tflops, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,9 +290,9 @@ def to_yaml(config: Config) -> str:
 
 # What a second start may change and still be the same run.
 _FREE_KEYS = (
-    {"run_dir", "data.num_workers", "data.eval_batch_size", "log_every"}
+    {"run_dir", "data.num_workers", "data.eval_batch_size", "data.max_bad", "data.cache", "log_every"}
     | {f"engine.{key}" for key in ("zero_stage", "micro_batch", "head_memory_mb", "checkpoint_activations", "compile")}
-    | {f"engine.{key}" for key in ("nonfinite", "timeout_s", "keep")}
+    | {f"engine.{key}" for key in ("nonfinite", "timeout_s", "keep", "peak_tflops")}
 )
 
 

@@ -6,18 +6,18 @@ import datetime
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmass_dist.distributed import is_main
+from tmass_dist.distributed import is_main, world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from tmass_dist.config import Config
-    from tmass_dist.objective import Losses
+    from tmass_dist.objective import Losses, Objective
 
 TAGS = {
     "loss/total": "stochastic + support_weight * support, over the global batch",
@@ -39,6 +39,10 @@ TAGS = {
     "speed/optimizer_s": "seconds of a step in ZeRO's reduction and the update",
     "speed/videos_per_s": "videos of the global batch per second",
     "speed/data_wait": "share of a step spent waiting for the loader, 0 to 1",
+    "speed/tflops": "useful TFLOP/s of a rank: three forward passes of the towers for each of its pairs",
+    "speed/mfu": "that as a share of the GPU's bfloat16 peak; engine.peak_tflops sets it where the GPU is unknown",
+    "validation/queries": "the same few texts each time: the right video, and below it the one found first",
+    "final": "what the last validation found, beside the settings (tab HPARAMS)",
     "speed/memory_gb": "peak memory of rank 0, GB",
 }
 """What each tag means; shown in TensorBoard's text tab."""
@@ -68,6 +72,24 @@ class Monitor:
         if self._writer is not None and len(numbers):
             self._writer.add_histogram(tag, numbers.float().cpu().numpy(), step)
 
+    def picture(self, tag: str, picture: Any, step: int) -> None:
+        """A PIL picture."""
+        if self._writer is not None:
+            import numpy as np
+
+            self._writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+
+    def outcome(self, config: Config, found: dict[str, float]) -> None:
+        """The run's settings beside what it reached, for TensorBoard's table of runs."""
+        if self._writer is not None and found:
+            from dataclasses import asdict
+
+            from tmass_dist.config import flat
+
+            plain = (bool, int, float, str)
+            settings = {k: v if isinstance(v, plain) else str(v) for k, v in flat(asdict(config)).items()}
+            self._writer.add_hparams(settings, {f"final/{k}": v for k, v in found.items()}, run_name=".")
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -76,7 +98,11 @@ class Monitor:
 class Meter:
     """What a run says about itself every ``log_every`` steps, and where its time went."""
 
-    def __init__(self, monitor: Monitor, log: logging.Logger, config: Config, num_steps: int) -> None:
+    def __init__(
+        self, monitor: Monitor, log: logging.Logger, config: Config, num_steps: int, flops: Callable[[], float]
+    ) -> None:
+        """``flops`` counts those of one pair's forward pass through the towers; it is asked once, at the first log."""
+        self._count, self._flops, self._peak = flops, 0.0, peak_flops(config)
         self.monitor, self.console, self.config, self.num_steps = monitor, log, config, num_steps
         self.start(0)
 
@@ -113,6 +139,11 @@ class Meter:
             "speed/data_wait": self._spent["data"] / elapsed_s,
             "speed/memory_gb": peak_memory_gb(),
         }
+        self._flops = self._flops or self._count()
+        useful = 3 * self._flops * rate / world_size()  # a backward pass is two forward ones
+        values["speed/tflops"] = useful / 1e12
+        if self._peak:
+            values["speed/mfu"] = useful / self._peak
         values |= {f"speed/{name}_s": spent / steps for name, spent in self._spent.items()}
         values |= {f"optim/lr_{name}": value for name, value in rates.items()}
         values |= {f"optim/grad_norm{'' if name == 'total' else '_' + name}": value for name, value in norms.items()}
@@ -136,6 +167,34 @@ def start_log(path: Path) -> logging.Logger:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
     return log
+
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "A10": 125, "L4": 121, "V100": 125, "4090": 165}
+"""Dense bfloat16 (of the V100: float16) peaks, by the makers' data sheets; the first name that fits."""
+
+
+def peak_flops(config: Config) -> float | None:
+    """What a GPU could do at best, FLOP/s; None where it is not known."""
+    import torch
+
+    if config.engine.peak_tflops:
+        return config.engine.peak_tflops * 1e12
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
+
+
+def forward_flops(model: Objective, pixels_BFHWC: Tensor, tokens_BL: Tensor) -> float:
+    """FLOPs of the towers for the first pair, counted by torch on the real shapes; the head's are left out."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training = model.training
+    model.train()  # in evaluation torch fuses the attention into one operator, which its counter does not know
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.towers.encode_frames(pixels_BFHWC[:1])
+        model.towers.encode_text(tokens_BL[:1])
+    model.train(training)
+    return float(counter.get_total_flops())
 
 
 def peak_memory_gb() -> float:

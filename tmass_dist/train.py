@@ -165,7 +165,7 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     from tmass_dist.engine.zero import Engine
     from tmass_dist.models.backbone import build_tokenizer
     from tmass_dist.models.tmass import build_model
-    from tmass_dist.monitor import Meter, Monitor, start_log
+    from tmass_dist.monitor import Meter, Monitor, forward_flops, start_log
     from tmass_dist.validation import Validator
 
     device = distributed.initialise(config.engine.timeout_s)
@@ -206,7 +206,8 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     validator.resume(step)
     quarantine = Quarantine(run_dir / "quarantine.jsonl", len(training), config.data.max_bad)
     monitor = Monitor(run_dir / "tensorboard", step)
-    meter = Meter(monitor, log, config, num_steps)
+    shapes: list[torch.Tensor] = []  # a pair's pixels and tokens, to count the towers' work
+    meter = Meter(monitor, log, config, num_steps, lambda: forward_flops(validator.model, *shapes))
     log.info("%s: step %d of %d, %d ranks, batch %d", run_dir, step, num_steps, world, config.data.batch_size)
 
     bar = tqdm(
@@ -221,6 +222,7 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
             with meter.phase("data"):
                 batch = next(batches)
             inputs = step_inputs(batch, step, model, config, device)
+            shapes[:] = inputs[:2]
             with meter.phase("gradient"):
                 losses = engine.backward(*inputs)
             # One exchange a step: was anybody asked to stop, is any number broken, is anybody still writing, did
@@ -257,6 +259,8 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     if step < num_steps:
         log.info("asked to stop: saved at step %d of %d; the same command goes on from there", step, num_steps)
     bar.close()
+    if step == num_steps:
+        monitor.outcome(config, validator.found)
     monitor.close()
     distributed.barrier()
     if step == num_steps:

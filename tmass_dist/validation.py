@@ -8,17 +8,25 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tmass_dist.cli import write_json
 from tmass_dist.config import Config
 from tmass_dist.data.index import Index
+from tmass_dist.data.loader import read_into
 from tmass_dist.distributed import is_main
 from tmass_dist.engine.zero import Engine
 from tmass_dist.evaluate import encode, ranks_of
+from tmass_dist.evaluation.features import Features
 from tmass_dist.evaluation.ranking import metrics
+from tmass_dist.evaluation.tiles import Scorer
 from tmass_dist.monitor import Monitor
 from tmass_dist.objective import Objective
+from tmass_dist.pictures import sheet
+
+QUERIES = 4
+"""Texts that TensorBoard shows at each validation."""
 
 
 def improves(scores: list[float], window: int) -> bool:
@@ -43,6 +51,8 @@ class Validator:
         self.config, self.device = config, device
         self.directory = Path(config.run_dir) / "checkpoints"
         self.history: list[dict[str, float]] = []
+        self.found: dict[str, float] = {}
+        """Metrics of the last validation."""
 
     def resume(self, step: int) -> None:
         """Forget what was seen after ``step``: it will be seen again."""
@@ -60,11 +70,14 @@ class Validator:
             for _, name, value in engine.state((kind,)):
                 parameters[name].copy_(value)
         features = encode(self.model, self.selection, self.tokenize, self.config, self.device)
+        if is_main():
+            monitor.picture("validation/queries", self._queries(features), step)
         found = metrics(ranks_of(self.model.head, features, self.config).t2v_T)
         split, protocol = self.config.evaluation.selected_on, self.config.evaluation.protocol
         monitor.scalars({f"{split}/{protocol}/t2v_{name}": value for name, value in found.items()}, step)
         log.info("step %d: %s t2v R@1 %.1f (%s)", step, split, found["R@1"], protocol)
         self.history.append({"step": step, "R@1": found["R@1"]})
+        self.found = {f"{split}_t2v_{name}": value for name, value in found.items()}
         if not is_main():
             return
         if improves([point["R@1"] for point in self.history], self.config.evaluation.window):
@@ -74,3 +87,25 @@ class Validator:
             os.replace(aside, self.directory / "best.safetensors")
             write_json(self.directory / "best.json", {"step": step, "selected_on": split, "R@1": found["R@1"]})
         write_json(self.directory / "validation.json", self.history)
+
+    def _queries(self, features: Features) -> Any:
+        """The same few texts each time: their right video above the one that was found first."""
+        scorer = Scorer(self.model.head, features, self.config)
+        rows = []
+        for number in np.linspace(0, len(features.owner_T) - 1, min(QUERIES, len(features.owner_T))).astype(int):
+            start = int(number) // scorer.block * scorer.block
+            with torch.inference_mode():
+                score_V = scorer.score(start)[int(number) - start]
+            truth, first = int(features.owner_T[number]), int(score_V.argmax())
+            place = int((score_V >= score_V[truth]).sum())
+            rows += [
+                ([features.captions[number], f"right video, rank {place}"], self._frames(features.video_ids[truth])),
+                (["found first", f"{float(score_V[first]):.3f}"], self._frames(features.video_ids[first])),
+            ]
+        return sheet(rows)
+
+    def _frames(self, video_id: str) -> list[np.ndarray]:
+        side, number = self.selection.image_size, min(6, self.config.model.num_frames)
+        frames = np.empty((number, side, side, 3), np.uint8)
+        read_into(frames, self.selection, self.selection.ids.index(video_id))
+        return list(frames)

@@ -1,0 +1,28 @@
+"""Frames and words side by side, for a person to look at."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import numpy as np
+
+MARGIN, CELL, TEXT_WIDTH = 4, 96, 260
+"""Pixels between pictures, of a picture's side, and of the column of words."""
+
+
+def sheet(rows: list[tuple[list[str], list[np.ndarray]]]) -> Any:
+    """A PIL picture with a row for each of ``rows``: lines of words (wrapped), then RGB frames, uint8 ``(H, W, 3)``."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    pitch = CELL + MARGIN
+    columns = max((len(frames) for _, frames in rows), default=0)
+    picture = Image.new("RGB", (TEXT_WIDTH + columns * pitch + MARGIN, len(rows) * pitch + MARGIN), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    for row, (words, frames) in enumerate(rows):
+        lines = [part for line in words for part in textwrap.wrap(line, 42)]
+        pen.multiline_text((MARGIN, MARGIN + row * pitch), "\n".join(lines[:6]), fill="black", font=font)
+        for column, frame in enumerate(frames):
+            small = Image.fromarray(frame).resize((CELL, CELL))
+            picture.paste(small, (TEXT_WIDTH + column * pitch, MARGIN + row * pitch))
+    return picture
