@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import on_ranks
+from tmass_dist.losses import symmetric_info_nce
 from tmass_dist.models.head import build_head
 from tmass_dist.objective import global_losses
 
@@ -22,6 +23,8 @@ def _loss_and_gradients(variant: str, text_ND: Tensor, frames_NFD: Tensor, noise
     options: dict = {
         "kl_weight": 0.3 if "kl" in more else 0.0,
         "pooled_by": "sample" if "by_sample" in more else "text",
+        "trials": "best" if "best" in more else "mean",
+        "training_radius": "pair" if "pairs" in more else "own",
     }
     head = build_head(embed_dim=D, num_frames=F, pooling="xpool", num_heads=2, dropout=0.0, radius=radius).double()
     with torch.no_grad():
@@ -43,13 +46,15 @@ def _loss_and_gradients(variant: str, text_ND: Tensor, frames_NFD: Tensor, noise
 
 
 VARIANTS = ["exp_linear", "none", "exp_mean", "variational+kl", "exp_linear+by_sample"]
+VARIANTS += ["exp_linear+several", "exp_linear+several+best", "exp_linear+several+best+pairs"]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ranks_give_the_loss_and_gradients_of_one_process(num_ranks: int, variant: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (N, F, D), (N, D))]
+    noise = (N, 3, D) if "several" in variant else (N, D)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (N, F, D), noise)]
     alone = _loss_and_gradients(variant, *inputs)
 
     shares = on_ranks(num_ranks, _loss_and_gradients, variant, *inputs, tmp_path=tmp_path)
@@ -64,3 +69,41 @@ def test_ranks_give_the_loss_and_gradients_of_one_process(num_ranks: int, varian
         else:
             continue
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("trials", ["mean", "best"])
+@pytest.mark.parametrize("training_radius", ["own", "pair"])
+@pytest.mark.parametrize("radius", ["exp_linear", "exp_mean", "linear"])
+@pytest.mark.parametrize("memory_mb", [None, 1e-3])
+def test_several_samples_are_what_their_names_say(
+    trials: str, training_radius: str, radius: str, memory_mb: float | None
+) -> None:
+    """Against the definition, pair by pair: t_s = t_i + R eps_ik, the cosine with video j as text i sees it."""
+    generator = torch.Generator().manual_seed(2)
+    text, frames, noise = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (N, F, D), (N, 3, D))
+    )
+    torch.manual_seed(0)
+    head = build_head(embed_dim=D, num_frames=F, dropout=0.0, radius=radius).double()  # type: ignore[arg-type]
+    assert head.mass is not None
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        pooled_VTD = head.pooling(text, frames, None)
+        similarity = torch.empty(3, N, N, dtype=torch.float64)
+        for i in range(N):
+            for j in range(N):
+                met = i if training_radius == "own" else j
+                cosines = torch.nn.functional.cosine_similarity(frames[met], text[i][None], dim=-1)
+                radius_D = head.mass.radius_of(cosines, text[i])
+                for k in range(3):
+                    sample = text[i] + radius_D * noise[i, k]
+                    similarity[k, i, j] = torch.nn.functional.cosine_similarity(sample, pooled_VTD[j, i], dim=0)
+        scale = torch.full((1,), 2.0, dtype=torch.float64)
+        each = [symmetric_info_nce(x, scale) for x in similarity]
+        expected = symmetric_info_nce(similarity.amax(0), scale) if trials == "best" else torch.stack(each).mean()
+        options: dict = {"trials": trials, "training_radius": training_radius, "memory_mb": memory_mb}
+        losses = global_losses(head, text, frames, noise, scale, 0.8, **options)
+    torch.testing.assert_close(losses.stochastic, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(losses.total, losses.stochastic + 0.8 * losses.support)
+    assert losses.support > 0

@@ -120,6 +120,7 @@ VARIANTS = {
     "kl": ["model.radius=variational", "stochastic.kl_weight=1", "stochastic.support_weight=0"],
     "at_evaluation_only": ["model.radius=exp_mean", "stochastic.training=mean", "stochastic.num_trials=10"],
     "pooled_by_sample": ["model.pooled_by=sample", "stochastic.num_trials=3"],
+    "best_of_samples": ["stochastic.samples=3", "stochastic.trials=best", "stochastic.training_radius=pair"],
     "xpool": ["model.radius=none", "model.num_heads=3"],
     "authors_selection": ["evals_per_epoch=2", "evaluation.window=5", "data.val=null", "data.holdout=8"],
     "augmented_random_frames": ["data.augment=true", "data.frames=random", "model.num_frames=6"],

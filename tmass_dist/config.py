@@ -92,6 +92,13 @@ class StochasticConfig:
     """Weight of the support-text loss (0.8 on MSR-VTT; 0 switches it off)."""
     training: Literal["sampled", "mean"] = "sampled"
     """What the loss sees: a sample of the mass; ``mean`` trains on the text itself and samples at evaluation only."""
+    samples: int = 1
+    """Samples of each text in a training step; the paper draws one."""
+    trials: Literal["mean", "best"] = "mean"
+    """Of several samples: the mean of their losses, or the loss of each pair's closest one, as evaluation scores."""
+    training_radius: Literal["own", "pair"] = "own"
+    """``own`` meets every video with the radius of the text's own pair, as the paper trains; ``pair`` takes each
+    pair's, as evaluation does."""
     kl_weight: float = 0.0
     """Weight of the divergence of the mass from N(0, I), mean over dimensions (supplementary, section 4)."""
     num_trials: int = 20
@@ -99,6 +106,9 @@ class StochasticConfig:
 
     def __post_init__(self) -> None:
         _require(self.num_trials >= 1, "stochastic.num_trials", self.num_trials, "a pair needs at least one sample")
+        _require(self.samples >= 1, "stochastic.samples", self.samples, "at least 1")
+        fits = self.trials == "mean" or self.samples > 1
+        _require(fits, "stochastic.trials", self.trials, "the best of one sample is no choice; set stochastic.samples")
         _require(self.prior_std > 0, "stochastic.prior_std", self.prior_std, "it must be positive")
         for key in ("support_weight", "kl_weight"):
             _require(getattr(self, key) >= 0, f"stochastic.{key}", getattr(self, key), "it cannot be negative")

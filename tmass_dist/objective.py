@@ -51,6 +51,8 @@ def global_losses(
     *,
     kl_weight: float = 0.0,
     pooled_by: Literal["text", "sample"] = "text",
+    trials: Literal["mean", "best"] = "mean",
+    training_radius: Literal["own", "pair"] = "own",
     dropout_keys: list[int] | None = None,
     memory_mb: float | None = None,
 ) -> Losses:
@@ -59,39 +61,57 @@ def global_losses(
     Args:
         head: pooling and mass.
         text_BD, frames_BFD: this rank's raw embeddings; row ``i`` of one belongs to row ``i`` of the other.
-        noise_BD: ``eps`` of the own texts; None trains on the texts themselves.
+        noise_BD: ``eps`` of the own texts, or ``(B, K, D)`` for K samples of each; None trains on the texts
+            themselves.
         logit_scale: log of the temperature, shape [1]; limited to ln 100 in the forward.
         support_weight: weight of the support-text loss.
         kl_weight: weight of the mass's divergence from N(0, I).
-        pooled_by: what asks the frames, the text or its sample.
+        pooled_by: what asks the frames, the text or its (first) sample.
+        trials: of several samples, the mean of their losses; or the loss of each pair's best one, as evaluation does.
+        training_radius: the own pair's radius for every video, as the paper trains; or each pair's own one, as
+            evaluation does.
         dropout_keys: one of each own video; training needs them where the pooling has dropout.
         memory_mb: about what the pooling of the own videos by all N texts may take; beyond it videos are pooled
             a few at a time, and once more for the backward pass. None sets no limit.
 
     Source: Wang et al., CVPR 2024, arXiv:2403.17998.
     """
-    sampled_BD = radius_BD = None
+    sampled_BKD = radius_BD = noise_BKD = None
     if head.mass is not None and noise_BD is not None:
+        noise_BKD = noise_BD if noise_BD.dim() == 3 else noise_BD[:, None]
         radius_BD = head.mass.radius(text_BD, frames_BFD)
-        sampled_BD = head.mass.sample(text_BD, radius_BD, noise_BD)
-    asking_BD = sampled_BD if pooled_by == "sample" and sampled_BD is not None else text_BD
+        sampled_BKD = head.mass.sample(text_BD[:, None], radius_BD[:, None], noise_BKD)
+    asking_BD = sampled_BKD[:, 0] if pooled_by == "sample" and sampled_BKD is not None else text_BD
     pooling = _Pooling(head, gather_rows(asking_BD), frames_BFD, dropout_keys, memory_mb)
-    anchors = [text_BD if sampled_BD is None else sampled_BD]
+    of_pairs = None
+    if training_radius == "pair" and noise_BKD is not None:
+        of_pairs = _PairSamples(head, gather_rows(text_BD), gather_rows(noise_BKD), frames_BFD)
+    anchors = [text_BD] if sampled_BKD is None else list(sampled_BKD.unbind(1)) if of_pairs is None else []
+    num_trials = len(anchors) if of_pairs is None else of_pairs.num_trials
     if head.mass is not None and radius_BD is not None and support_weight:
-        pooled_mean_BD = pooling.map(lambda pooled_BND: pooled_BND.mean(dim=1))
+        pooled_mean_BD = pooling.map(lambda pooled_BND, _: pooled_BND.mean(dim=1))
         anchors.append(head.mass.support(text_BD, radius_BD, pooled_mean_BD))
-    anchor_AND = torch.stack([F.normalize(gather_rows(anchor_BD), dim=-1) for anchor_BD in anchors])
+    anchor_AND = None
+    if anchors:
+        anchor_AND = torch.stack([F.normalize(gather_rows(anchor_BD), dim=-1) for anchor_BD in anchors])
 
-    def columns(pooled_BND: Tensor) -> Tensor:
+    def columns(pooled_BND: Tensor, rows: slice) -> Tensor:
         # Divided by the norms afterwards: a normalised copy would be one more (B, N, D) to keep.
         norm_BN = torch.linalg.vector_norm(pooled_BND, dim=-1).clamp_min(1e-12)
-        return torch.einsum("and,bnd->ban", anchor_AND, pooled_BND) / norm_BN[:, None]
+        products_BAN = [] if of_pairs is None else [of_pairs.products(pooled_BND, rows)]
+        if anchor_AND is not None:
+            products_BAN.append(torch.einsum("and,bnd->ban", anchor_AND, pooled_BND))
+        return torch.cat(products_BAN, dim=1) / norm_BN[:, None]
 
     similarity_ANN = gather_rows(pooling.map(columns)).permute(1, 2, 0)
-    stochastic = total = symmetric_info_nce(similarity_ANN[0], logit_scale)
+    if trials == "best":
+        stochastic = symmetric_info_nce(similarity_ANN[:num_trials].amax(dim=0), logit_scale)
+    else:
+        stochastic = torch.stack([symmetric_info_nce(x, logit_scale) for x in similarity_ANN[:num_trials]]).mean()
+    total = stochastic
     support = divergence = torch.zeros_like(total.detach())
-    if len(anchors) > 1:
-        support = symmetric_info_nce(similarity_ANN[1], logit_scale)
+    if len(similarity_ANN) > num_trials:
+        support = symmetric_info_nce(similarity_ANN[num_trials], logit_scale)
         total = total + support_weight * support
     if head.mass is not None and radius_BD is not None and kl_weight:
         divergence = gather_rows(head.mass.divergence(text_BD, radius_BD)).mean()
@@ -132,20 +152,38 @@ class _Pooling:
         if self.tile >= len(frames_BFD):
             self.whole = head.pooling(asking_ND, frames_BFD, dropout_keys)
 
-    def map(self, use: Callable[[Tensor], Tensor]) -> Tensor:
-        """``use`` of ``pooled_BND``; ``use`` must treat every video alone."""
+    def map(self, use: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        """``use`` of ``pooled_BND`` and of which own videos they are; ``use`` must treat every video alone."""
         if self.whole is not None:
-            return use(self.whole)
+            return use(self.whole, slice(None))
         starts = range(0, len(self.frames_BFD), self.tile)
         return torch.cat([self._again(slice(start, start + self.tile), use) for start in starts])
 
-    def _again(self, rows: slice, use: Callable[[Tensor], Tensor]) -> Tensor:
+    def _again(self, rows: slice, use: Callable[[Tensor, slice], Tensor]) -> Tensor:
         keys = self.keys[rows] if self.keys is not None else None
 
         def run(asking_ND: Tensor, frames_bFD: Tensor) -> Tensor:
-            return use(self.head.pooling(asking_ND, frames_bFD, keys))
+            return use(self.head.pooling(asking_ND, frames_bFD, keys), rows)
 
         return checkpoint(run, self.asking_ND, self.frames_BFD[rows], use_reentrant=False)  # pyright: ignore
+
+
+class _PairSamples:
+    """Samples whose radius is that of each pair, as evaluation draws them: ``t_i + R_ij eps_i``."""
+
+    def __init__(self, head: RetrievalHead, text_ND: Tensor, noise_NKD: Tensor, frames_BFD: Tensor) -> None:
+        assert head.mass is not None
+        self.mass, self.text_ND, self.noise_NKD, self.frames_BFD = head.mass, text_ND, noise_NKD, frames_BFD
+        self.num_trials = noise_NKD.shape[1]
+
+    def products(self, pooled_BND: Tensor, rows: slice) -> Tensor:
+        """``(b, K, N)``: the products of each pair's normalised samples with its pooled video."""
+        unit_ND = F.normalize(self.text_ND, dim=-1)
+        cosine_BNF = torch.einsum("bfd,nd->bnf", F.normalize(self.frames_BFD[rows], dim=-1), unit_ND)
+        text_BND = self.text_ND.expand_as(pooled_BND)
+        radius_BND = self.mass.radius_of(cosine_BNF, text_BND)
+        samples = (self.mass.sample(text_BND, radius_BND, noise_ND) for noise_ND in self.noise_NKD.unbind(1))
+        return torch.stack([(F.normalize(sample, dim=-1) * pooled_BND).sum(dim=-1) for sample in samples], dim=1)
 
 
 class Objective(nn.Module):
@@ -159,10 +197,14 @@ class Objective(nn.Module):
         *,
         kl_weight: float = 0.0,
         pooled_by: Literal["text", "sample"] = "text",
+        trials: Literal["mean", "best"] = "mean",
+        training_radius: Literal["own", "pair"] = "own",
         memory_mb: float | None = None,
         bf16: bool = False,
     ) -> None:
         super().__init__()
+        self.trials: Literal["mean", "best"] = trials
+        self.training_radius: Literal["own", "pair"] = training_radius
         self.towers, self.head = towers, head
         self.support_weight, self.kl_weight, self.memory_mb, self.bf16 = support_weight, kl_weight, memory_mb, bf16
         self.pooled_by: Literal["text", "sample"] = pooled_by
@@ -189,6 +231,8 @@ class Objective(nn.Module):
                 self.support_weight,
                 kl_weight=self.kl_weight,
                 pooled_by=self.pooled_by,
+                trials=self.trials,
+                training_radius=self.training_radius,
                 dropout_keys=dropout_keys,
                 memory_mb=self.memory_mb,
             )

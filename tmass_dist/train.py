@@ -98,11 +98,12 @@ def step_inputs(batch: Batch, step: int, model: Objective, config: Config, devic
     if model.head.mass is not None and config.stochastic.training == "sampled":
         noise_BD = keyed_noise(
             torch.tensor([text_key(step, *pair) for pair in pairs]),
-            model.towers.embed_dim,
+            config.stochastic.samples * model.towers.embed_dim,
             seed=config.seed,
             prior=config.stochastic.prior,
             std=config.stochastic.prior_std,
         ).to(device)
+        noise_BD = noise_BD.unflatten(1, (config.stochastic.samples, -1))
     pixels = batch.pixels_BFHWC.to(device, non_blocking=True)
     if config.data.augment:
         crops = [text_key("crop", config.seed, step, *pair) for pair in pairs]

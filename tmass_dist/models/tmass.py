@@ -29,6 +29,8 @@ def build_model(config: Config) -> Objective:
         config.stochastic.support_weight,
         kl_weight=config.stochastic.kl_weight,
         pooled_by=config.model.pooled_by,
+        trials=config.stochastic.trials,
+        training_radius=config.stochastic.training_radius,
         memory_mb=config.engine.head_memory_mb,
         bf16=config.engine.bf16,
     )
