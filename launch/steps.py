@@ -37,10 +37,11 @@ def absolute(config: Config) -> Config:
         for key in ("architecture", "pretrained")
         if (value := getattr(config.model, key)) and Path(value).is_file()
     }
+    captions = tuple(str(Path(path).resolve()) if Path(path).is_file() else path for path in config.data.captions)
     return dataclasses.replace(
         config,
         run_dir=str(Path(config.run_dir).resolve()),
-        data=dataclasses.replace(config.data, **paths),
+        data=dataclasses.replace(config.data, captions=captions, **paths),
         model=dataclasses.replace(config.model, **files),
     )
 

@@ -26,6 +26,8 @@ class DataConfig:
     """Directory of the split that chooses the checkpoint; null holds out ``holdout`` of the training videos."""
     holdout: int = 0
     """Training videos kept out of training to choose the checkpoint, where ``val`` is null; a fixed choice by id."""
+    captions: tuple[str, ...] = ()
+    """Files of further captions for training (``shards/caption_videos.py``), beside the packed ones."""
     test: str = "data/test"
     """Directory of the split that is reported."""
     batch_size: int = 32

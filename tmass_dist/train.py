@@ -47,10 +47,14 @@ def load_splits(config: Config) -> tuple[Index, Index]:
     cache = config.data.cache
     training = load_index(config.data.train, cache)
     if config.evaluation.selected_on == "test":
-        return training, load_index(config.data.test, cache)
-    if config.data.val is None:
-        return training.hold_out(config.data.holdout)
-    return training, load_index(config.data.val, cache)
+        selection = load_index(config.data.test, cache)
+    elif config.data.val is None:
+        training, selection = training.hold_out(config.data.holdout)
+    else:
+        selection = load_index(config.data.val, cache)
+    for path in config.data.captions:
+        training = training.with_captions(path)
+    return training, selection
 
 
 def validation_steps(config: Config, steps_per_epoch: int, num_steps: int) -> set[int]:

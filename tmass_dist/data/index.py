@@ -11,7 +11,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,8 @@ class Index:
     columns: dict[str, np.ndarray]
     cache: str | None = None
     """Where shards of a URL are kept."""
+    further: dict[str, list[str]] = field(default_factory=dict)
+    """Captions beside the packed ones, by id; see :meth:`with_captions`."""
 
     def __len__(self) -> int:
         return len(self.columns["size"])
@@ -95,6 +97,36 @@ class Index:
         if not is_remote(self.directory):
             return Path(self.directory) / shard.name
         return fetch(f"{self.directory}/{shard.name}", self.cache, shard.bytes, shard.sha256)
+
+    def with_captions(self, path: str | Path) -> Index:
+        """The same samples with further captions, after their own.
+
+        Args:
+            path: JSON lines with ``id`` and ``captions``, as ``shards/caption_videos.py`` writes them; below the
+                split's directory if it is not found as given.
+
+        Raises:
+            ValueError: no such file, a line that is wrong, or no id of this split in it.
+        """
+        file = next((p for p in (Path(path), Path(self.directory) / path) if p.is_file()), None)
+        if file is None:
+            raise ValueError(f"no captions {path}, neither here nor in {self.directory}")
+        known = {sample_id: number for number, sample_id in enumerate(self.ids)}
+        further, counts = {key: list(texts) for key, texts in self.further.items()}, self.num_captions.copy()
+        matched = 0
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+                sample_id, texts = entry["id"], [str(text) for text in entry["captions"]]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{file} line {number} is not an object with id and captions: {error}") from error
+            if sample_id in known:
+                further.setdefault(sample_id, []).extend(texts)
+                counts[known[sample_id]] += len(texts)
+                matched += 1
+        if not matched:
+            raise ValueError(f"{file} has no caption for any video of {self.directory}")
+        return replace(self, further=further, columns=self.columns | {"num_captions": counts})
 
     def take(self, numbers: Sequence[int] | np.ndarray) -> Index:
         """The same shards with these samples only, in this order."""
@@ -215,7 +247,9 @@ def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]
         key = safe_key(sample.id)
         if name != f"{key}.json" or not all(other.startswith(f"{key}.") for other, _ in rest):
             raise ValueError(f"its members are {name} ...")
-        return json.loads(meta), [content for _, content in rest]
+        about = json.loads(meta)
+        about["captions"] += index.further.get(sample.id, [])
+        return about, [content for _, content in rest]
     except ValueError as error:
         raise DamagedError(f"shard {path} is damaged at sample {sample.id!r}: {error}") from error
 

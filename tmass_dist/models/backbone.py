@@ -18,7 +18,8 @@ _CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 _kept_libraries: list[Any] = []
 
 
-def _open_clip() -> Any:
+def usable_torchvision() -> None:
+    """Call it before anything that imports torchvision."""
     if torch.version.cuda is None and not _kept_libraries:
         # PyPI's torchvision carries CUDA operators that do not load beside a CPU torch, and then fails to import.
         # Declaring the two it looks for is enough; the Library must stay alive.
@@ -26,6 +27,10 @@ def _open_clip() -> Any:
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _kept_libraries.append(library)
+
+
+def _open_clip() -> Any:
+    usable_torchvision()
     import open_clip
 
     return open_clip
