@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 SIDE = 64
 NUM_FRAMES = 24
-NUM_SCENES = 3
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -152,42 +151,114 @@ def write_video(path: Path, frames: np.ndarray) -> None:
         container.mux(stream.encode(None))
 
 
-def generate(out: Path, sizes: dict[str, int], seed: int) -> None:
-    """Write the clips and the manifest.
+def caption_of_two(scenes: list[Scene], rng: np.random.Generator) -> str:
+    """Two of a video's scenes, without their grounds; fits the towers' context of 16."""
 
-    In ``val`` and ``test`` a caption's scene occurs in no other video of its gallery, so it fits one video only.
+    def word(key: str) -> str:
+        return SYNONYMS[key][int(rng.integers(len(SYNONYMS[key])))]
+
+    return " ".join(f"a {word(s.colour)} {word(s.shape)} {word(s.motion)}" for s in scenes)
+
+
+def _looks(number: int) -> tuple[str, str, str]:
+    scene = SCENES[number]
+    return scene.colour, scene.shape, scene.motion
+
+
+def _choose_easy(size: int, train: bool, rng: np.random.Generator) -> list[tuple[list[int], list[list[int]]]]:
+    """Scenes of each video, and which of them each caption tells: three scenes, a caption tells one.
+
+    The captioned scenes of a gallery are all different; the rest of each video comes from other scenes.
+    """
+    order = rng.permutation(len(SCENES))
+    own, others = order[:size], order[size:]
+    videos = []
+    for number in range(size):
+        if train:
+            chosen = rng.choice(len(SCENES), 3, replace=False)
+            told = [[int(scene)] for scene in chosen]
+        else:
+            told = [[int(own[number])]]
+            chosen = rng.permutation([own[number], *rng.choice(others, 2, replace=False)])
+        videos.append(([int(scene) for scene in chosen], told))
+    return videos
+
+
+def _choose_medium(size: int, train: bool, rng: np.random.Generator) -> list[tuple[list[int], list[list[int]]]]:
+    """Three scenes a video, all different in a gallery, and each told twice: six captions a video."""
+    if train:
+        return _choose_easy(size, train, rng)
+    groups = rng.permutation(len(SCENES))[: 3 * size].reshape(size, 3).tolist()
+    return [(scenes, [[scene] for scene in scenes for _ in range(2)]) for scenes in groups]
+
+
+def _choose_hard(size: int, train: bool, rng: np.random.Generator) -> list[tuple[list[int], list[list[int]]]]:
+    """Four scenes a video, a caption tells two of them; in a gallery no other video has both."""
+    videos: list[list[int]] = []
+    having: dict[tuple[str, str, str], set[int]] = {}
+
+    def pairs_of(scenes: list[int]) -> list[list[int]]:
+        return [[a, b] for k, a in enumerate(scenes) for b in scenes[k + 1 :] if _looks(a) != _looks(b)]
+
+    while len(videos) < size:
+        scenes = [int(scene) for scene in rng.choice(len(SCENES), 4, replace=False)]
+        for scene in scenes:
+            having.setdefault(_looks(scene), set()).add(len(videos))
+        videos.append(scenes)
+    chosen = []
+    for scenes in videos:
+        pairs = pairs_of(scenes)
+        if not train:
+            pairs = [pair for pair in pairs if len(having[_looks(pair[0])] & having[_looks(pair[1])]) == 1]
+        order = rng.permutation(len(pairs))[: 3 if train else 1]
+        chosen.append((scenes, [pairs[k] for k in order]))
+    # A video none of whose pairs is its own has no caption; it stays in nobody's gallery.
+    return [video for video in chosen if video[1]]
+
+
+def generate(out: Path, sizes: dict[str, int], seed: int, difficulty: str = "easy") -> None:
+    """Write the clips, the manifest and, in ``captioner.jsonl``, what a captioner would say of the training videos.
+
+    In ``val`` and ``test`` a caption fits one video of its gallery only.
+
+    Args:
+        out: where to.
+        sizes: videos of ``train``, ``val`` and ``test``.
+        seed: of everything.
+        difficulty: ``easy``: three scenes, a caption tells one with its ground; ``medium``: the same, six captions a
+            video in ``val`` and ``test``; ``hard``: four scenes, a caption tells two.
     """
     import numpy as np
     from tqdm import tqdm
 
+    most = {"easy": len(SCENES) // 2, "medium": len(SCENES) // 3, "hard": 10**6}[difficulty]
     for split in ("val", "test"):
-        if sizes[split] > len(SCENES) // 2:
-            raise ValueError(f"--{split} is {sizes[split]}; at most {len(SCENES) // 2} captions can be told apart")
+        if sizes[split] > most:
+            raise ValueError(f"--{split} is {sizes[split]}; at most {most} videos can be told apart")
+    choose = {"easy": _choose_easy, "medium": _choose_medium, "hard": _choose_hard}[difficulty]
     writable_dir(out / "videos")
-    rows = []
+    rows, described = [], []
     with tqdm(total=sum(sizes.values()), desc="videos", unit="video") as bar:
         for split_number, (split, size) in enumerate(sizes.items()):
             rng = np.random.default_rng((seed, split_number))
-            order = rng.permutation(len(SCENES))
-            # The captioned scenes of a gallery are all different; the rest of each video comes from other scenes.
-            own, others = order[:size], order[size:]
-            for number in range(size):
-                if split == "train":
-                    chosen = rng.choice(len(SCENES), NUM_SCENES, replace=False)
-                    told = list(chosen)
-                else:
-                    told = [own[number]]
-                    chosen = rng.permutation([own[number], *rng.choice(others, NUM_SCENES - 1, replace=False)])
-                cuts = np.sort(rng.choice(np.arange(1, NUM_FRAMES // 4), NUM_SCENES - 1, replace=False)) * 4
+            for number, (scenes, told) in enumerate(choose(size, split == "train", rng)):
+                room = np.arange(1, NUM_FRAMES // 4)
+                cuts = np.sort(rng.choice(room, len(scenes) - 1, replace=False)) * 4
                 lengths = np.diff([0, *cuts, NUM_FRAMES])
                 video_id = f"{split}{number:05d}"
-                frames = [render(SCENES[s], int(n), SIDE, rng) for s, n in zip(chosen, lengths)]
+                frames = [render(SCENES[s], int(n), SIDE, rng) for s, n in zip(scenes, lengths)]
                 write_video(out / "videos" / f"{video_id}.mp4", np.concatenate(frames))
-                captions = [caption(SCENES[s], rng, new_words=True) for s in told]
+                if difficulty != "hard":
+                    captions = [caption(SCENES[s], rng, new_words=True) for (s,) in told]
+                else:
+                    captions = [caption_of_two([SCENES[s] for s in pair], rng) for pair in told]
                 rows.append({"id": video_id, "path": f"videos/{video_id}.mp4", "captions": captions, "split": split})
+                if split == "train":
+                    words = [caption(SCENES[s], rng, new_words=True) for s in scenes]
+                    described.append({"id": video_id, "captions": words, "source": "the generator"})
                 bar.update()
-    manifest = out / "manifest.jsonl"
-    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for name, content in (("manifest.jsonl", rows), ("captioner.jsonl", described)):
+        (out / name).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
 
 
 def main() -> None:
@@ -195,10 +266,12 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--train", type=int, default=1000, help="training videos")
     parser.add_argument("--val", type=int, default=100, help="validation videos")
-    parser.add_argument("--test", type=int, default=200, help="test videos")
+    parser.add_argument("--test", type=int, default=200, help="test videos; hard: a few more, some are left out")
+    parser.add_argument("--difficulty", choices=("easy", "medium", "hard"), default="easy")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    generate(arguments.out, {s: getattr(arguments, s) for s in ("train", "val", "test")}, arguments.seed)
+    sizes = {s: getattr(arguments, s) for s in ("train", "val", "test")}
+    generate(arguments.out, sizes, arguments.seed, arguments.difficulty)
 
 
 if __name__ == "__main__":

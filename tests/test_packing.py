@@ -54,7 +54,7 @@ def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_generated_data_is_the_same_bytes_and_disjoint(source: Path, tmp_path: Path) -> None:
     generate(tmp_path, SIZES, seed=0)
     files = sorted(p.relative_to(source) for p in source.rglob("*") if p.is_file())
-    assert len(files) == sum(SIZES.values()) + 1
+    assert len(files) == sum(SIZES.values()) + 2
     assert all((source / f).read_bytes() == (tmp_path / f).read_bytes() for f in files)
     rows = [json.loads(line) for line in (source / "manifest.jsonl").read_text().splitlines()]
     assert len({row["id"] for row in rows}) == len(rows)
