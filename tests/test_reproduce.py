@@ -1,0 +1,104 @@
+"""launch/reproduce.py: runs laid out, trained, collected, and published figures beside what was measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.experiments import PARTS, SIZES, SYSTEMS, systems_of
+from launch.measure import measure
+from tests.conftest import ROOT, run
+from tmass_dist.config import load_config
+
+PUBLISHED = yaml.safe_load((ROOT / "launch" / "published.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("reproduced")
+    command = ["launch/reproduce.py", "--table", "4", "--figure", "2", "--figure", "10", "--steps", "3"]
+    done = run(*command, "--out", str(out), timeout_s=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = run(*command, "--out", str(out))  # nothing is left to train
+    assert again.returncode == 0 and "0run" in again.stderr.replace(" ", ""), again.stderr[-500:]
+    return out / "demo-ci"
+
+
+def test_the_page_sets_published_and_measured_side_by_side(page: Path) -> None:
+    text = (page / "index.md").read_text()
+    assert "| MSR-VTT 1k-A, v2t | published (published code, see protocol) | 50.9 | 80.2 | 88.0 | 1.0 | 7.4 |" in text
+    assert "not measured here: --data vatex" in text
+    for protocol in ("published_code", "query_conditioned"):
+        assert f"| embedded benchmark, t2v | measured on embedded benchmark, {protocol}, 1 seeds |" in text
+    found = measure(page / "tmass" / "seed-0")
+    assert f"1 seeds | {found['t2v']['R@1']:.1f} | {found['t2v']['R@5']:.1f}" in text
+    assert found["protocol"] == "query_conditioned" and found["selected_on"] == "val"
+    # The same weights, by the evaluation itself.
+    result = json.loads((page / "tmass" / "seed-0" / "evaluation" / "metrics.json").read_text())
+    assert result["t2v"] == found["t2v"] and result["v2t"] == found["v2t"]
+    html = (page / "index.html").read_text()
+    assert html.count("<figure>") == text.count("![") >= 2 and 'src="data:image/png' in html
+    assert len(list((page / "pictures").glob("figures-3-to-10-*.png"))) >= 1
+
+
+def test_every_part_names_known_systems_and_every_system_is_a_config() -> None:
+    assert {name for names in PARTS.values() for name in names} == set(SYSTEMS)
+    for system in SYSTEMS.values():
+        load_config("demo.yaml", [*system.overrides, f"data.batch_size={system.batch_size}"])
+    assert "batch-256" not in systems_of(list(PARTS), SIZES["ci"].largest_batch)
+
+
+def test_published_figures_are_those_of_the_supplementary() -> None:
+    """Read again from the text of the paper where it lies; the sums guard what is committed."""
+    sums = {
+        "table_1": sum(sum(v) for rows in PUBLISHED["table_1"].values() for v in rows.values()),
+        "table_2": sum(sum(v) for rows in PUBLISHED["table_2"].values() for v in rows.values()),
+    }
+    paper = ROOT.parent / "shared" / "docs" / "seed_tmass_supplementary.txt"
+    if not paper.is_file():
+        assert {name: round(total, 1) for name, total in sums.items()} == {"table_1": 2138.7, "table_2": 2200.1}
+        return
+    lines = {tuple(float(x) for x in line.split("\t")[-5:]) for line in paper.read_text().splitlines() if _is_row(line)}
+    lines |= {
+        tuple(float(x) for x in line.split("\t")[-10:-5])
+        for line in paper.read_text().splitlines()
+        if _is_row(line, 10)
+    }
+    for name, rows in PUBLISHED.items():
+        if name.startswith("table"):
+            flat = rows.values() if name == "table_3" else (v for found in rows.values() for v in found.values())
+            assert all(tuple(values) in lines for values in flat), name
+    assert {name: round(total, 1) for name, total in sums.items()} == {"table_1": 2138.7, "table_2": 2200.1}
+
+
+def _is_row(line: str, number: int = 5) -> bool:
+    cells = line.split("\t")[-number:]
+    return len(cells) == number and all(cell.replace(".", "", 1).isdigit() for cell in cells)
+
+
+def test_data_that_is_not_there_is_said_and_bad_arguments_are_one_line(tmp_path: Path) -> None:
+    done = run("launch/reproduce.py", "--table", "1", "--data", "vatex", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "vatex-ci" / "index.md").read_text()
+    assert "no data: no shards in data/vatex/train" in text and "63.0" in text
+    for more, said in (
+        (["--seeds", "0"], "--seeds is 0"),
+        ([], "nothing is asked for"),
+        (["--table", "7"], "choose from"),
+    ):
+        if said != "nothing is asked for":
+            more = [*more, "--all"]
+        done = run("launch/reproduce.py", "--out", str(tmp_path), *more)
+        assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_everything_on_the_embedded_benchmark(tmp_path: Path) -> None:
+    done = run("launch/reproduce.py", "--all", "--size", "ci", "--out", str(tmp_path), timeout_s=1800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    text = (tmp_path / "demo-ci" / "index.md").read_text()
+    assert all(
+        f"## {title}" in text for title in ("Table 5", "Figure 1", "Section 2", "Section 3", "Is the gain real?")
+    )
+    assert "not trained yet" not in text
