@@ -4,23 +4,22 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from tmass_dist.evaluation import radii
 from tmass_dist.evaluation.rescore import Stored
+from tmass_dist.pictures import figure, png
 
 
 def training_curves(tmass: list[Path], kl: list[Path]) -> bytes:
     """Figure 1: validation R@1 and the KL term over training, the KL variant next to T-MASS, a line a seed."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    figure, (left, right) = _figure(2)
+    drawn, (left, right) = figure(2)
     for runs, colour, name in ((tmass, "tab:red", "T-MASS"), (kl, "tab:blue", "KL variant")):
         for number, run in enumerate(runs):
             events = EventAccumulator(str(run / "tensorboard")).Reload()
@@ -33,7 +32,7 @@ def training_curves(tmass: list[Path], kl: list[Path]) -> bytes:
     left.set(xlabel="step", ylabel="R@1 on val, query_conditioned")
     right.set(xlabel="step", ylabel="KL(N(t, R²) ‖ N(0, I)), mean over D", yscale="log")
     left.legend()
-    return _png(figure)
+    return png(drawn)
 
 
 class Radii:
@@ -45,7 +44,6 @@ class Radii:
         assert mass is not None
         self.mass = mass
         with torch.inference_mode():
-            self.unit_VFD = F.normalize(self.features.frames_VFD, dim=-1)
             score_TV = torch.cat([self.stored.scorer.score(start) for start in self.stored.scorer.starts])
             norm_TV = torch.stack([self.of(text).abs().sum(dim=1) for text in range(len(score_TV))])
         owner_T = self.features.owner_T
@@ -56,13 +54,9 @@ class Radii:
         self.place_T = (norm_TV <= own_T[:, None]).sum(dim=1)
         """1 where the right video has the smallest ``|R|_1`` of all."""
 
-    @torch.no_grad()
     def of(self, text: int) -> Tensor:
         """R ``(V, D)`` of one text with every video."""
-        text_D = self.features.text_TD[text]
-        cosine_VF = self.unit_VFD @ F.normalize(text_D, dim=-1)
-        text_VD = text_D.expand(len(cosine_VF), -1)
-        return self.mass.radius_of(cosine_VF, text_VD).expand_as(text_VD)
+        return radii.radii_of(self.mass, self.features, text)
 
     def chosen(self) -> list[tuple[str, int]]:
         """The queries of Figures 3 to 10, by rule: seven evenly spaced among those found at rank 1, in the order of
@@ -77,28 +71,15 @@ class Radii:
 
     def vectors(self, text: int) -> bytes:
         """Figure 2: R of the right video in red, of the five next best in blue."""
-        radius_VD, truth = self.of(text), int(self.features.owner_T[text])
+        truth = int(self.features.owner_T[text])
         others = [v for v in self.score_TV[text].argsort(descending=True).tolist() if v != truth][:5]
-        figure, (axes,) = _figure(1, width=9)
-        for other in others:
-            axes.plot(radius_VD[other].numpy(), color="tab:blue", alpha=0.5, linewidth=0.8)
-        axes.plot(radius_VD[truth].numpy(), color="tab:red", linewidth=1.2)
-        axes.set(xlabel="dimension", ylabel="radius R", title="right video (red), the five next best (blue)")
-        return _png(figure)
+        return radii.vectors(self.of(text), truth, others)
 
     def dynamics(self, text: int) -> bytes:
         """Figures 3 to 10: ``|R|_1`` of a query with every video, the right one marked, its frames beside."""
         norm_V, truth = self.norm_TV[text], int(self.features.owner_T[text])
-        frames = self._frames(truth)
-        figure, (axes, *shown) = _figure(2 if frames is not None else 1, width=8)
-        axes.scatter(range(len(norm_V)), norm_V.numpy(), s=5, color="tab:blue")
-        axes.scatter([truth], [float(norm_V[truth])], s=60, color="tab:red", marker="*", zorder=3)
         place = f"place {int(self.place_T[text])} of {len(norm_V)} in |R|_1, rank {int(self.rank_T[text])}"
-        axes.set(xlabel="video", ylabel="|R|_1", title=place)
-        if frames is not None:
-            shown[0].imshow(frames)
-            shown[0].set_axis_off()
-        return _png(figure)
+        return radii.norms(norm_V, truth, place, self._frames(truth))
 
     def _frames(self, video: int) -> np.ndarray | None:
         index = self.stored._shards()
@@ -113,25 +94,13 @@ class Radii:
         )
 
 
-def scores_against_trials(points: list[tuple[int, str, str]]) -> bytes:
-    """Section 2: ``(M, R@1, seconds)``."""
-    figure, (left, right) = _figure(2)
+def scores_against_trials(points: list[tuple[int, list[float], float]]) -> bytes:
+    """Section 2: ``(M, R@1 of each seed, seconds)``."""
+    drawn, (left, right) = figure(2)
     trials = [m for m, _, _ in points]
-    left.plot(trials, [float(r1.split()[0]) for _, r1, _ in points], marker="o")
-    left.set(xlabel="M", ylabel="R@1, query_conditioned", xscale="log")
-    right.plot(trials, [float(s.split()[0]) for _, _, s in points], marker="o")
+    for values in zip(*(r1 for _, r1, _ in points)):
+        left.plot(trials, values, marker="o")
+    left.set(xlabel="M (0: the text itself)", ylabel="R@1, query_conditioned, a line a seed")
+    right.plot(trials, [seconds for _, _, seconds in points], marker="o")
     right.set(xlabel="M", ylabel="seconds of scoring", ylim=(0, None), xlim=(0, None))
-    return _png(figure)
-
-
-def _figure(panels: int, width: float = 9) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 3), layout="constrained")
-    return figure, list(np.atleast_1d(figure.subplots(1, panels)))
-
-
-def _png(figure: Any) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=100)
-    return out.getvalue()
+    return png(drawn)

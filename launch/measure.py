@@ -7,12 +7,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from tmass_dist.cli import write_json
 from tmass_dist.evaluation import ranking
 from tmass_dist.evaluation.report import summary
 from tmass_dist.evaluation.rescore import Stored
+from tmass_dist.evaluation.tiles import Scorer
+from tmass_dist.models.head import RetrievalHead
 
 COLUMNS = ("R@1", "R@5", "R@10", "MdR", "MnR")
 
@@ -23,25 +26,28 @@ def is_finished(run: Path) -> bool:
 
 
 def measure(run: Path, *, protocol: str = "query_conditioned", post: str = "none", trials: int = 20) -> dict[str, Any]:
-    """Metrics of both directions, ``seconds`` of scoring and the labels they carry.
+    """Metrics of both directions, ``t2v_ranks`` of every caption, ``seconds`` of scoring, and the labels they carry.
 
     Args:
         run: a finished run directory.
         protocol, post: as ``evaluation.protocol`` and ``evaluation.post_processing``.
-        trials: samples of each text (M).
+        trials: samples of each text (M); 0 scores the text itself.
     """
     kept = run / "measured" / f"{protocol},{post},{trials}.json"
     evaluated = run / "evaluation" / "features" / "index.json"
     if kept.is_file() and kept.stat().st_mtime >= evaluated.stat().st_mtime:
         return json.loads(kept.read_text(encoding="utf-8"))
     overrides = [f"evaluation.protocol={protocol}", f"evaluation.post_processing={post}"]
-    stored = Stored(run / "evaluation" / "features", [*overrides, f"stochastic.num_trials={trials}"])
+    stored = Stored(run / "evaluation" / "features", [*overrides, f"stochastic.num_trials={max(trials, 1)}"])
     scorer = stored.scorer
+    if trials == 0:
+        scorer = Scorer(RetrievalHead(scorer.head.pooling, None), stored.features, stored.config)
     began = time.perf_counter()
     with torch.inference_mode():
         blocks = [scorer.score(start) for start in scorer.starts]
     seconds = time.perf_counter() - began
-    ranks = ranking.rank(lambda: blocks, stored.features.owner_T, len(stored.features.video_ids), post)  # type: ignore[arg-type]
+    processing = stored.config.evaluation.post_processing
+    ranks = ranking.rank(lambda: blocks, stored.features.owner_T, len(stored.features.video_ids), processing)
     found = {
         "protocol": protocol,
         "post_processing": post,
@@ -51,10 +57,37 @@ def measure(run: Path, *, protocol: str = "query_conditioned", post: str = "none
         "num_videos": len(stored.features.video_ids),
         "seconds": seconds,
         **summary(ranks),
+        "t2v_ranks": ranks.t2v_T.tolist(),
+        "owners": stored.features.owner_T.tolist(),
     }
     kept.parent.mkdir(exist_ok=True)
     write_json(kept, found)
     return found
+
+
+def gain_of(pairs: list[tuple[dict[str, Any], dict[str, Any]]], draws: int = 2000) -> tuple[list[float], float, float]:
+    """What the second of each pair of measurements has more of R@1 than the first, which saw the same seed and split.
+
+    Returns:
+        The gain of each seed, in points, and a bootstrap 95 % interval of their mean that draws seeds and, with all
+        their captions, videos: what other seeds and other videos might have given.
+    """
+    gains_SV, weights_V = [], None
+    for first, second in pairs:
+        owners = np.array(first["owners"])
+        hits = (np.array(second["t2v_ranks"]) <= 1).astype(float) - (np.array(first["t2v_ranks"]) <= 1)
+        gains_SV.append(np.bincount(owners, weights=hits))
+        weights_V = np.bincount(owners)
+    gain_SV = np.stack(gains_SV)
+    assert weights_V is not None
+    rng = np.random.default_rng(0)
+    num_seeds, num_videos = gain_SV.shape
+    means = []
+    for _ in range(draws):
+        seeds, videos = rng.integers(num_seeds, size=num_seeds), rng.integers(num_videos, size=num_videos)
+        means.append(100 * gain_SV[seeds][:, videos].sum() / (num_seeds * weights_V[videos].sum()))
+    low, high = np.quantile(means, [0.025, 0.975])
+    return (100 * gain_SV.sum(axis=1) / weights_V.sum()).tolist(), float(low), float(high)
 
 
 def spread(values: list[float]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.experiments import PARTS, SYSTEMS
-from launch.measure import COLUMNS, is_finished, measure, numbers, spread
+from launch.measure import COLUMNS, gain_of, is_finished, measure, numbers, spread
 
 if TYPE_CHECKING:
     from launch.reproduce import Layout
@@ -47,57 +47,49 @@ class _Writer:
     def _finished(self, system: str) -> list[Path]:
         return [run for run in self.layout.runs(system) if is_finished(run)]
 
-    def _measured(self, label: str, system: str, **options: Any) -> list[list[str]]:
-        """Both protocols of one system here."""
-        if self.absent is not None:
-            return [[label, f"no data: {self.absent}", *[""] * len(COLUMNS)]]
-        runs = self._finished(system)
-        if not runs:
-            return [[label, f"not trained yet: {self.layout.runs(system)[0]}", *[""] * len(COLUMNS)]]
-        where = TITLES[self.layout.data]
-        return [
-            [label, f"measured on {where}, {protocol}, {len(runs)} seeds", *numbers(runs, protocol=protocol, **options)]
-            for protocol in ("published_code", "query_conditioned")
-        ]
+    def _measured(self, label: str, system: str, data: str | None = None, **options: Any) -> list[list[str]]:
+        """Both protocols of one system, here or on another data set that was reproduced beside this one."""
+        data = data or self.layout.data
+        runs = [run for run in self.layout.of(data).runs(system) if is_finished(run)]
+        if runs:
+            where = f"measured on {TITLES[data]}"
+            return [
+                [label, f"{where}, {protocol}, {_seeds(runs)}", *numbers(runs, protocol=protocol, **options)]
+                for protocol in ("published_code", "query_conditioned")
+            ]
+        why = f"not measured here: --data {data}"
+        if data == self.layout.data:
+            why = f"no data: {self.absent}" if self.absent else f"not trained yet: {self.layout.runs(system)[0]}"
+        return [[label, why, *[""] * len(COLUMNS)]]
 
     def _line(self, label: str, values: list[float]) -> list[str]:
         return [label, PUBLISHED, *(f"{value:.1f}" for value in values)]
 
     def _of_data_sets(
-        self, table: dict[str, Any], title: str, note: str, variants: dict[str, dict[str, Any]]
+        self, number: int, note: str, variants: dict[str, dict[str, Any]], system: str = "tmass"
     ) -> Section:
+        """A table of the paper with a row for each data set and variant; the embedded benchmark's rows come last."""
         rows = []
-        for data, published in table.items():
+        for data, published in self.published[f"table_{number}"].items():
             for key, values in published.items():
                 label = f"{TITLES[data]}, {key}" if key != "none" else TITLES[data]
-                rows.append(self._line(label, values))
-                if data == self.layout.data:
-                    rows += self._measured(label, "tmass", **variants[key])
-                else:
-                    rows.append([label, f"not measured here: --data {data}", *[""] * len(COLUMNS)])
-        if self.layout.data == "demo":
+                rows += [self._line(label, values), *self._measured(label, system, data, **variants[key])]
+        if self.layout.data == "demo" and system == "tmass":
             for key, options in variants.items():
                 label = f"{TITLES['demo']}, {key}" if key != "none" else TITLES["demo"]
-                rows += self._measured(label, "tmass", **options)
-        return Section(title, note, ["row", "source", *COLUMNS], rows)
+                rows += self._measured(label, system, **options)
+        return Section(f"Table {number}", note, ["row", "source", *COLUMNS], rows)
 
     def table_1(self) -> Section:
         note = (
             "Text to video with ViT-B/32 (the embedded benchmark: its own towers), without and with DSL, which sees "
             "all queries (transductive)."
         )
-        variants = {"none": {"post": "none"}, "dsl": {"post": "dsl"}}
-        return self._of_data_sets(self.published["table_1"], "Table 1", note, variants)
+        return self._of_data_sets(1, note, {"none": {"post": "none"}, "dsl": {"post": "dsl"}})
 
     def table_2(self) -> Section:
-        rows = []
-        for data, published in self.published["table_2"].items():
-            for post, values in published.items():
-                label = TITLES[data] + (", dsl" if post == "dsl" else "")
-                rows.append(self._line(label, values))
-        own = "the embedded benchmark has one size of towers" if self.layout.data == "demo" else "add it by --submit"
-        rows.append(["", f"not measured: {own}: model.architecture=ViT-B-16-quickgelu", *[""] * len(COLUMNS)])
-        return Section("Table 2", "Text to video with ViT-B/16.", ["row", "source", *COLUMNS], rows)
+        note = "Text to video with ViT-B/16; the embedded benchmark has one size of towers, which Table 1 shows."
+        return self._of_data_sets(2, note, {"none": {"post": "none"}, "dsl": {"post": "dsl"}}, "tmass-b16")
 
     def table_3(self) -> Section:
         rows = []
@@ -110,16 +102,26 @@ class _Writer:
 
     def table_4(self) -> Section:
         variants = {"t2v": {"direction": "t2v"}, "v2t": {"direction": "v2t"}}
-        return self._of_data_sets(self.published["table_4"], "Table 4", "Text to video and video to text.", variants)
+        return self._of_data_sets(4, "Text to video and video to text.", variants)
 
     def table_5(self) -> Section:
         rows = []
         for data, published in self.published["table_5"].items():
-            rows += [self._line(f"{TITLES[data]}, batch {batch}", values) for batch, values in published.items()]
+            for batch, values in published.items():
+                label = f"{TITLES[data]}, batch {batch}"
+                rows.append(self._line(label, values))
+                if data != self.layout.data:
+                    rows += self._measured(label, "tmass" if batch == 32 else f"batch-{batch}", data)
+        where = TITLES[self.layout.data]
         for system in PARTS["table 5"]:
-            if SYSTEMS[system].batch_size <= self.layout.size.largest_batch:
-                rows += self._measured(f"{TITLES[self.layout.data]}, batch {SYSTEMS[system].batch_size}", system)
-        note = "Larger global batches; measured with as many pairs seen, so larger batches take fewer steps."
+            one = SYSTEMS[system]
+            if one.batch_size <= self.layout.size.largest_batch:
+                more = ", as many steps" if one.as_many_steps else ""
+                rows += self._measured(f"{where}, batch {one.batch_size}{more}", system)
+        note = (
+            "Larger global batches at the same learning rates. Measured with as many pairs seen, as an epoch sees, so "
+            "that a larger batch takes fewer steps; once also with as many steps as batch 32."
+        )
         return Section("Table 5", note, ["row", "source", *COLUMNS], rows)
 
     def figure_1(self) -> Section:
@@ -171,68 +173,87 @@ class _Writer:
         from launch.figures import scores_against_trials
 
         runs, points, rows = self._finished("tmass"), [], []
-        for trials in (1, 5, 10, 20, 40) if runs else ():
+        for trials in (0, 1, 5, 10, 20, 40) if runs else ():
             found = [measure(run, trials=trials) for run in runs]
-            r1, seconds = spread([f["t2v"]["R@1"] for f in found]), spread([f["seconds"] for f in found])
+            r1 = [f["t2v"]["R@1"] for f in found]
+            seconds = min(f["seconds"] for f in found)
             points.append((trials, r1, seconds))
-            rows.append([f"pooling by t, M = {trials}", "query_conditioned", r1, seconds])
+            name = f"pooling by t, M = {trials}" if trials else "pooling by t, the text itself (M = 0)"
+            rows.append([name, "query_conditioned", spread(r1), f"{seconds:.2f}"])
         by_sample = self._finished("by-sample")
         if by_sample:
             found = [measure(run) for run in by_sample]
-            one = spread([f["t2v"]["R@1"] for f in found]), spread([f["seconds"] for f in found])
-            rows.append(["pooling by t_s, M = 20", "query_conditioned", *one])
+            seconds = min(f["seconds"] for f in found)
+            r1 = spread([f["t2v"]["R@1"] for f in found])
+            rows.append(["pooling by t_s, M = 20", "query_conditioned", r1, f"{seconds:.2f}"])
         pictures = [("Cost and R@1 against M", scores_against_trials(points))] if points else []
-        note = "What a query costs against the number of samples M, and pooling by the sample in place of the text."
+        note = (
+            "What evaluation costs against the number of samples M (the fastest of the seeds' runs), and pooling by "
+            "the sample in place of the text."
+        )
         return Section("Section 2", note, ["row", "protocol", "R@1", "seconds of scoring"], rows, pictures)
 
     def section_3(self) -> Section:
         rows = []
         for when, published in self.published["section_3"].items():
-            rows.append([when, PUBLISHED, f"{published['tokens_m']:.2f} M", f"+{published['gain']:.1f}"])
+            rows.append([when, PUBLISHED, f"{published['tokens_m']:.2f} M", f"+{published['gain']:.1f}", ""])
         for when, suffix in (("before", ""), ("after", "-captions")):
-            pairs = [
-                (measure(one)["t2v"]["R@1"], measure(other)["t2v"]["R@1"])
-                for one, other in zip(self.layout.runs(f"xpool{suffix}"), self.layout.runs(f"tmass{suffix}"))
-                if is_finished(one) and is_finished(other)
-            ]
+            pairs = self._pairs(f"xpool{suffix}", f"tmass{suffix}")
             if pairs:
                 tokens = _caption_tokens(self.layout.runs(f"tmass{suffix}")[0])
-                gain = spread([tmass - xpool for xpool, tmass in pairs])
-                where = f"measured on {TITLES[self.layout.data]}, query_conditioned, {len(pairs)} seeds"
-                rows.append([when, where, f"{tokens / 1e6:.3f} M", gain])
+                where = f"measured on {TITLES[self.layout.data]}, query_conditioned, {_seeds(pairs)}"
+                rows.append([when, where, f"{tokens / 1e6:.3f} M", *_gain(pairs)])
             else:
-                rows.append([when, self.absent or "not trained yet", "", ""])
+                rows.append([when, self.absent or "not trained yet", "", "", ""])
         note = (
             "What T-MASS gains over X-Pool in R@1 before and after a captioner's captions were added to the "
             "training ones; tokens of all training captions. On the embedded benchmark the captioner is its generator."
         )
-        return Section("Section 3", note, ["captions", "source", "caption tokens", "R@1 gain over X-Pool"], rows)
+        return Section(
+            "Section 3", note, ["captions", "source", "caption tokens", "R@1 gain over X-Pool", "95 %"], rows
+        )
+
+    def _pairs(self, first: str, second: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        """What two systems gave on the same seed, for every seed that both have finished."""
+        both = zip(self.layout.runs(first), self.layout.runs(second))
+        return [(measure(one), measure(other)) for one, other in both if is_finished(one) and is_finished(other)]
 
     def gain(self) -> Section:
         rows = []
-        base = {run.name: run for run in self._finished("xpool")}
         for system in PARTS["gain"]:
             runs = self._finished(system)
             if not runs:
-                rows.append([SYSTEMS[system].title, *["-"] * 6])
+                rows.append([SYSTEMS[system].title, *["-"] * 7])
                 continue
             honest = [measure(run)["t2v"] for run in runs]
             leaky = [measure(run, protocol="published_code")["t2v"]["R@1"] for run in runs]
-            pairs = [m["R@1"] - measure(base[r.name])["t2v"]["R@1"] for r, m in zip(runs, honest) if r.name in base]
             rows.append(
                 [
                     SYSTEMS[system].title,
                     *(spread([metrics[name] for metrics in honest]) for name in ("R@1", "R@5", "R@10", "MnR")),
-                    spread(pairs) if pairs and system != "xpool" else "-",
+                    *(_gain(self._pairs("xpool", system)) if system != "xpool" else ("-", "")),
                     spread([leak - metrics["R@1"] for leak, metrics in zip(leaky, honest)]),
                 ]
             )
         note = (
             "Text to video, query_conditioned, M = 20. The gain is taken seed by seed (the same towers, order and "
-            "data). The leak is what published_code adds to R@1 for the same weights."
+            "data); its 95 % interval is a bootstrap over seeds and videos. The leak is what published_code adds to R@1 "
+            "for the same weights."
         )
-        columns = ["system", "R@1", "R@5", "R@10", "MnR", "R@1 gain over X-Pool", "the leak in R@1"]
+        columns = ["system", "R@1", "R@5", "R@10", "MnR", "R@1 gain over X-Pool", "95 %", "the leak in R@1"]
         return Section("Is the gain real?", note, columns, rows)
+
+
+def _seeds(runs: list[Any]) -> str:
+    return f"{len(runs)} seed{'s' if len(runs) > 1 else ''}"
+
+
+def _gain(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> tuple[str, str]:
+    """Gain in R@1 over the seeds, and its interval."""
+    if not pairs:
+        return "-", ""
+    gains, low, high = gain_of(pairs)
+    return spread(gains), f"{low:+.1f} to {high:+.1f}"
 
 
 def _caption_tokens(run: Path) -> int:
@@ -254,7 +275,7 @@ def write_page(layout: Layout, parts: list[str], absent: str | None) -> Path:
     writer = _Writer(layout, absent)
     makers: dict[str, Callable[[], Section]] = {part: getattr(writer, part.replace(" ", "_")) for part in parts}
     sections = [make() for make in makers.values()]
-    where = f"{TITLES[layout.data]}, {layout.seeds} seeds (of towers where it has its own, and of training)"
+    where = f"{TITLES[layout.data]}, {_seeds(layout.runs('tmass'))} (of towers where it has its own, and of training)"
     head = (
         f"{where}. Mean ± standard deviation over seeds, R@K in percent. Checkpoints are chosen on the validation "
         "split; the published ones were chosen on the test set by code whose evaluation shows each video its answer "

@@ -12,13 +12,13 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launch.experiments import DATA, PARTS, SIZES, SYSTEMS, Size, systems_of  # noqa: E402
+from launch.experiments import DATA, PARTS, PUBLISHED_NOISE, SIZES, SYSTEMS, Size, systems_of  # noqa: E402
 from tmass_dist.cli import run_command, writable_dir  # noqa: E402
 
 
@@ -27,25 +27,40 @@ class Layout:
     """Where everything of one reproduction lies."""
 
     data: str
-    size: Size
+    size_name: str
     seeds: int
     steps: int | None
-    base: Path
+    out: Path
+
+    @property
+    def size(self) -> Size:
+        """How much of everything."""
+        return SIZES[self.size_name]
+
+    @property
+    def base(self) -> Path:
+        """Directory of this data set's runs and page."""
+        return self.out / f"{self.data}-{self.size_name}"
 
     def runs(self, system: str) -> list[Path]:
         """A system's run directories, one a seed."""
         return [self.base / system / f"seed-{seed}" for seed in range(self.seeds)]
+
+    def of(self, data: str) -> Layout:
+        """The same of another data set, beside this one."""
+        return replace(self, data=data)
 
     def overrides(self, system: str, seed: int) -> list[str]:
         """What a run differs in from its data set's page."""
         one = SYSTEMS[system]
         found = [f"seed={seed}", f"run_dir={self.base / system / f'seed-{seed}'}", f"data.batch_size={one.batch_size}"]
         if self.data == "demo":
+            found += PUBLISHED_NOISE
             towers = self.base / (f"towers-{seed}" if self.size.own_towers else "towers-0")
             found += [f"data.{split}={self.base / 'data' / split}" for split in ("train", "val", "test")]
             found += [f"model.architecture={towers / 'demo.json'}", f"model.pretrained={towers / 'demo.safetensors'}"]
-        if self.steps is not None:  # as many pairs, whatever the batch
-            steps = max(1, self.steps * 32 // one.batch_size)
+        if self.steps is not None:
+            steps = self.steps if one.as_many_steps else max(1, self.steps * 32 // one.batch_size)
             found += [f"max_steps={steps}", f"eval_every={max(1, steps // 6)}"]
         if one.captions:
             found.append(f"data.captions=[{self.captions()}]")
@@ -185,9 +200,10 @@ def main() -> None:
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ValueError(f"--{name} is {getattr(arguments, name)}; at least 1")
     steps = arguments.steps or (size.steps if arguments.data == "demo" or arguments.size == "ci" else None)
-    base = writable_dir(arguments.out / f"{arguments.data}-{arguments.size}").resolve()
-    layout = Layout(arguments.data, size, arguments.seeds or size.seeds, steps, base)
-    systems = systems_of(parts, size.largest_batch)
+    out = writable_dir(arguments.out).resolve()
+    layout = Layout(arguments.data, arguments.size, arguments.seeds or size.seeds, steps, out)
+    writable_dir(layout.base)
+    systems = systems_of(parts, arguments.data, size.largest_batch)
     absent = layout.missing_data()
     failed: dict[Path, str] = {}
     if absent is None and not arguments.page_only:

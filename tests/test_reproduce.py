@@ -30,9 +30,9 @@ def test_the_page_sets_published_and_measured_side_by_side(page: Path) -> None:
     assert "| MSR-VTT 1k-A, v2t | published (published code, see protocol) | 50.9 | 80.2 | 88.0 | 1.0 | 7.4 |" in text
     assert "not measured here: --data vatex" in text
     for protocol in ("published_code", "query_conditioned"):
-        assert f"| embedded benchmark, t2v | measured on embedded benchmark, {protocol}, 1 seeds |" in text
+        assert f"| embedded benchmark, t2v | measured on embedded benchmark, {protocol}, 1 seed |" in text
     found = measure(page / "tmass" / "seed-0")
-    assert f"1 seeds | {found['t2v']['R@1']:.1f} | {found['t2v']['R@5']:.1f}" in text
+    assert f"1 seed | {found['t2v']['R@1']:.1f} | {found['t2v']['R@5']:.1f}" in text
     assert found["protocol"] == "query_conditioned" and found["selected_on"] == "val"
     # The same weights, by the evaluation itself.
     result = json.loads((page / "tmass" / "seed-0" / "evaluation" / "metrics.json").read_text())
@@ -46,7 +46,7 @@ def test_every_part_names_known_systems_and_every_system_is_a_config() -> None:
     assert {name for names in PARTS.values() for name in names} == set(SYSTEMS)
     for system in SYSTEMS.values():
         load_config("demo.yaml", [*system.overrides, f"data.batch_size={system.batch_size}"])
-    assert "batch-256" not in systems_of(list(PARTS), SIZES["ci"].largest_batch)
+    assert "batch-256" not in systems_of(list(PARTS), "demo", SIZES["ci"].largest_batch)
 
 
 def test_published_figures_are_those_of_the_supplementary() -> None:

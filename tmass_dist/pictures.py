@@ -1,7 +1,8 @@
-"""Frames and words side by side, for a person to look at."""
+"""Pictures for a person to look at: frames beside words, and the plots of the reports."""
 
 from __future__ import annotations
 
+import io
 import textwrap
 from typing import Any
 
@@ -26,3 +27,18 @@ def sheet(rows: list[tuple[list[str], list[np.ndarray]]]) -> Any:
             small = Image.fromarray(frame).resize((CELL, CELL))
             picture.paste(small, (TEXT_WIDTH + column * pitch, MARGIN + row * pitch))
     return picture
+
+
+def figure(panels: int = 1) -> tuple[Any, list[Any]]:
+    """A matplotlib figure, no window behind it, with so many axes side by side."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(5 if panels == 1 else 9, 2.8), layout="constrained")
+    return drawn, list(np.atleast_1d(drawn.subplots(1, panels)))
+
+
+def png(drawn: Any) -> bytes:
+    """What :func:`figure` gave, as a PNG file."""
+    out = io.BytesIO()
+    drawn.savefig(out, format="png", dpi=110)
+    return out.getvalue()

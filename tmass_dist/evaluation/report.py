@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tmass_dist.evaluation import radii
 from tmass_dist.evaluation.ranking import Ranks, chance, intervals, metrics
+from tmass_dist.pictures import figure, png
 
 if TYPE_CHECKING:
     from tmass_dist.config import Config
@@ -182,41 +184,13 @@ class Report:
 
     def _radii(self, number: int, truth: int) -> list[bytes]:
         """The supplementary's pictures: the radius vector of the pair beside five others; |R|_1 with every video."""
-        import torch.nn.functional as F
-
         assert self.scorer is not None
-        mass, features = self.scorer.head.mass, self.scorer.features
-        if mass is None:
+        if self.scorer.head.mass is None:
             return []
-        with torch.no_grad():
-            text_D = features.text_TD[number]
-            cosine_VF = F.normalize(features.frames_VFD, dim=-1) @ F.normalize(text_D, dim=-1)
-            text_VD = text_D.expand(len(cosine_VF), -1)
-            radius_VD = mass.radius_of(cosine_VF, text_VD).expand_as(text_VD)
+        radius_VD = radii.radii_of(self.scorer.head.mass, self.scorer.features, number)
         others = [v for v in range(len(radius_VD)) if v != truth][:5]
-        vectors, axes = _figure()
-        for other in others:
-            axes.plot(radius_VD[other].numpy(), color="tab:blue", alpha=0.4, linewidth=0.7)
-        axes.plot(radius_VD[truth].numpy(), color="tab:red", linewidth=1)
-        axes.set(xlabel="dimension", ylabel="radius R", title="right video (red), five others (blue)")
-        sums, axes = _figure()
-        axes.scatter(range(len(radius_VD)), radius_VD.abs().sum(dim=1).numpy(), s=5, color="tab:blue")
-        axes.scatter([truth], [float(radius_VD[truth].abs().sum())], s=40, color="tab:red", marker="*")
-        axes.set(xlabel="video", ylabel="|R|_1", title="this text with every video; the right one in red")
-        return [_png(vectors), _png(sums)]
-
-
-def _figure() -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5, 2.6), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _png(figure: Any) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
+        title = "this text with every video; the right one in red"
+        return [radii.vectors(radius_VD, truth, others), radii.norms(radius_VD.abs().sum(dim=1), truth, title)]
 
 
 def _as_url(content: bytes, kind: str) -> str:
@@ -224,22 +198,22 @@ def _as_url(content: bytes, kind: str) -> str:
 
 
 def _recall_curve(ranks: Ranks, title: str) -> bytes:
-    figure, axes = _figure()
+    drawn, (axes,) = figure()
     for name, values in (("text to video", ranks.t2v_T), ("video to text", ranks.v2t_V)):
         ordered = values.sort().values
         axes.plot(ordered.numpy(), torch.arange(1, len(ordered) + 1).numpy() / len(ordered) * 100, label=name)
     axes.set(xscale="log", xlabel="K", ylabel="R@K, percent", ylim=(0, 102), title=title)
     axes.legend()
-    return _png(figure)
+    return png(drawn)
 
 
 def _histogram(ranks: Ranks, title: str) -> bytes:
-    figure, axes = _figure()
+    drawn, (axes,) = figure()
     top = max(int(ranks.t2v_T.max()), 2)
     edges = torch.logspace(0, torch.log10(torch.tensor(float(top + 1))).item(), 25).numpy()
     axes.hist(ranks.t2v_T.numpy(), bins=edges)
     axes.set(xscale="log", xlabel="rank (text to video)", ylabel="texts", title=title)
-    return _png(figure)
+    return png(drawn)
 
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>tmass-dist evaluation</title>
