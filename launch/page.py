@@ -237,8 +237,8 @@ class _Writer:
             )
         note = (
             "Text to video, query_conditioned, M = 20. The gain is taken seed by seed (the same towers, order and "
-            "data); its 95 % interval is a bootstrap over seeds and videos. The leak is what published_code adds to R@1 "
-            "for the same weights."
+            "data); its 95 % interval is a bootstrap over seeds and videos. The leak is what published_code adds to "
+            "R@1 for the same weights."
         )
         columns = ["system", "R@1", "R@5", "R@10", "MnR", "R@1 gain over X-Pool", "95 %", "the leak in R@1"]
         return Section("Is the gain real?", note, columns, rows)
