@@ -30,7 +30,7 @@ def training_curves(tmass: list[Path], kl: list[Path]) -> bytes:
                 points = events.Scalars("loss/kl")
                 right.plot([p.step for p in points], [p.value for p in points], color=colour, label=label)
     left.set(xlabel="step", ylabel="R@1 on val, query_conditioned")
-    right.set(xlabel="step", ylabel="KL(N(t, R²) ‖ N(0, I)), mean over D", yscale="log")
+    right.set(xlabel="step", ylabel="KL term of the loss")
     left.legend()
     return png(drawn)
 

@@ -52,9 +52,8 @@ class _Writer:
         data = data or self.layout.data
         runs = [run for run in self.layout.of(data).runs(system) if is_finished(run)]
         if runs:
-            where = f"measured on {TITLES[data]}"
             return [
-                [label, f"{where}, {protocol}, {_seeds(runs)}", *numbers(runs, protocol=protocol, **options)]
+                [label, f"{TITLES[data]}, {protocol}, {_seeds(runs)}", *numbers(runs, protocol=protocol, **options)]
                 for protocol in ("published_code", "query_conditioned")
             ]
         why = f"not measured here: --data {data}"
@@ -201,7 +200,7 @@ class _Writer:
             pairs = self._pairs(f"xpool{suffix}", f"tmass{suffix}")
             if pairs:
                 tokens = _caption_tokens(self.layout.runs(f"tmass{suffix}")[0])
-                where = f"measured on {TITLES[self.layout.data]}, query_conditioned, {_seeds(pairs)}"
+                where = f"{TITLES[self.layout.data]}, query_conditioned, {_seeds(pairs)}"
                 rows.append([when, where, f"{tokens / 1e6:.3f} M", *_gain(pairs)])
             else:
                 rows.append([when, self.absent or "not trained yet", "", "", ""])
@@ -278,8 +277,8 @@ def write_page(layout: Layout, parts: list[str], absent: str | None) -> Path:
     where = f"{TITLES[layout.data]}, {_seeds(layout.runs('tmass'))} (of towers where it has its own, and of training)"
     head = (
         f"{where}. Mean ± standard deviation over seeds, R@K in percent. Checkpoints are chosen on the validation "
-        "split; the published ones were chosen on the test set by code whose evaluation shows each video its answer "
-        "(docs/protocol.md)."
+        "split; measured rows say data, protocol and seeds. The published checkpoints were chosen on the test set by "
+        "code whose evaluation shows each video its answer, as published_code does here (docs/protocol.md)."
     )
     html = layout.base / "index.html"
     pictures = layout.base / "pictures"
@@ -318,7 +317,8 @@ body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2rem auto;paddi
 table{border-collapse:collapse;margin:.5rem 0 1.5rem}
 td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ddd}
 td:first-child,th:first-child,td:nth-child(2).word,th.word{text-align:left}
-tr.published td{color:#777}.label{background:#f3f3e7;padding:.5rem .8rem;border-radius:4px}
+tr.published td{color:#777}tr.absent td{color:#aaa}tr.honest td{font-weight:600}
+.label{background:#f3f3e7;padding:.5rem .8rem;border-radius:4px}
 figure{margin:.5rem 0}img{max-width:100%}figcaption{color:#555}
 </style>
 <h1>What was reproduced</h1><p class="label">{{ head }}</p>
@@ -326,7 +326,8 @@ figure{margin:.5rem 0}img{max-width:100%}figcaption{color:#555}
 {% if section.columns %}<table><tr>
 {% for c in section.columns %}<th{% if c in ("source", "protocol") %} class="word"{% endif %}>
 {{ c }}</th>{% endfor %}</tr>
-{% for row in section.rows %}<tr{% if row[1].startswith("published (") %} class="published"{% endif %}>
+{% for row in section.rows %}<tr class="{% if row[1].startswith("published (") %}published
+{% elif row[1].startswith("no") %}absent{% elif "query_conditioned, " in row[1] %}honest{% endif %}">
 {% for cell in row %}<td
 {% if section.columns[loop.index0] in ("source", "protocol") %} class="word"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endif %}

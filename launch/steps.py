@@ -77,10 +77,30 @@ def packing(arguments: list[str], resources: Resources, folder: Path, tasks: int
                 words[number + 1] = str(Path(words[number + 1]).resolve())
         command = ("shards/make_shards.py", *words, "--workers", str(resources.cpus))
         if tasks > 1:
-            parts = [CommandJob((*command, "--part", f"{n}/{tasks}"), str(folder), one.cpus) for n in range(tasks)]
-            steps.append(Step("pack", parts, one))
+            steps.append(_array("pack", command, one, folder, tasks))
         steps.append(Step("index", [CommandJob(command, str(folder), one.cpus)], one))
     return steps
+
+
+def describing(arguments: list[str], resources: Resources, folder: Path, tasks: int) -> list[Step]:
+    """``shards/caption_videos.py DIRECTORY ...`` for each of ``arguments``: an array describes, each task on a GPU
+    where there are some, then one task puts the parts together."""
+    one = resources.one_task()
+    steps = []
+    for text in arguments:
+        directory, *words = shlex.split(text)
+        words = [str(Path(word).resolve()) if "/" in word and Path(word).exists() else word for word in words]
+        command = ("shards/caption_videos.py", str(Path(directory).resolve()), *words)
+        with_gpu = dataclasses.replace(one, gpus=min(resources.gpus, 1))
+        steps.append(_array("describe", command, with_gpu, folder, tasks))
+        steps.append(Step("merge", [CommandJob((*command, "--merge"), str(folder), one.cpus)], one))
+    return steps
+
+
+def _array(name: str, command: tuple[str, ...], one: Resources, folder: Path, tasks: int) -> Step:
+    """``command`` with ``--part n/tasks`` for every n."""
+    shares = [CommandJob((*command, "--part", f"{n}/{tasks}"), str(folder), one.cpus) for n in range(tasks)]
+    return Step(name, shares, one)
 
 
 def sweep(page: str, overrides: list[str], grid: list[str], base: Path) -> list[Config]:

@@ -29,13 +29,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", help="a page of configs/, or a path")
     parser.add_argument(
         "--job",
-        choices=("train", "evaluate", "shards", "all"),
+        choices=("train", "evaluate", "shards", "captions", "all"),
         default="train",
-        help="train (and evaluate in the same job; the default); evaluate a run by an array; pack shards by an array; "
-        "or all: pack if needed, train, score by an array, report",
+        help="train (and evaluate in the same job; the default); evaluate a run, pack shards or caption videos by an "
+        "array; or all: pack if needed, train, score by an array, report",
     )
-    parser.add_argument("--tasks", type=int, default=4, help="tasks of an array that packs or scores (4)")
+    parser.add_argument("--tasks", type=int, default=4, help="tasks of an array that packs, captions or scores (4)")
     parser.add_argument("--pack", action="append", default=[], metavar="ARGS", help="of make_shards.py; once a split")
+    parser.add_argument(
+        "--describe", action="append", default=[], metavar="ARGS", help="of caption_videos.py; once a split"
+    )
     parser.add_argument("--sweep", nargs="+", metavar="KEY=A,B", help="a run of each combination, and a table")
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm")
     parser.add_argument("--site", metavar="NAME", help="defaults of configs/clusters/NAME.yaml for the options below")
@@ -133,6 +136,10 @@ def _plan(arguments: argparse.Namespace, resources: cluster.Resources) -> tuple[
                 '--job shards needs --pack "--source ... --videos ... --split ... --out ...", once a split'
             )
         return base, [], steps.packing(arguments.pack, resources, folder, arguments.tasks)
+    if arguments.job == "captions":
+        if not arguments.describe:
+            raise ValueError('--job captions needs --describe "DIRECTORY --model ...", once a split')
+        return base, [], steps.describing(arguments.describe, resources, folder, arguments.tasks)
     if arguments.job == "evaluate":
         return base, [], steps.evaluation(config, resources, folder, arguments.tasks, encode=True)
     if arguments.sweep:

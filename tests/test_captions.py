@@ -96,6 +96,18 @@ def test_videos_are_described_resumed_and_shared_out_alike(data: list[str], llav
     assert (split / "captions.jsonl").read_bytes() == whole
 
 
+def test_a_job_array_describes_and_merges(data: list[str], llava: Path, tmp_path: Path) -> None:
+    split = _split(data, tmp_path)
+    submit = ["launch/submit.py", "--cluster", "local", "--job", "captions", "--config", "demo.yaml", *data]
+    done = run(*submit, "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 2 and "--job captions needs --describe" in done.stderr
+    describe = f"{split} --model {llava} --max-tokens 6"
+    done = run(*submit, "--run-dir", str(tmp_path / "run"), "--tasks", "2", "--describe", describe)
+    assert done.returncode == 0, done.stderr
+    assert len((split / "captions.jsonl").read_text().splitlines()) == len(load_index(split))
+    assert not list(split.glob("*.part-*"))
+
+
 def test_training_uses_them_or_leaves_them(data: list[str], tmp_path: Path) -> None:
     split = _split(data, tmp_path)
     index = load_index(split)
