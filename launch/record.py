@@ -14,9 +14,17 @@ def jobs_of(run: Path) -> list[dict[str, str]]:
     return json.loads(record.read_text(encoding="utf-8"))["jobs"] if record.is_file() else []
 
 
-def refuse_live(run: Path) -> None:
-    """Raises: ValueError: a job that still runs or waits writes to this directory."""
+def live_job(run: Path) -> tuple[str, str] | None:
+    """Id and state of a job that still runs or waits and writes to this directory."""
     for job in jobs_of(run):
         state = cluster.slurm_state(job["id"])
         if cluster.is_alive(state):
-            raise ValueError(f"{run} is in use by job {job['id']} ({state}); cancel it, or take another run_dir")
+            return job["id"], state
+    return None
+
+
+def refuse_live(run: Path) -> None:
+    """Raises: ValueError: a job that still runs or waits writes to this directory."""
+    live = live_job(run)
+    if live is not None:
+        raise ValueError(f"{run} is in use by job {live[0]} ({live[1]}); cancel it, or take another run_dir")

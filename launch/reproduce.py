@@ -46,6 +46,10 @@ class Layout:
         """A system's run directories, one a seed."""
         return [self.base / system / f"seed-{seed}" for seed in range(self.seeds)]
 
+    def towers(self, seed: int) -> Path:
+        """Towers of the embedded benchmark that a seed starts from; seed 0 has the committed ones."""
+        return self.base / f"towers-{seed if self.size.own_towers else 0}"
+
     def of(self, data: str) -> Layout:
         """The same of another data set, beside this one."""
         return replace(self, data=data)
@@ -56,7 +60,7 @@ class Layout:
         found = [f"seed={seed}", f"run_dir={self.base / system / f'seed-{seed}'}", f"data.batch_size={one.batch_size}"]
         if self.data == "demo":
             found += PUBLISHED_NOISE
-            towers = self.base / (f"towers-{seed}" if self.size.own_towers else "towers-0")
+            towers = self.towers(seed)
             found += [f"data.{split}={self.base / 'data' / split}" for split in ("train", "val", "test")]
             found += [f"model.architecture={towers / 'demo.json'}", f"model.pretrained={towers / 'demo.safetensors'}"]
         if self.steps is not None:
@@ -97,31 +101,29 @@ def prepare_demo(layout: Layout) -> None:
             _run("shards/make_shards.py", *source, "--image-size", "32")
         shutil.copy(data / "videos" / "captioner.jsonl", data / "captioner.jsonl.tmp")
         os.replace(data / "captioner.jsonl.tmp", data / "captioner.jsonl")
-    for seed in range(layout.seeds if layout.size.own_towers else 1):
-        towers = layout.base / f"towers-{seed}"
-        if (towers / "demo.safetensors").is_file():
-            continue
-        if seed == 0:
-            writable_dir(towers)
-            for name in ("demo.json", "demo.safetensors"):
-                shutil.copy(ROOT / "configs" / "towers" / name, towers / name)
-        else:
-            _run("shards/demo_towers.py", "--out", str(towers), "--seed", str(seed))
+    if not (layout.towers(0) / "demo.safetensors").is_file():
+        shutil.copytree(ROOT / "configs" / "towers", layout.towers(0), dirs_exist_ok=True)
+    seeds = [seed for seed in range(layout.seeds) if not (layout.towers(seed) / "demo.safetensors").is_file()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # One thread each: side by side, more would only wait for each other.
+        pretrain = ("shards/demo_towers.py", "--out")
+        list(pool.map(lambda seed: _run(*pretrain, str(layout.towers(seed)), "--seed", str(seed), threads=1), seeds))
 
 
-def _run(*arguments: str) -> None:
+def _run(*arguments: str, threads: int | None = None) -> None:
     """``python`` with ``arguments``, its progress shown.
 
     Raises:
         ValueError: it failed.
     """
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
     if done.returncode:
         raise ValueError(f"{arguments[0]} failed; its words are above")
 
 
 def train_missing(layout: Layout, systems: list[str], cluster: str, submit: list[str]) -> dict[Path, str]:
-    """Submit every run that is not finished; local ones side by side, to their ends.
+    """Submit every run that is neither finished nor under way; local ones side by side, to their ends.
 
     Returns:
         Run directories that failed, with their last words.
@@ -129,13 +131,17 @@ def train_missing(layout: Layout, systems: list[str], cluster: str, submit: list
     from tqdm import tqdm
 
     from launch.measure import is_finished
+    from launch.record import live_job
+
+    def is_under_way(run: Path) -> bool:
+        return cluster == "slurm" and live_job(run) is not None
 
     jobs = [
         (run, [f"{layout.data}.yaml", *layout.overrides(system, seed)])
         for seed in range(layout.seeds)
         for system in systems
         for run in [layout.runs(system)[seed]]
-        if not is_finished(run)
+        if not is_finished(run) and not is_under_way(run)
     ]
     options = ["--cluster", cluster, *(["--procs", "1"] if cluster == "local" and not submit else []), *submit]
     failed: dict[Path, str] = {}
