@@ -19,6 +19,7 @@ from tmass_dist.distributed import gather_rows
 from tmass_dist.losses import symmetric_info_nce, temperature
 from tmass_dist.models.backbone import Towers
 from tmass_dist.models.head import RetrievalHead
+from tmass_dist.models.pooling import Seen
 
 
 class Losses(NamedTuple):
@@ -89,19 +90,17 @@ def global_losses(
     anchors = [text_BD] if sampled_BKD is None else list(sampled_BKD.unbind(1)) if of_pairs is None else []
     num_trials = len(anchors) if of_pairs is None else of_pairs.num_trials
     if head.mass is not None and radius_BD is not None and support_weight:
-        pooled_mean_BD = pooling.map(lambda pooled_BND, _: pooled_BND.mean(dim=1))
+        pooled_mean_BD = pooling.map(lambda seen, _: seen.mean_VD)
         anchors.append(head.mass.support(text_BD, radius_BD, pooled_mean_BD))
     anchor_AND = None
     if anchors:
         anchor_AND = torch.stack([F.normalize(gather_rows(anchor_BD), dim=-1) for anchor_BD in anchors])
 
-    def columns(pooled_BND: Tensor, rows: slice) -> Tensor:
-        # Divided by the norms afterwards: a normalised copy would be one more (B, N, D) to keep.
-        norm_BN = torch.linalg.vector_norm(pooled_BND, dim=-1).clamp_min(1e-12)
-        products_BAN = [] if of_pairs is None else [of_pairs.products(pooled_BND, rows)]
+    def columns(seen: Seen, rows: slice) -> Tensor:
+        cosines_BAN = [] if of_pairs is None else [of_pairs.cosines(seen.pooled(), rows)]
         if anchor_AND is not None:
-            products_BAN.append(torch.einsum("and,bnd->ban", anchor_AND, pooled_BND))
-        return torch.cat(products_BAN, dim=1) / norm_BN[:, None]
+            cosines_BAN.append(seen.cosines(anchor_AND))
+        return torch.cat(cosines_BAN, dim=1)
 
     similarity_ANN = gather_rows(pooling.map(columns)).permute(1, 2, 0)
     if trials == "best":
@@ -148,22 +147,22 @@ class _Pooling:
         self.head, self.asking_ND, self.frames_BFD, self.keys = head, asking_ND, frames_BFD, dropout_keys
         a_video_mb = asking_ND.numel() * asking_ND.element_size() * self._LIVE / 2**20
         self.tile = len(frames_BFD) if memory_mb is None else max(1, int(memory_mb / a_video_mb))
-        self.whole: Tensor | None = None
+        self.whole: Seen | None = None
         if self.tile >= len(frames_BFD):
-            self.whole = head.pooling(asking_ND, frames_BFD, dropout_keys)
+            self.whole = head.pooling.seen(asking_ND, frames_BFD, dropout_keys)
 
-    def map(self, use: Callable[[Tensor, slice], Tensor]) -> Tensor:
-        """``use`` of ``pooled_BND`` and of which own videos they are; ``use`` must treat every video alone."""
+    def map(self, use: Callable[[Seen, slice], Tensor]) -> Tensor:
+        """``use`` of the videos as seen and of which own videos they are; ``use`` must treat every video alone."""
         if self.whole is not None:
             return use(self.whole, slice(None))
         starts = range(0, len(self.frames_BFD), self.tile)
         return torch.cat([self._again(slice(start, start + self.tile), use) for start in starts])
 
-    def _again(self, rows: slice, use: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    def _again(self, rows: slice, use: Callable[[Seen, slice], Tensor]) -> Tensor:
         keys = self.keys[rows] if self.keys is not None else None
 
         def run(asking_ND: Tensor, frames_bFD: Tensor) -> Tensor:
-            return use(self.head.pooling(asking_ND, frames_bFD, keys), rows)
+            return use(self.head.pooling.seen(asking_ND, frames_bFD, keys), rows)
 
         return checkpoint(run, self.asking_ND, self.frames_BFD[rows], use_reentrant=False)  # pyright: ignore
 
@@ -176,14 +175,14 @@ class _PairSamples:
         self.mass, self.text_ND, self.noise_NKD, self.frames_BFD = head.mass, text_ND, noise_NKD, frames_BFD
         self.num_trials = noise_NKD.shape[1]
 
-    def products(self, pooled_BND: Tensor, rows: slice) -> Tensor:
-        """``(b, K, N)``: the products of each pair's normalised samples with its pooled video."""
+    def cosines(self, pooled_BND: Tensor, rows: slice) -> Tensor:
+        """``(b, K, N)``: the cosines of each pair's samples with its pooled video."""
         unit_ND = F.normalize(self.text_ND, dim=-1)
         cosine_BNF = torch.einsum("bfd,nd->bnf", F.normalize(self.frames_BFD[rows], dim=-1), unit_ND)
         text_BND = self.text_ND.expand_as(pooled_BND)
         radius_BND = self.mass.radius_of(cosine_BNF, text_BND)
         samples = (self.mass.sample(text_BND, radius_BND, noise_ND) for noise_ND in self.noise_NKD.unbind(1))
-        return torch.stack([(F.normalize(sample, dim=-1) * pooled_BND).sum(dim=-1) for sample in samples], dim=1)
+        return torch.stack([F.cosine_similarity(sample, pooled_BND, dim=-1) for sample in samples], dim=1)
 
 
 class Objective(nn.Module):
