@@ -60,15 +60,19 @@ def keyed_noise(
     return std * (-2 * torch.log1p(-first)).sqrt() * torch.cos(2 * math.pi * second)
 
 
-def keyed_mask(keys: list[int], shape: tuple[int, int], probability: float, device: torch.device) -> Tensor:
-    """What dropout keeps: bool ``(len(keys), *shape)``, each entry false with ``probability`` (to 2^-17).
+def keyed_mask(keys: list[int], like: Tensor, probability: float) -> Tensor:
+    """What dropout keeps: one, or zero with ``probability`` (to 2^-17), of the shape and kind of ``like``.
 
-    Entry ``i`` is drawn from ``keys[i]`` alone, and so is the same whatever rank holds it; CPU and GPU draw
-    different ones.
+    Row ``i`` is drawn from ``keys[i]`` alone, and so is the same whatever rank holds it; CPU and GPU draw different
+    ones.
     """
-    size = shape[0] * shape[1]
-    words = torch.empty(len(keys), -(-size // 4), dtype=torch.int64, device=device)  # four draws of 16 bits in each
-    generator = torch.Generator(device)
+    size = like[0].numel()
+    # Four draws of 16 bits in each.
+    words = torch.empty(len(keys), -(-size // 4), dtype=torch.int64, device=like.device)
+    generator = torch.Generator(like.device)
     for row, key in zip(words, keys):
         row.random_(-(2**63), None, generator=generator.manual_seed(key))
-    return (words.view(torch.int16)[:, :size] >= round(probability * 2**16) - 2**15).unflatten(1, shape)
+    # Written as numbers at once: truth values would be made into them at three times the price.
+    keep, drawn = torch.empty_like(like), words.view(torch.int16)[:, :size]
+    torch.ge(drawn, round(probability * 2**16) - 2**15, out=keep.flatten(1))
+    return keep

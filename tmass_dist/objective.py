@@ -94,7 +94,7 @@ def global_losses(
         anchors.append(head.mass.support(text_BD, radius_BD, pooled_mean_BD))
     anchor_AND = None
     if anchors:
-        anchor_AND = torch.stack([F.normalize(gather_rows(anchor_BD), dim=-1) for anchor_BD in anchors])
+        anchor_AND = torch.stack([gather_rows(anchor_BD) for anchor_BD in anchors])
 
     def columns(seen: Seen, rows: slice) -> Tensor:
         cosines_BAN = [] if of_pairs is None else [of_pairs.cosines(seen.pooled(), rows)]

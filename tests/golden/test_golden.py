@@ -72,13 +72,13 @@ def test_training_forward_losses_and_gradients(name: str, monkeypatch: pytest.Mo
     head = _head(data, int(num_heads))
     if dropout:
         head.train().pooling.dropout = dropout
-        keep = data["dropout_keep"].bool()
-        monkeypatch.setattr("tmass_dist.models.pooling.keyed_mask", lambda *_: keep)
+        keep = data["dropout_keep"].float()
+        monkeypatch.setattr("tmass_dist.models.pooling.keyed_mask", lambda rows, *_: keep[rows])
     text = data["text"].clone().requires_grad_()
     video = data["video"].clone().requires_grad_()
     scale = data["w_logit_scale"].reshape(1).clone().requires_grad_()
 
-    keys = [0] * len(video)
+    keys = list(range(len(video)))
     losses = global_losses(head, text, video, data["eps"], scale, weight, dropout_keys=keys)
     losses.total.backward()
 

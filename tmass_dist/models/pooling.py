@@ -1,6 +1,6 @@
 """Text-conditioned pooling of a video's frames (X-Pool), and its plain alternative."""
 
-# Shapes: T texts, V videos, F frames, H heads, K = H F (and one more for the bias), A anchors, D embedding width,
+# Shapes: T texts, V videos, F frames, H heads, K = H F, A anchors, D embedding width,
 # E = D / H.
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class Seen(NamedTuple):
         return torch.addcmul(self.bias_D, self.vectors_VTD, self.gain_D)
 
     def cosines(self, anchor_ATD: Tensor) -> Tensor:
-        """``(V, A, T)``: of each text's anchors, of norm one, with each video as the text sees it."""
-        return _Cosines.apply(anchor_ATD, self.vectors_VTD, self.gain_D, self.bias_D)  # pyright: ignore
+        """``(V, A, T)``: of each text's anchors with each video as the text sees it."""
+        along_VAT: Tensor = _Projections.apply(anchor_ATD, self.vectors_VTD, self.gain_D, self.bias_D)  # pyright: ignore
+        return along_VAT / torch.linalg.vector_norm(anchor_ATD, dim=-1).clamp_min(1e-12)
 
 
 class XPool(nn.Module):
@@ -120,20 +121,19 @@ class XPool(nn.Module):
         weights_VTK = self._weights(text_TD, normed_VFD).transpose(1, 2).flatten(2)
         gram_VKK, attended_VKD, projected_VKD = self._span(normed_VFD)
         weights_VTK = self.normalised(weights_VTK, gram_VKK, self.norm_attended.eps)
-        # The bias of the normalisation is one more vector to sum, of weight one. That of the keys, which the softmax
-        # does not see, keeps its gradient: zeros.
+        # The softmax does not see the bias of the keys, which yet keeps its gradient: zeros.
         bias_D = self.norm_attended.bias + 0 * self.key.bias
-        weights_VTK = F.pad(weights_VTK, (0, 1), value=1.0)
-        attended_VKD, projected_VKD = (
-            torch.cat([vectors_VKD, constant_D.expand(len(frames_VFD), 1, -1)], dim=1)
-            for vectors_VKD, constant_D in ((attended_VKD, bias_D), (projected_VKD, self.linear(bias_D)))
-        )
-        keep_VTD = None
-        if self.training and self.dropout:
-            assert dropout_keys is not None, "in training every video brings the key of its dropout mask"
-            keep_VTD = keyed_mask(dropout_keys, (len(text_TD), text_TD.shape[1]), self.dropout, text_TD.device)
+        dropout = self.dropout if self.training else 0.0
+        assert dropout_keys or not dropout, "in training every video brings the key of its dropout mask"
         vectors_VTD, mean_VD = _Mixture.apply(  # pyright: ignore[reportGeneralTypeIssues]
-            weights_VTK, attended_VKD, projected_VKD, keep_VTD, 1 / (1 - self.dropout), self.norm_out.eps
+            weights_VTK,
+            attended_VKD,
+            bias_D,
+            projected_VKD,
+            self.linear(bias_D),
+            dropout_keys,
+            dropout,
+            self.norm_out.eps,
         )
         gain_D, last_D = self.norm_out.weight, self.norm_out.bias
         return Seen(vectors_VTD, torch.addcmul(last_D, mean_VD, gain_D), gain_D, last_D)
@@ -159,103 +159,108 @@ class MeanPool(nn.Module):
 
 def _tiles(pairs_VTD: Tensor) -> Iterator[slice]:
     """A few videos at a time: what the steps of a tile hand on to each other stays in the processor's cache."""
-    numbers = 2**18 if pairs_VTD.device.type == "cpu" else 2**24
+    numbers = 2**19 if pairs_VTD.device.type == "cpu" else 2**24
     tile = max(1, numbers // pairs_VTD[0].numel())
     return (slice(start, start + tile) for start in range(0, len(pairs_VTD), tile))
 
 
 class _Mixture(torch.autograd.Function):
-    """``weights @ kept + scale * keep * (weights @ dropped)``, normalised over D, and its mean over the texts.
+    """``x + dropout(y)``, normalised over D, and its mean over the texts; each is ``weights @ vectors + bias``.
 
-    It keeps its result and the mask, a byte an entry, for the backward pass; autograd would keep three times that.
+    For the backward pass it keeps its result alone, and draws the mask again.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         weights_VTK: Tensor,
-        kept_VKD: Tensor,
-        dropped_VKD: Tensor,
-        keep_VTD: Tensor | None,
-        scale: float,
+        x_VKD: Tensor,
+        x_D: Tensor,
+        y_VKD: Tensor,
+        y_D: Tensor,
+        keys: list[int],
+        dropout: float,
         eps: float,
     ) -> tuple[Tensor, Tensor]:
-        if keep_VTD is None:
-            kept_VKD = kept_VKD + dropped_VKD
-        else:
-            keep_VTD = keep_VTD.view(torch.uint8)  # bytes become floats five times faster than truth values
-        shape = (*weights_VTK.shape[:2], kept_VKD.shape[-1])
-        out_VTD, mean_VD = kept_VKD.new_empty(shape), kept_VKD.new_empty(shape[0], shape[2])
-        factor_VT1 = kept_VKD.new_empty(*shape[:2], 1)
+        if not dropout:
+            x_VKD, x_D = x_VKD + y_VKD, x_D + y_D
+        (num_videos, num_texts, _), width = weights_VTK.shape, x_D.shape[0]
+        out_VTD, mean_VD = x_D.new_empty(num_videos, num_texts, width), x_D.new_empty(num_videos, width)
+        factor_VT1 = x_D.new_empty(num_videos, num_texts, 1)
         for videos in _tiles(out_VTD):
-            weights, out = weights_VTK[videos], out_VTD[videos]
-            torch.bmm(weights, kept_VKD[videos], out=out)
-            if keep_VTD is not None:
-                out.addcmul_(weights @ dropped_VKD[videos], keep_VTD[videos].to(out.dtype), value=scale)
+            weights, out, factor = weights_VTK[videos], out_VTD[videos], factor_VT1[videos]
+            torch.baddbmm(x_D, weights, x_VKD[videos], out=out)
+            if dropout:
+                y = torch.baddbmm(y_D, weights, y_VKD[videos])
+                out.addcmul_(y, keyed_mask(keys[videos], out, dropout), value=1 / (1 - dropout))
             out -= out.mean(-1, keepdim=True)
-            variance = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_() / shape[2]
-            factor_VT1[videos] = (variance + eps).rsqrt()
-            out *= factor_VT1[videos]
+            variance = torch.linalg.vector_norm(out, dim=-1, keepdim=True).square_() / width
+            out *= torch.rsqrt(variance + eps, out=factor)
             mean_VD[videos] = out.mean(dim=1)
-        ctx.scale = scale
-        ctx.save_for_backward(weights_VTK, kept_VKD, dropped_VKD, keep_VTD, out_VTD, factor_VT1)
+        ctx.keys, ctx.dropout = keys, dropout
+        ctx.save_for_backward(weights_VTK, x_VKD, y_VKD, out_VTD, factor_VT1)
         return out_VTD, mean_VD
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        weights_VTK, kept_VKD, dropped_VKD, keep_VTD, out_VTD, factor_VT1 = ctx.saved_tensors
+        weights_VTK, x_VKD, y_VKD, out_VTD, factor_VT1 = ctx.saved_tensors
+        scale = 1 / (1 - ctx.dropout)
         of_out_VTD, of_mean_VD = gradients
         of_weights_VKT = torch.empty_like(weights_VTK.transpose(1, 2))
-        of_kept_VKD, of_dropped_VKD = torch.empty_like(kept_VKD), torch.empty_like(kept_VKD)
+        of_x_VKD, of_y_VKD = torch.empty_like(x_VKD), torch.empty_like(x_VKD)
+        of_x_D, of_y_D = of_x_VKD.new_zeros(out_VTD.shape[-1]), of_x_VKD.new_zeros(out_VTD.shape[-1])
         for videos in _tiles(out_VTD):
-            out, kept, factor = out_VTD[videos], kept_VKD[videos], factor_VT1[videos]
+            out, factor = out_VTD[videos], factor_VT1[videos]
             pairs = of_out_VTD[videos] + of_mean_VD[videos, None] / out.shape[1]
             # Back through the normalisation, but for its factor, which the weights carry: they are fewer.
             along = (pairs * out).mean(-1, keepdim=True)
             pairs -= pairs.mean(-1, keepdim=True)
             pairs.addcmul_(out, along, value=-1)
             weights_KT = (weights_VTK[videos] * factor).transpose(1, 2)
-            torch.bmm(weights_KT, pairs, out=of_kept_VKD[videos])
-            of_weights = kept @ pairs.transpose(1, 2)
-            if keep_VTD is not None:
-                pairs *= keep_VTD[videos].to(pairs.dtype)
-                torch.bmm(weights_KT * ctx.scale, pairs, out=of_dropped_VKD[videos])
-                of_weights.baddbmm_(dropped_VKD[videos], pairs.transpose(1, 2), alpha=ctx.scale)
+            torch.bmm(weights_KT, pairs, out=of_x_VKD[videos])
+            of_x_D += factor.flatten() @ pairs.flatten(0, 1)
+            of_weights = x_VKD[videos] @ pairs.transpose(1, 2)
+            if ctx.dropout:
+                pairs *= keyed_mask(ctx.keys[videos], pairs, ctx.dropout)
+                torch.bmm(weights_KT * scale, pairs, out=of_y_VKD[videos])
+                of_y_D += factor.flatten() @ pairs.flatten(0, 1) * scale
+                of_weights.baddbmm_(y_VKD[videos], pairs.transpose(1, 2), alpha=scale)
             torch.mul(of_weights, factor.transpose(1, 2), out=of_weights_VKT[videos])
-        of_dropped_VKD = of_kept_VKD if keep_VTD is None else of_dropped_VKD
-        return of_weights_VKT.transpose(1, 2), of_kept_VKD, of_dropped_VKD, None, None, None
+        if not ctx.dropout:
+            of_y_VKD, of_y_D = of_x_VKD, of_x_D
+        return of_weights_VKT.transpose(1, 2), of_x_VKD, of_x_D, of_y_VKD, of_y_D, None, None, None
 
 
-class _Cosines(torch.autograd.Function):
-    """Cosines ``(V, A, T)`` of unit anchors with ``vectors * gain + bias``, which is made again when it is needed."""
+class _Projections(torch.autograd.Function):
+    """Anchors along the directions of ``vectors * gain + bias``, ``(V, A, T)``; these are made again when needed."""
 
     @staticmethod
     def forward(ctx: Any, anchor_ATD: Tensor, vectors_VTD: Tensor, gain_D: Tensor, bias_D: Tensor) -> Tensor:
-        cosine_VAT = vectors_VTD.new_empty(len(vectors_VTD), *anchor_ATD.shape[:2])
-        norm_V1T = torch.empty_like(cosine_VAT[:, :1])
+        along_VAT = vectors_VTD.new_empty(len(vectors_VTD), *anchor_ATD.shape[:2])
+        norm_V1T = torch.empty_like(along_VAT[:, :1])
         for videos in _tiles(vectors_VTD):
             pooled = torch.addcmul(bias_D, vectors_VTD[videos], gain_D)
             norm_V1T[videos] = torch.linalg.vector_norm(pooled, dim=-1)[:, None].clamp_min_(1e-12)
             product_TAV = anchor_ATD.transpose(0, 1) @ pooled.permute(1, 2, 0)
-            torch.div(product_TAV.permute(2, 1, 0), norm_V1T[videos], out=cosine_VAT[videos])
-        ctx.save_for_backward(anchor_ATD, vectors_VTD, gain_D, bias_D, cosine_VAT, norm_V1T)
-        return cosine_VAT
+            torch.div(product_TAV.permute(2, 1, 0), norm_V1T[videos], out=along_VAT[videos])
+        ctx.save_for_backward(anchor_ATD, vectors_VTD, gain_D, bias_D, along_VAT, norm_V1T)
+        return along_VAT
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        anchor_ATD, vectors_VTD, gain_D, bias_D, cosine_VAT, norm_V1T = ctx.saved_tensors
+        anchor_ATD, vectors_VTD, gain_D, bias_D, along_VAT, norm_V1T = ctx.saved_tensors
         of_product_VAT = gradients[0] / norm_V1T
-        shrink_VT1 = -((of_product_VAT * cosine_VAT).sum(1) / norm_V1T[:, 0])[..., None]
-        of_anchor_TAD = torch.zeros_like(anchor_ATD.transpose(0, 1), memory_format=torch.contiguous_format)
-        of_vectors_VTD = torch.empty_like(vectors_VTD, memory_format=torch.contiguous_format)
+        shrink_VT1 = -((of_product_VAT * along_VAT).sum(1) / norm_V1T[:, 0])[..., None]
+        of_anchor_TAD = anchor_ATD.new_zeros(anchor_ATD.transpose(0, 1).shape)
+        of_vectors_VTD = vectors_VTD.new_empty(vectors_VTD.shape)
         of_gain_D, of_bias_D = torch.zeros_like(gain_D), torch.zeros_like(bias_D)
         for videos in _tiles(vectors_VTD):
             vectors, of_product = vectors_VTD[videos], of_product_VAT[videos]
             pooled = torch.addcmul(bias_D, vectors, gain_D)
             of_anchor_TAD += of_product.permute(2, 1, 0) @ pooled.transpose(0, 1)
             of_pooled = pooled.mul_(shrink_VT1[videos])
-            for anchor_TD, along in zip(anchor_ATD, of_product.unbind(1)):
-                of_pooled.addcmul_(anchor_TD, along[..., None])
+            for anchor_TD, of_one in zip(anchor_ATD, of_product.unbind(1)):
+                of_pooled.addcmul_(anchor_TD, of_one[..., None])
             of_bias_D += of_pooled.sum(dim=(0, 1))
             torch.mul(of_pooled, gain_D, out=of_vectors_VTD[videos])
             of_gain_D += of_pooled.mul_(vectors).sum(dim=(0, 1))

@@ -66,7 +66,11 @@ class TextMass(nn.Module):
 
     def radius(self, text_BD: Tensor, frames_BFD: Tensor) -> Tensor:
         """Radius ``(B, D)`` of the own pairs, in units of the text embedding."""
-        cosine_BF = (F.normalize(frames_BFD, dim=-1) @ F.normalize(text_BD, dim=-1)[:, :, None]).squeeze(-1)
+        # Divided by the norms afterwards: frames of norm one would be one more copy to keep.
+        norm_BF, norm_B1 = (
+            torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-12) for x in (frames_BFD, text_BD[:, None])
+        )
+        cosine_BF = (frames_BFD @ text_BD[:, :, None]).squeeze(-1) / norm_BF / norm_B1
         return self.radius_of(cosine_BF, text_BD).expand_as(text_BD)
 
     def sample(self, text_BD: Tensor, radius_BD: Tensor, noise_BD: Tensor) -> Tensor:
