@@ -10,6 +10,8 @@ from torch import Tensor
 from tests.ranks import on_ranks
 from tmass_dist.losses import symmetric_info_nce
 from tmass_dist.models.head import build_head
+from tmass_dist.models.pooling import XPool
+from tmass_dist.noise import keyed_mask
 from tmass_dist.objective import global_losses
 
 # Shapes: N pairs of the world, F frames, D embedding width.
@@ -107,3 +109,50 @@ def test_several_samples_are_what_their_names_say(
     torch.testing.assert_close(losses.stochastic, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(losses.total, losses.stochastic + 0.8 * losses.support)
     assert losses.support > 0
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_the_head_is_the_plain_one_with_every_projection_of_every_pair(num_heads: int) -> None:
+    """Loss and gradients with dropout, in float64, against torch's own; more pairs than one tile, and both ways to
+    project the smaller of queries and keys."""
+    pairs, width, dropout = 100, 64, 0.3
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(s, generator=generator).double() for s in ((pairs, width), (pairs, F, width))]
+    noise = torch.randn(pairs, width, generator=generator).double()
+    torch.manual_seed(0)
+    head = build_head(embed_dim=width, num_frames=F, num_heads=num_heads, dropout=dropout).double().train()
+    pool, mass, scale, keys = head.pooling, head.mass, torch.full((1,), 2.0).double(), list(range(pairs))
+    assert isinstance(pool, XPool) and mass is not None
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def plain(text: Tensor, frames: Tensor) -> Tensor:
+        normed = pool.norm_in(frames)
+        each = (pool.query(pool.norm_in(text)), pool.key(normed), pool.value(normed))
+        query, key, value = (x.unflatten(-1, (num_heads, -1)) for x in each)
+        weights = (torch.einsum("the,vfhe->vthf", query, key) / query.shape[-1] ** 0.5).softmax(-1)
+        attended = pool.norm_attended(pool.out(torch.einsum("vthf,vfhe->vthe", weights, value).flatten(2)))
+        kept = keyed_mask(keys, attended, dropout) / (1 - dropout)
+        pooled = pool.norm_out(attended + kept * pool.linear(attended))
+        cosine = torch.nn.functional.cosine_similarity(frames, text[:, None], dim=-1)
+        radius = mass.linear(cosine).exp()
+        support = text + radius * torch.nn.functional.normalize(pooled.mean(dim=1) - text, dim=-1)
+        losses = [
+            symmetric_info_nce(torch.nn.functional.cosine_similarity(anchor, pooled, dim=-1).T, scale)
+            for anchor in (text + radius * noise, support)
+        ]
+        return losses[0] + 0.8 * losses[1]
+
+    def ours(text: Tensor, frames: Tensor) -> Tensor:
+        return global_losses(head, text, frames, noise, scale, 0.8, dropout_keys=keys).total
+
+    found = []
+    for step in (plain, ours):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        loss = step(*leaves)
+        found.append([loss, *torch.autograd.grad(loss, [*leaves, *head.parameters()])])
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    names = [name for name, _ in head.named_parameters()]
+    assert not found[1][3:][names.index("pooling.key.bias")].any()  # zeros: the softmax does not see it
