@@ -58,8 +58,14 @@ class Ranks:
         return lines[0]
 
 
-def start(overrides: list[str], run_dir: Path, prepare: Callable[[int], None] = lambda rank: None) -> Ranks:
+def start(
+    overrides: list[str], run_dir: Path, prepare: Callable[[int], None] = lambda rank: None, fault: str = ""
+) -> Ranks:
+    """The command in two processes; ``fault`` is Python that each runs first, to break something inside."""
     run_dir.mkdir(exist_ok=True)
+    command = ["-m", "tmass_dist.train"]
+    if fault:
+        command = ["-c", f"{fault}\nfrom tmass_dist.train import main, run_command\nrun_command(main)"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -71,8 +77,7 @@ def start(overrides: list[str], run_dir: Path, prepare: Callable[[int], None] = 
                 subprocess.Popen(
                     [
                         sys.executable,
-                        "-m",
-                        "tmass_dist.train",
+                        *command,
                         "--config",
                         "demo.yaml",
                         *overrides,
@@ -228,9 +233,80 @@ def test_one_run_survives_every_fault(overrides: list[str], tmp_path: Path) -> N
     one, other = (weights_of(r / "checkpoints" / f"step-{STEPS:08d}") for r in (undisturbed.run_dir, disturbed))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert not list((disturbed / "checkpoints").glob("tmp-*"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(disturbed / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
+    validated = [event.step for event in events.Scalars("val/query_conditioned/t2v_R@1")]
+    assert validated == [*range(15, STEPS, 15), STEPS]
     again = start(overrides, disturbed)  # nothing is left to do
     for rank in (0, 1):
         assert again.ends(rank, 90) == 0, again.words(rank)
+
+
+INSIDE = """
+import os, time
+import tmass_dist.train as training
+from tmass_dist.models import tmass
+
+RANK, AT, calls = int(os.environ["RANK"]), {at}, []
+inputs, build = training.step_inputs, tmass.build_model
+
+def broken_inputs(batch, step, *more):
+    calls.append(step)
+    if RANK == {number} and step == AT:
+        {action}
+    return inputs(batch, step, *more)
+
+def broken_model(config):
+    model = build(config)
+    if "{action}" == "pass":
+        weight = model.head.pooling.linear.weight
+        weight.register_hook(lambda g: g * (float("nan") if RANK == {number} and calls[-1] == AT else 1.0))
+    return model
+
+training.step_inputs, tmass.build_model = broken_inputs, broken_model
+"""
+"""Breaks one rank at one step: by ``action``, or (``pass``) by a gradient that is no number."""
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [("raise RuntimeError('out of luck')", "failed: RuntimeError: out of luck"), ("time.sleep(1000)", "")],
+    ids=["raises", "hangs"],
+)
+def test_one_rank_breaks_and_the_other_names_it(
+    overrides: list[str], tmp_path: Path, number: int, action: str, said: str
+) -> None:
+    at = random.randrange(5, 30)
+    fault = INSIDE.format(at=at, number=number, action=action)
+    ranks = start(overrides, tmp_path / "run", fault=fault)
+    try:
+        codes = [ranks.ends(rank, 60 + TIMEOUT_S) for rank in (1 - number, number)]
+    finally:
+        for process in ranks.processes:
+            process.kill()
+    print(f"{action} on rank {number} at step {at + 1}: {ranks.error_of(1 - number)}")
+    assert codes == [1, 1]
+    assert f"rank {number} {said}" in ranks.error_of(1 - number)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_gradient_of_one_rank_that_is_no_number(overrides: list[str], tmp_path: Path, policy: str) -> None:
+    at, number = random.randrange(5, 15), random.randrange(2)
+    more = ["max_steps=20", "eval_every=20", f"engine.nonfinite={policy}"]
+    fault = INSIDE.format(at=at, number=number, action="pass")
+    ranks = start([*overrides, *more], tmp_path / "run", fault=fault)
+    codes = [ranks.ends(rank, 90) for rank in (0, 1)]
+    [note] = (tmp_path / "run" / "nonfinite").glob("*.json")
+    [found] = json.loads(note.read_text())
+    assert note.name == f"step-{at + 1:08d}.json" and found["rank"] == number and len(found["pairs"]) == 4
+    line = f"step {at + 1}: the loss or a gradient of rank {number} is not a number; no rank updated"
+    if policy == "stop":
+        assert codes == [2, 2] and all(line in ranks.error_of(rank) for rank in (0, 1))
+    else:
+        assert codes == [0, 0] and line in ranks.words(0) and "step 20/20" in ranks.words(0)
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])

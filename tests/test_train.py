@@ -45,7 +45,11 @@ def test_tensorboard_has_every_tag_once_a_step(whole: Path) -> None:
     tags = {"loss/total", "loss/stochastic", "loss/support", "optim/lr_towers", "optim/lr_head", "optim/grad_norm"}
     tags |= {"model/logit_scale", "model/mean_radius", "speed/videos_per_s", "speed/data_wait", "speed/memory_gb"}
     tags |= {"speed/tflops", "optim/grad_norm_towers", "model/positive_similarity", "final/val_t2v_R@1"}
-    assert tags <= set(events.Tags()["scalars"])
+    split = {f"speed/{name}_s" for name in ("data", "encode", "head", "communication", "optimizer")}
+    assert tags | split <= set(events.Tags()["scalars"])
+    assert all(event.value > 0 for name in split for event in events.Scalars(name))
+    for number, rate in enumerate(events.Scalars("speed/videos_per_s")):  # no moment is counted twice
+        assert sum(events.Scalars(name)[number].value for name in split) < 8 / rate.value
     assert "speed/mfu" not in events.Tags()["scalars"]  # nobody knows this CPU's peak
     assert [image.step for image in events.Images("validation/queries")] == [3, 6]
     from PIL import Image

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tmass_dist.clock import CLOCK
+
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -100,14 +102,16 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor) -> Tensor:
         ctx.num_rows = local.shape[0]
         parts = [torch.empty_like(local) for _ in range(world_size())]
-        dist.all_gather(parts, local.contiguous())
+        with CLOCK.during("communication"):
+            dist.all_gather(parts, local.contiguous())
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         # gloo has no reduce-scatter: sum everything, keep our rows. The same numbers.
         total = gradients[0].contiguous().clone()
-        dist.all_reduce(total)
+        with CLOCK.during("communication"):
+            dist.all_reduce(total)
         return total.narrow(0, rank() * ctx.num_rows, ctx.num_rows)
 
 
@@ -138,7 +142,8 @@ def gather_objects(local: Any) -> list[Any]:
 def sum_over_ranks(values: Tensor) -> None:
     """Add up every rank's ``values``, in place; no gradient."""
     if world_size() > 1:
-        dist.all_reduce(values)
+        with CLOCK.during("communication"):
+            dist.all_reduce(values)
 
 
 _host_groups: list[Any] = []
@@ -154,7 +159,8 @@ def largest(values: list[float]) -> list[float]:
     if not _host_groups:
         _host_groups.append(None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_groups[0])
+    with CLOCK.during("communication"):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_groups[0])
     return tensor.tolist()
 
 

@@ -35,8 +35,10 @@ TAGS = {
     "progress/samples": "pairs seen since the beginning",
     "progress/damaged_videos": "training videos that do not decode; another stands in for each (quarantine.jsonl)",
     "speed/data_s": "seconds of a step that wait for the loader",
-    "speed/gradient_s": "seconds of a step in forward, loss and backward, the gathering of embeddings included",
-    "speed/optimizer_s": "seconds of a step in ZeRO's reduction and the update",
+    "speed/encode_s": "seconds of the logged step in the towers, both passes; ZeRO's messages meanwhile included",
+    "speed/head_s": "seconds of the logged step in pooling, mass and loss, forward and backward",
+    "speed/communication_s": "seconds of the logged step in gathering embeddings and similarities, and in agreeing",
+    "speed/optimizer_s": "seconds of the logged step in norms and update; ZeRO's messages meanwhile included",
     "speed/videos_per_s": "videos of the global batch per second",
     "speed/data_wait": "share of a step spent waiting for the loader, 0 to 1",
     "speed/tflops": "useful TFLOP/s of a rank: three forward passes of the towers for each of its pairs",
@@ -56,7 +58,7 @@ class Monitor:
         if is_main():
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(directory), purge_step=step or None)
+            self._writer = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
             if step == 0:
                 rows = "\n".join(f"- `{tag}`: {meaning}" for tag, meaning in TAGS.items())
                 self._writer.add_text("about", rows, 0)
@@ -108,18 +110,28 @@ class Meter:
 
     def start(self, step: int) -> None:
         """Count from here: what came before, as a validation, is no training time."""
-        self._began, self._since = time.perf_counter(), step
-        self._spent: dict[str, float] = {"data": 0.0, "gradient": 0.0, "optimizer": 0.0}
+        self._began, self._since, self._waited = time.perf_counter(), step, 0.0
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time of the block to ``name``; a GPU's work counts where the host waits for it."""
+    def waiting(self) -> Iterator[None]:
+        """The block waits for the loader."""
         began = time.perf_counter()
         yield
-        self._spent[name] += time.perf_counter() - began
+        self._waited += time.perf_counter() - began
 
-    def log(self, step: int, losses: Losses, norms: dict[str, float], rates: dict[str, float], damaged: int) -> None:
-        """Write everything about the steps since the last time; ``norms`` and ``rates`` by parameter group."""
+    def log(
+        self,
+        step: int,
+        losses: Losses,
+        norms: dict[str, float],
+        rates: dict[str, float],
+        spent: dict[str, float],
+        damaged: int,
+    ) -> None:
+        """Write everything about the steps since the last time.
+
+        ``norms`` and ``rates`` are by parameter group; ``spent`` are seconds of this last step by what it did.
+        """
         steps, elapsed_s = max(1, step - self._since), time.perf_counter() - self._began
         batch = self.config.data.batch_size
         rate = steps * batch / elapsed_s
@@ -136,7 +148,8 @@ class Meter:
             "progress/samples": float(step * batch),
             "progress/damaged_videos": float(damaged),
             "speed/videos_per_s": rate,
-            "speed/data_wait": self._spent["data"] / elapsed_s,
+            "speed/data_wait": self._waited / elapsed_s,
+            "speed/data_s": self._waited / steps,
             "speed/memory_gb": peak_memory_gb(),
         }
         self._flops = self._flops or self._count()
@@ -144,7 +157,7 @@ class Meter:
         values["speed/tflops"] = useful / 1e12
         if self._peak:
             values["speed/mfu"] = useful / self._peak
-        values |= {f"speed/{name}_s": spent / steps for name, spent in self._spent.items()}
+        values |= {f"speed/{name}_s": seconds for name, seconds in spent.items()}
         values |= {f"optim/lr_{name}": value for name, value in rates.items()}
         values |= {f"optim/grad_norm{'' if name == 'total' else '_' + name}": value for name, value in norms.items()}
         self.monitor.scalars(values, step)

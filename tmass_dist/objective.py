@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tmass_dist.clock import CLOCK
 from tmass_dist.distributed import gather_rows
 from tmass_dist.losses import symmetric_info_nce, temperature
 from tmass_dist.models.backbone import Towers
@@ -210,6 +211,7 @@ class Objective(nn.Module):
 
     def encode(self, pixels_BFHWC: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
         """``text_BD`` and ``frames_BFD``, float32 whatever the towers run in."""
+        CLOCK.switch("encode")
         # Autocast leaves the weights, their gradients and the optimiser in float32.
         with torch.autocast(tokens_BL.device.type, torch.bfloat16, enabled=self.bf16):
             text_BD, frames_BFD = self.towers.encode_text(tokens_BL), self.towers.encode_frames(pixels_BFHWC)
@@ -219,6 +221,10 @@ class Objective(nn.Module):
         self, text_BD: Tensor, frames_BFD: Tensor, noise_BD: Tensor | None, dropout_keys: list[int] | None
     ) -> Losses:
         """See :func:`global_losses`."""
+        CLOCK.switch("head")
+        embeddings = [x for x in (text_BD, frames_BFD) if x.requires_grad]
+        if embeddings:  # their gradients end the head's part of the backward pass
+            torch.autograd.graph.register_multi_grad_hook(embeddings, lambda _: CLOCK.switch("encode"))
         # The loss is float32 whatever the towers run in: a softmax over many negatives loses digits in bf16.
         with torch.autocast(text_BD.device.type, enabled=False):
             return global_losses(

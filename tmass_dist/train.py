@@ -162,6 +162,7 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     from tqdm import tqdm
 
     from tmass_dist import distributed
+    from tmass_dist.clock import CLOCK
     from tmass_dist.data.loader import TrainLoader
     from tmass_dist.data.quarantine import Quarantine
     from tmass_dist.engine import checkpoint
@@ -224,12 +225,15 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     with Watch(config.engine.timeout_s) as watch, closing(loader.batches(step)) as batches:
         while step < num_steps and not stopping:
             watch.beat(step)
-            with meter.phase("data"):
+            logged = (step + 1) % config.log_every == 0 or step + 1 == num_steps
+            with meter.waiting():
                 batch = next(batches)
             inputs = step_inputs(batch, step, model, config, device)
             shapes[:] = inputs[:2]
-            with meter.phase("gradient"):
-                losses = engine.backward(*inputs)
+            if logged:
+                CLOCK.start("encode")
+            losses = engine.backward(*inputs)
+            CLOCK.switch("optimizer")
             # One exchange a step: was anybody asked to stop, is any number broken, is anybody still writing, did
             # anybody find a damaged video?
             new = quarantine.unknown(batch.damaged)
@@ -246,15 +250,13 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
             if saver.pending and not writing:
                 saver.finish()
             factor = warmup_cosine(step, num_steps, int(config.optim.warmup * num_steps))
-            logged = (step + 1) % config.log_every == 0 or step + 1 == num_steps
             norms = engine.group_norms() if logged and not broken else {}
-            with meter.phase("optimizer"):
-                engine.step(factor, hold=broken > 0)
+            engine.step(factor, hold=broken > 0)
             step += 1
             bar.update()
             if logged:
                 rates = {name: base * factor for name, base in engine.base_lrs.items()}
-                meter.log(step, losses, norms, rates, len(quarantine.reasons))
+                meter.log(step, losses, norms, rates, CLOCK.stop(), len(quarantine.reasons))
             if step in validations:
                 validator.validate(step, engine, monitor, log)
             if step in validations or stopping:
