@@ -273,7 +273,10 @@ training.step_inputs, tmass.build_model = broken_inputs, broken_model
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize(
     ("action", "said"),
-    [("raise RuntimeError('out of luck')", "failed: RuntimeError: out of luck"), ("time.sleep(1000)", "")],
+    [
+        ("raise RuntimeError('out of luck')", "failed: RuntimeError: out of luck"),
+        ("time.sleep(1000)", "is behind, at step"),
+    ],
     ids=["raises", "hangs"],
 )
 def test_one_rank_breaks_and_the_other_names_it(

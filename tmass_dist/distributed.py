@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -85,9 +87,26 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+_begun = 0
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    global _begun
+    _begun += 1
+    with CLOCK.during("communication"):
+        yield
+
+
+def collectives_begun() -> int:
+    """Exchanges that this rank has entered. Every rank makes the same ones: who has entered fewer keeps the others."""
+    return _begun
+
+
 def barrier() -> None:
     if world_size() > 1:
-        dist.barrier()
+        with _collective():
+            dist.barrier()
 
 
 def is_main() -> bool:
@@ -102,7 +121,7 @@ class _GatherRows(torch.autograd.Function):
     def forward(ctx: Any, local: Tensor) -> Tensor:
         ctx.num_rows = local.shape[0]
         parts = [torch.empty_like(local) for _ in range(world_size())]
-        with CLOCK.during("communication"):
+        with _collective():
             dist.all_gather(parts, local.contiguous())
         return torch.cat(parts)
 
@@ -110,7 +129,7 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         # gloo has no reduce-scatter: sum everything, keep our rows. The same numbers.
         total = gradients[0].contiguous().clone()
-        with CLOCK.during("communication"):
+        with _collective():
             dist.all_reduce(total)
         return total.narrow(0, rank() * ctx.num_rows, ctx.num_rows)
 
@@ -135,14 +154,15 @@ def gather_objects(local: Any) -> list[Any]:
     if world_size() == 1:
         return [local]
     parts: list[Any] = [None] * world_size()
-    dist.all_gather_object(parts, local)
+    with _collective():
+        dist.all_gather_object(parts, local)
     return parts
 
 
 def sum_over_ranks(values: Tensor) -> None:
     """Add up every rank's ``values``, in place; no gradient."""
     if world_size() > 1:
-        with CLOCK.during("communication"):
+        with _collective():
             dist.all_reduce(values)
 
 
@@ -159,7 +179,7 @@ def largest(values: list[float]) -> list[float]:
     if not _host_groups:
         _host_groups.append(None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
     tensor = torch.tensor(values, dtype=torch.float64)
-    with CLOCK.during("communication"):
+    with _collective():
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_groups[0])
     return tensor.tolist()
 

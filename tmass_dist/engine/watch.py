@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from tmass_dist.cli import PeerLostError
-from tmass_dist.distributed import gather_objects, is_main, open_store, rank, world_size
+from tmass_dist.distributed import collectives_begun, gather_objects, is_main, open_store, rank, world_size
 
 _OF_A_COLLECTIVE = re.compile(r"gloo|nccl|tcpstore|connection|socket|broken pipe|timed out waiting", re.IGNORECASE)
 
@@ -81,7 +81,7 @@ class Watch:
         while not self._done.wait(self.period_s):
             self._beats += 1
             try:
-                self._store.set(f"beat/{rank()}", f"{self._beats} {self._step}")
+                self._store.set(f"beat/{rank()}", f"{self._beats} {self._step} {collectives_begun()}")
                 for other in range(world_size()):
                     if other not in self._failed and self._store.check([f"failed/{other}"]):
                         self._failed[other] = self._store.get(f"failed/{other}").decode()
@@ -122,10 +122,11 @@ class Watch:
                 names = ", ".join(f"{n} (last seen at step {self._last(n)})" for n in silent)
                 return f"rank {names} is gone or stopped; {here}"
             if now > deadline:
-                behind = min(self._seen, key=self._last)
+                # Alive, and yet it has not entered the exchange in which the others wait.
+                behind = min(self._seen, key=lambda number: int((self._seen[number][0].split() or [0])[-1]))
                 return (
-                    f"no step within {self.limit_s:.0f} s; rank {behind} is at step {self._last(behind)}, "
-                    f"this rank at {self._step + 1}; raise engine.timeout_s if a step may take so long"
+                    f"no step within {self.limit_s:.0f} s; rank {behind} is behind, at step {self._last(behind)} (this "
+                    f"rank: {self._step + 1}); raise engine.timeout_s if a step may take so long"
                 )
             time.sleep(self.period_s / 2)
 
