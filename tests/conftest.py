@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import forked
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before anything imports torch
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    """``python`` with ``arguments``, one thread."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+def run(*arguments: str, timeout_s: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """``python`` with ``arguments``: our commands in processes that have their imports, ``-c CODE`` in a fresh one."""
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env |= environment
+    if arguments[0] != "-c":
+        return forked(*arguments, environment=env, cwd=ROOT, timeout_s=timeout_s)
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s
     )

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.forked import START_METHOD
+
 
 def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
@@ -20,5 +22,6 @@ def _rank(rank: int, world: int, folder: str, function: Callable[..., Any], argu
 
 def on_ranks(num_ranks: int, function: Callable[..., Any], *arguments: Any, tmp_path: Path) -> list[Any]:
     """``function(*arguments)`` on every rank; what each returned, in rank order. Both must be importable by name."""
-    mp.spawn(_rank, (num_ranks, str(tmp_path), function, arguments), nprocs=num_ranks)
+    whole = (num_ranks, str(tmp_path), function, arguments)
+    mp.start_processes(_rank, whole, nprocs=num_ranks, start_method=START_METHOD)
     return [torch.load(tmp_path / f"result-{rank}.pt", weights_only=True) for rank in range(num_ranks)]

@@ -1,13 +1,12 @@
 """Every entry point: --help in under a second, and a person's mistake is one line without a traceback."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import run
+
 ENTRY_POINTS = [
     ["-m", "tmass_dist.train"],
     ["-m", "tmass_dist.evaluate"],
@@ -19,13 +18,6 @@ ENTRY_POINTS = [
     ["shards/demo_data.py"],
     ["shards/demo_towers.py"],
 ]
-
-
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=env | environment, capture_output=True, text=True, timeout=60
-    )
 
 
 @pytest.mark.parametrize("entry", ENTRY_POINTS, ids=lambda e: e[-1])

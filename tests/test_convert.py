@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.test_cli import run
+from tests.conftest import run
 from tmass_dist.config import load_config
 from tmass_dist.convert import from_authors, read_authors, to_authors
 from tmass_dist.models.tmass import build_model

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.test_cli import ROOT, run
+from tests.conftest import ROOT, run
 from tmass_dist.config import load_config, to_yaml
 from tmass_dist.evaluation import features as store
 from tmass_dist.evaluation import ranking
@@ -47,6 +47,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _write(tmp_path_factory.mktemp("features"), [_part(list(range(n, V, 2))) for n in range(2)])
 
 
+@pytest.fixture(scope="module")
+def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process makes of ``made``."""
+    from tmass_dist.evaluation.rescore import Stored
+
+    out = tmp_path_factory.mktemp("whole")
+    Stored(made, [], out).report()
+    return out
+
+
 def _evaluate(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run("-m", "tmass_dist.evaluate", *arguments)
 
@@ -65,11 +75,10 @@ def test_parts_of_any_cut_are_the_same_features(made: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 64])
-def test_any_number_of_shards_gives_the_same_bits(made: Path, tmp_path: Path, num_shards: int) -> None:
+def test_any_number_of_shards_gives_the_same_bits(made: Path, whole: Path, tmp_path: Path, num_shards: int) -> None:
     from tmass_dist.evaluation.rescore import Stored
 
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    Stored(made, [], whole).report()
+    out = tmp_path / "out"
     for number in range(num_shards):
         Stored(made, [], out).tiles.compute(number, num_shards)
     Stored(made, [], out).report()

@@ -10,20 +10,20 @@ import resource
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import forked
 from tests.conftest import ROOT, run
 from tmass_dist.engine.checkpoint import saved_steps, weights_of
 
-STEPS, TIMEOUT_S = 200, 12
+TIMEOUT_S = 12
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Ranks:
 
     overrides: list[str]
     run_dir: Path
-    processes: list[subprocess.Popen[str]]
+    processes: list[BaseProcess]
 
     def step(self) -> int:
         """Steps done, by the log of this start."""
@@ -42,11 +42,15 @@ class Ranks:
     def until(self, step: int, seconds: float = 90) -> None:
         deadline = time.monotonic() + seconds
         while self.step() < step:
-            assert time.monotonic() < deadline and self.processes[0].poll() is None, self.words(0)
+            assert time.monotonic() < deadline and self.processes[0].is_alive(), self.words(0)
             time.sleep(0.02)
 
     def ends(self, rank: int, seconds: float) -> int:
-        return self.processes[rank].wait(seconds)
+        """Exit code of a rank, or minus the signal that ended it."""
+        self.processes[rank].join(seconds)
+        code = self.processes[rank].exitcode
+        assert code is not None, f"rank {rank} goes on after {seconds} s: {self.words(rank)}"
+        return code
 
     def words(self, rank: int) -> str:
         return (self.run_dir / f"stderr-{rank}").read_text()
@@ -59,45 +63,38 @@ class Ranks:
 
 
 def start(
-    overrides: list[str], run_dir: Path, prepare: Callable[[int], None] = lambda rank: None, fault: str = ""
+    overrides: list[str], run_dir: Path, prepare: dict[int, Callable[[], None]] | None = None, fault: str = ""
 ) -> Ranks:
     """The command in two processes; ``fault`` is Python that each runs first, to break something inside."""
     run_dir.mkdir(exist_ok=True)
-    command = ["-m", "tmass_dist.train"]
-    if fault:
-        command = ["-c", f"{fault}\nfrom tmass_dist.train import main, run_command\nrun_command(main)"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    processes = []
+    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = ["-m", "tmass_dist.train"]
+    if fault:
+        command = ["-c", f"{fault}\nfrom tmass_dist.train import main, run_command\nrun_command(main)"]
+    command += ["--config", "demo.yaml", *overrides, f"run_dir={run_dir}"]
     for rank in (0, 1):
-        with (run_dir / f"stderr-{rank}").open("w") as stderr:
-            processes.append(
-                subprocess.Popen(
-                    [
-                        sys.executable,
-                        *command,
-                        "--config",
-                        "demo.yaml",
-                        *overrides,
-                        f"run_dir={run_dir}",
-                    ],
-                    cwd=ROOT,
-                    env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=subprocess.DEVNULL,
-                    stderr=stderr,
-                    text=True,
-                    preexec_fn=lambda rank=rank: prepare(rank),
-                )
-            )
+        (run_dir / f"stderr-{rank}").write_text("")  # not the words of the start before
+    processes = [
+        forked.start(
+            *command,
+            environment=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=ROOT,
+            stdout=Path(os.devnull),
+            stderr=run_dir / f"stderr-{rank}",
+            prepare=(prepare or {}).get(rank),
+        )
+        for rank in (0, 1)
+    ]
     return Ranks(overrides, run_dir, processes)
 
 
 @pytest.fixture
 def overrides(data: list[str]) -> list[str]:
     more = [
-        f"max_steps={STEPS}",
+        "max_steps=200",
         "eval_every=15",
         f"engine.timeout_s={TIMEOUT_S}",
         "data.num_workers=1",
@@ -116,7 +113,9 @@ def killed(ranks: Ranks, step: int, number: int) -> None:
 
 def stopped(ranks: Ranks, step: int, number: int) -> None:
     ranks.until(step)
-    ranks.processes[number].send_signal(signal.SIGSTOP)
+    pid = ranks.processes[number].pid
+    assert pid
+    os.kill(pid, signal.SIGSTOP)
     other = 1 - number
     try:
         assert ranks.ends(other, TIMEOUT_S + 20) == 1
@@ -178,18 +177,22 @@ def full_disk(ranks: Ranks, step: int, number: int) -> None:
     assert saved_steps(ranks.run_dir / "checkpoints") == before
 
 
-def small_files(number: int) -> Callable[[int], None]:
-    def prepare(rank: int) -> None:
-        if rank == number:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    return prepare
+def small_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 FAULTS = [killed, stopped, worker_killed, terminated, torn_checkpoint, corrupt_shard, full_disk]
+SOME = [worker_killed, torn_checkpoint, full_disk]  # the second kills a rank, too
 
 
-def test_one_run_survives_every_fault(overrides: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("faults", "steps"),
+    [pytest.param(SOME, 80, id="some"), pytest.param(FAULTS, 200, id="all", marks=pytest.mark.slow)],
+)
+def test_one_run_survives_every_fault(
+    overrides: list[str], tmp_path: Path, faults: list[Callable[[Ranks, int, int], None]], steps: int
+) -> None:
+    overrides = [*overrides, f"max_steps={steps}"]
     undisturbed = start(overrides, tmp_path / "undisturbed")
     chance = random.Random()
     seed = chance.randrange(10**6)
@@ -200,17 +203,17 @@ def test_one_run_survives_every_fault(overrides: list[str], tmp_path: Path) -> N
 
     disturbed, at = tmp_path / "disturbed", 16
     table = []
-    for fault in FAULTS:
+    for fault in faults:
         number = 1 if fault is full_disk else chance.randrange(2)  # rank 0 also writes logs and curves
         if fault is full_disk:  # a worker hands its batches over in shared memory, which the limit would meet first
-            ranks = start([*overrides, "data.num_workers=0"], disturbed, small_files(number))
+            ranks = start([*overrides, "data.num_workers=0"], disturbed, {number: small_files})
         else:
             ranks = start(overrides, disturbed)
         began = time.monotonic()
         at += chance.randrange(4, 24)
         try:
             fault(ranks, at, number)
-        except (AssertionError, subprocess.TimeoutExpired) as error:
+        except AssertionError as error:
             raise AssertionError(f"{fault.__name__} of rank {number} at step {at} (seed {seed}): {error}") from error
         finally:
             for process in ranks.processes:
@@ -230,15 +233,15 @@ def test_one_run_survives_every_fault(overrides: list[str], tmp_path: Path) -> N
     last = start(overrides, disturbed)
     for rank in (0, 1):
         assert last.ends(rank, 240) == 0, last.words(rank)
-    one, other = (weights_of(r / "checkpoints" / f"step-{STEPS:08d}") for r in (undisturbed.run_dir, disturbed))
+    one, other = (weights_of(r / "checkpoints" / f"step-{steps:08d}") for r in (undisturbed.run_dir, disturbed))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert not list((disturbed / "checkpoints").glob("tmp-*"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(disturbed / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss/total")] == list(range(1, STEPS + 1))
+    assert [event.step for event in events.Scalars("loss/total")] == list(range(1, steps + 1))
     validated = [event.step for event in events.Scalars("val/query_conditioned/t2v_R@1")]
-    assert validated == [*range(15, STEPS, 15), STEPS]
+    assert validated == [*range(15, steps, 15), steps]
     again = start(overrides, disturbed)  # nothing is left to do
     for rank in (0, 1):
         assert again.ends(rank, 90) == 0, again.words(rank)
