@@ -60,8 +60,8 @@ def test_generated_data_is_the_same_bytes_and_disjoint(source: Path, tmp_path: P
     assert len({row["id"] for row in rows}) == len(rows)
 
 
-def test_packing_twice_gives_the_same_bytes(source: Path, packed: Path, tmp_path: Path) -> None:
-    assert _pack(source, tmp_path).returncode == 0
+def test_packing_again_by_two_processes_gives_the_same_bytes(source: Path, packed: Path, tmp_path: Path) -> None:
+    assert _pack(source, tmp_path, "--workers", "2").returncode == 0
     files = [*sorted(packed.glob("*.tar")), packed / "index.safetensors"]
     assert len(files) == 4
     assert all(file.read_bytes() == (tmp_path / file.name).read_bytes() for file in files)
@@ -115,6 +115,41 @@ def test_the_right_frames_are_packed_whatever_the_header_claims(
     first, last = (0, decoded) if window[0] is None else (10, 30)
     assert facts["frame_indices"] == [first + i for i in uniform_frame_indices(last - first, 5)]
     assert all(abs(frame[..., :3].mean() - 4 * index) < 3 for frame, index in zip(frames, facts["frame_indices"]))
+
+
+CODECS = {  # container, codec, pixels
+    "cinepak": ("avi", "cinepak", "rgb24"),
+    "msvideo1": ("avi", "msvideo1", "rgb555le"),
+    "mpeg1": ("avi", "mpeg1video", "yuv420p"),
+    "mpeg2": ("mpeg", "mpeg2video", "yuv420p"),
+    "h264": ("matroska", "libx264", "yuv420p"),
+    "vp9": ("webm", "libvpx-vp9", "yuv420p"),
+    "wmv2": ("asf", "wmv2", "yuv420p"),
+    "flv": ("flv", "flv", "yuv420p"),
+}
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_the_right_frames_of_old_and_new_codecs(tmp_path: Path, name: str) -> None:
+    """Also where frames are stored in another order than they are shown."""
+    kind, codec, pixels = CODECS[name]
+    if codec not in av.codecs_available:
+        pytest.skip(f"this build of PyAV does not write {codec}")
+    path = tmp_path / "video"
+    with av.open(str(path), "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, pixels
+        stream.codec_context.bit_rate = 4_000_000
+        if codec in ("mpeg2video", "libx264"):
+            stream.codec_context.max_b_frames = 2
+        for grey in range(0, 240, 24):
+            picture = np.full((48, 64, 3), grey, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    members, facts = pack_video(path, {}, Recipe(num_frames=5, image_size=32))
+    assert facts["num_decoded_frames"] == 10 and facts["frame_indices"] == uniform_frame_indices(10, 5)
+    for (_, content), index in zip(members, facts["frame_indices"], strict=True):
+        assert abs(simplejpeg.decode_jpeg(content).mean() - 24 * index) < 5
 
 
 def test_a_part_of_a_video_of_variable_rate_is_found_by_its_times(tmp_path: Path) -> None:
