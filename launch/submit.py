@@ -149,7 +149,8 @@ def _plan(arguments: argparse.Namespace, resources: cluster.Resources) -> tuple[
         compare = CommandJob(("launch/compare.py", str(base), "--out", str(base)), str(folder))
         return base, runs, [array, steps.Step("compare", [compare], resources.one_task(), "afterany")]
     if arguments.job == "all":
-        ready = all(Path(path, "index.json").is_file() for path in (config.data.train, config.data.test))
+        splits = filter(None, (config.data.train, config.data.val, config.data.test))
+        ready = all(Path(path, "index.safetensors").is_file() for path in splits)
         packs = steps.packing([] if ready else arguments.pack, resources, folder, arguments.tasks)
         trained = steps.training(config, resources, folder, then="encode")
         after = steps.evaluation(config, resources, folder, arguments.tasks, encode=False)

@@ -101,6 +101,19 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(data: li
     assert not (tmp_path / "run").exists()
 
 
+def test_all_packs_only_what_is_not_packed(data: list[str], tmp_path: Path) -> None:
+    pack = ["--pack", f"--source folder --videos {tmp_path} --split train --out {tmp_path / 'new'}"]
+    command = ["launch/submit.py", "--config", "demo.yaml", "--job", "all", "--dry-run", *pack]
+    for more, steps in (
+        ([], ["train", "score", "report"]),
+        ([f"data.train={tmp_path / 'new'}"], ["pack", "index", "train", "score", "report"]),
+    ):
+        done = run(*command, *data, *more)
+        assert done.returncode == 0, done.stderr
+        named = [line.split(":")[0].removeprefix("# ") for line in done.stdout.splitlines() if " tasks (" in line]
+        assert named == steps
+
+
 def test_a_directory_that_cannot_be_written_is_one_line(data: list[str]) -> None:
     done = _submit(data, Path("/proc/no-run"))
     assert done.returncode == 2 and "cannot write to /proc/no-run" in done.stderr and "Traceback" not in done.stderr

@@ -15,6 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("mini_cluster.sh")
+PATIENCE_S = 600
+"""Only a failure takes so long; a machine with other work on it takes several times the minute that is usual."""
 
 
 class NoClusterError(Exception):
@@ -87,7 +89,7 @@ class Job:
         return int(steps[-1]) if steps else 0
 
     def until_step(self, step: int) -> None:
-        until(lambda: self.step() >= step, 120, f"step {step} of job {self.id}")
+        until(lambda: self.step() >= step, PATIENCE_S, f"step {step} of job {self.id}")
 
     def nodes(self) -> list[str]:
         names = self.cluster.run("scontrol", "show", "hostnames", self.squeue("%N")).stdout
@@ -104,8 +106,11 @@ class Job:
         """Every attempt's end, as SLURM has it."""
         return self.cluster.run("sacct", "-D", "-X", "-n", "-P", "-j", self.id, "-o", "State,ExitCode,NodeList").stdout
 
-    def until_completed(self, seconds: float) -> None:
-        until(lambda: self.state() == "COMPLETED", seconds, f"end of job {self.id}:\n{self.history()}", 0.5)
+    def until_completed(self) -> None:
+        until(lambda: self.state() == "COMPLETED", PATIENCE_S, f"end of job {self.id}:\n{self.history()}", 0.5)
+
+    def until_failed(self) -> None:
+        until(lambda: self.state() == "FAILED", PATIENCE_S, f"failure of job {self.id}:\n{self.history()}", 0.5)
 
     def history_of_tasks(self) -> str:
         """``JOB_TASK|STATE`` of every attempt of an array's tasks."""

@@ -12,7 +12,7 @@ import pytest
 from shards.demo_data import generate
 from tests.slurm.cluster import ROOT, Cluster, Job, NoClusterError, start
 
-STEPS = 120
+STEPS = 90
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +23,16 @@ def cluster() -> Iterator[Cluster]:
     try:
         found = start(state)
     except NoClusterError as error:
-        shutil.rmtree(state, ignore_errors=True)
+        _remove(state)
         pytest.skip(f"no SLURM here: {error}")
     yield found
     found.control("stop")
+    _remove(state)
+
+
+def _remove(state: Path) -> None:
     shutil.rmtree(state, ignore_errors=True)
+    Path(f"{state}.log").unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="session")
@@ -40,12 +45,12 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         command += ["--annotations", str(source / "manifest.jsonl"), "--videos", str(source)]
         subprocess.run([*command, "--split", split, "--out", str(out / split)], cwd=ROOT, check=True)
     data = [f"data.{split}={out / split}" for split in ("train", "val", "test")]
-    return [*data, f"max_steps={STEPS}", "eval_every=30", "log_every=1", "data.batch_size=16"]
+    return [*data, f"max_steps={STEPS}", "eval_every=15", "log_every=1", "data.batch_size=16"]
 
 
 @pytest.fixture(scope="session")
 def undisturbed(cluster: Cluster, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Two nodes, one task each, to the end."""
     job = cluster.submit(tmp_path_factory.mktemp("undisturbed"), "--nodes", "2", *settings)
-    job.until_completed(180)
+    job.until_completed()
     return job

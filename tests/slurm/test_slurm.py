@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shards.demo_data import generate
-from tests.slurm.cluster import ROOT, Cluster, Job, until
+from tests.slurm.cluster import PATIENCE_S, ROOT, Cluster, Job, until
 from tests.slurm.conftest import STEPS
 from tmass_dist.engine.checkpoint import weights_of
 
@@ -43,7 +43,7 @@ def test_four_nodes_train_the_demo(cluster: Cluster, settings: list[str], tmp_pa
     job = cluster.submit(tmp_path / "run", "--nodes", "4", *settings)
     job.until_step(1)
     print(f"\nsubmit to first step on 4 nodes: {time.monotonic() - began:.1f} s")
-    job.until_completed(180)
+    job.until_completed()
     assert job.metrics()["num_videos"] == 30
     status = cluster.run(sys.executable, "launch/status.py", str(job.run_dir))
     assert f"step {STEPS} of {STEPS}" in status.stdout and "COMPLETED" in status.stdout
@@ -64,7 +64,7 @@ def test_time_limit(cluster: Cluster, settings: list[str], undisturbed: Job, tmp
         *settings,
         "eval_every=2",
     )  # SLURM warns up to a minute early: a start may have little time, and several of them are needed
-    job.until_completed(300)
+    job.until_completed()
     _report("time limit", time.monotonic() - began, job)
     assert "restart 1" in _restarted(job)
     assert "asked to stop: saved" in (job.run_dir / "train.log").read_text()
@@ -73,11 +73,11 @@ def test_time_limit(cluster: Cluster, settings: list[str], undisturbed: Job, tmp
 
 def test_preemption(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
     job = cluster.submit(tmp_path / "run", "--nodes", "2", "--partition", "low", *settings)
-    job.until_step(40)
+    job.until_step(25)
     began = time.monotonic()
     above = cluster.run("sbatch", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 3")
     assert above.returncode == 0, above.stderr
-    job.until_completed(300)
+    job.until_completed()
     _report("preemption", time.monotonic() - began, job)
     assert "restart 1" in _restarted(job)
     assert "asked to stop: saved" in (job.run_dir / "train.log").read_text()
@@ -89,15 +89,15 @@ def test_power_cut_of_a_node(
     cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path, moment: str
 ) -> None:
     job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings)
-    job.until_step(40)
+    job.until_step(25)
     lost = job.nodes()[1]
     if moment == "save":
         saving = tmp_path / "run" / "checkpoints"
-        until(lambda: list(saving.glob("tmp-step-*")), 60, "save under way", 0.0005)
+        until(lambda: list(saving.glob("tmp-step-*")), PATIENCE_S, "save under way", 0.0005)
     began = time.monotonic()
     cluster.control("crash", lost)
     try:
-        job.until_completed(300)
+        job.until_completed()
     finally:
         cluster.control("boot", lost)
     _report(f"power cut in mid-{moment}", time.monotonic() - began, job)
@@ -108,16 +108,35 @@ def test_power_cut_of_a_node(
 
 def test_killed_rank(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
     job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings)
-    job.until_step(40)
+    job.until_step(25)
     began = time.monotonic()
     pids = job.pids(rank=1)
     assert pids
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    job.until_completed(300)
+    job.until_completed()
     _report("kill -9 of a rank", time.monotonic() - began, job)
     assert "restart 1" in _restarted(job)
     _same_end(job, undisturbed)
+
+
+def test_no_more_than_the_restarts_that_are_allowed(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
+    """One restart is allowed and two ranks are killed: the job fails, and what it saved stays."""
+    job = cluster.submit(tmp_path / "run", "--nodes", "2", "--requeues", "1", *settings)
+    for restarts in (0, 1):
+        until(lambda n=restarts: _starts(job) > n, PATIENCE_S, f"start {restarts + 1} of job {job.id}")
+        pids = job.pids(rank=1)
+        assert pids
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+    job.until_failed()
+    assert _restarted(job).count("restart") == 1 and "restart 1 of at most 1" in _restarted(job)
+
+
+def _starts(job: Job) -> int:
+    """How often the training has begun."""
+    log = job.run_dir / "train.log"
+    return log.read_text().count(" ranks, batch ") if log.is_file() else 0
 
 
 def test_side_by_side_in_use_and_cancelled(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
@@ -131,7 +150,7 @@ def test_side_by_side_in_use_and_cancelled(cluster: Cluster, settings: list[str]
     for job in both:
         done = cluster.run(sys.executable, "launch/cancel.py", str(job.run_dir))
         assert done.returncode == 0, done.stderr
-        until(lambda job=job: job.state().startswith("CANCELLED"), 60, "cancelled job")
+        until(lambda job=job: job.state().startswith("CANCELLED"), PATIENCE_S, "cancelled job")
     time.sleep(3)
     assert not any(job.squeue("%T") for job in both)
 
@@ -142,10 +161,10 @@ def test_all_trains_scores_by_an_array_and_reports(
     """One task of the array is killed: it alone is started again, and the numbers are those of the undisturbed run."""
     job = cluster.submit(tmp_path / "run", "--nodes", "2", "--job", "all", "--tasks", "3", *settings)
     array, report = job.following("score"), job.following("report")
-    job.until_completed(180)
-    until(lambda: array.task_pid(1), 60, "task 1 of the array")
+    job.until_completed()
+    until(lambda: array.task_pid(1), PATIENCE_S, "task 1 of the array")
     os.kill(array.task_pid(1), signal.SIGKILL)
-    report.until_completed(180)
+    report.until_completed()
     _same_end(job, undisturbed)
     attempts = [line.split("|")[0] for line in array.history_of_tasks().splitlines()]
     assert sorted(attempts) == [f"{array.id}_{n}" for n in (0, 1, 1, 2)], attempts
@@ -154,22 +173,27 @@ def test_all_trains_scores_by_an_array_and_reports(
 def test_what_follows_a_failed_step_is_cancelled(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
     wrong = ["model.num_heads=7"]
     job = cluster.submit(tmp_path / "run", "--nodes", "2", "--job", "all", "--tasks", "2", *settings, *wrong)
-    until(lambda: job.state() == "FAILED", 120, "failed job", 0.5)
+    job.until_failed()
     for step, _ in job.then:
-        until(lambda step=step: job.following(step).state().startswith("CANCELLED"), 60, f"cancelled {step}", 0.5)
+        until(
+            lambda step=step: job.following(step).state().startswith("CANCELLED"), PATIENCE_S, f"cancelled {step}", 0.5
+        )
 
 
 def test_goes_on_with_fewer_nodes(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
     """Four nodes, of which one dies: the run goes on with those that are left, as many as its batch divides by."""
     until(
-        lambda: cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == "4", 90, "four idle nodes", 0.5
+        lambda: cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == "4",
+        PATIENCE_S,
+        "four idle nodes",
+        0.5,
     )
     job = cluster.submit(tmp_path / "run", "--nodes", "4", "--min-nodes", "2", *settings)
-    job.until_step(40)
+    job.until_step(25)
     lost = job.nodes()[-1]
     cluster.control("crash", lost)
     try:
-        job.until_completed(300)
+        job.until_completed()
     finally:
         cluster.control("boot", lost)
     assert "restart 1" in _restarted(job)
@@ -186,7 +210,7 @@ def test_goes_on_with_fewer_nodes(cluster: Cluster, settings: list[str], undistu
 def test_sweep(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
     axes = ["--sweep", "optim.lr=1e-3,3e-4", "data.batch_size=8,16"]
     job = cluster.submit(tmp_path / "sweep", "--nodes", "1", *settings, "max_steps=6", "eval_every=6", *axes)
-    job.following("compare").until_completed(240)
+    job.following("compare").until_completed()
     table = (tmp_path / "sweep" / "comparison.md").read_text()
     assert table.count("query_conditioned") == 4 and "optim.lr=0.0003,data.batch_size=8" not in table
     assert "| optim.lr=3e-4,data.batch_size=8 | 8 | 0.0003 |" in table, table
@@ -200,10 +224,10 @@ def test_packing_by_an_array(cluster: Cluster, tmp_path: Path) -> None:
     packed = cluster.submit(
         tmp_path / "run", "--job", "shards", "--tasks", "3", "--pack", f"{source} --out {tmp_path}/by-array"
     )
-    packed.following("index").until_completed(120)
+    packed.following("index").until_completed()
     alone = [sys.executable, "shards/make_shards.py", *source.split(), "--out", str(tmp_path / "alone")]
     assert cluster.run(*alone).returncode == 0
-    names = ["index.json", *(f"shard-{n:06d}.tar" for n in range(4))]
+    names = ["index.safetensors", *(f"shard-{n:06d}.tar" for n in range(4))]
     for name in names:
         assert (tmp_path / "by-array" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
@@ -213,6 +237,7 @@ def test_packing_by_an_array(cluster: Cluster, tmp_path: Path) -> None:
     [
         (["--nodes", "9", "data.batch_size=18"], "Node count"),
         (["--partition", "nowhere"], "invalid partition"),
+        (["--partition", "closed", "--account", "nowhere"], "Invalid account"),
         (["--gpus", "64", "data.batch_size=64"], "sbatch refused the job"),
         (["--nodes", "3"], "not divisible by 3 ranks"),
     ],
@@ -229,7 +254,7 @@ def test_what_the_cluster_cannot_do_is_refused_at_once(
 def test_a_mistake_is_not_started_again(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
     """An error that a person must put right ends the job with its line."""
     job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings, "model.num_heads=7")
-    until(lambda: job.state() == "FAILED", 120, "failed job", 0.5)
+    job.until_failed()
     assert not (job.run_dir / "jobs" / "restarts.log").exists()
     status = cluster.run(sys.executable, "launch/status.py", str(job.run_dir))
     assert "model.num_heads is 7" in status.stdout
