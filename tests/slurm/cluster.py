@@ -66,6 +66,8 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         found = re.match(r"job (\d+) in ", done.stdout)
         assert found, done.stdout
+        for line in ("log: ", "watch: tensorboard ", "status: python launch/status.py ", "cancel: python "):
+            assert f"\n{line}" in done.stdout, done.stdout
         return Job(self, found[1], run_dir, re.findall(r"^then (\S+): job (\d+)", done.stdout, re.M))
 
 
@@ -94,6 +96,11 @@ class Job:
     def nodes(self) -> list[str]:
         names = self.cluster.run("scontrol", "show", "hostnames", self.squeue("%N")).stdout
         return names.split()
+
+    def status(self) -> str:
+        done = self.cluster.run(sys.executable, "launch/status.py", str(self.run_dir))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     def squeue(self, form: str) -> str:
         return self.cluster.run("squeue", "-h", "-j", self.id, "-o", form).stdout.strip()

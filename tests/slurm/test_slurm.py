@@ -45,8 +45,8 @@ def test_four_nodes_train_the_demo(cluster: Cluster, settings: list[str], tmp_pa
     print(f"\nsubmit to first step on 4 nodes: {time.monotonic() - began:.1f} s")
     job.until_completed()
     assert job.metrics()["num_videos"] == 30
-    status = cluster.run(sys.executable, "launch/status.py", str(job.run_dir))
-    assert f"step {STEPS} of {STEPS}" in status.stdout and "COMPLETED" in status.stdout
+    status = job.status()
+    assert f"step {STEPS} of {STEPS}" in status and "COMPLETED" in status
 
 
 def test_time_limit(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_time_limit(cluster: Cluster, settings: list[str], undisturbed: Job, tmp
         "--save-before",
         "35",
         "--requeues",
-        "9",
+        "99",
         *settings,
         "eval_every=2",
     )  # SLURM warns up to a minute early: a start may have little time, and several of them are needed
@@ -130,7 +130,7 @@ def test_no_more_than_the_restarts_that_are_allowed(cluster: Cluster, settings: 
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
     job.until_failed()
-    assert _restarted(job).count("restart") == 1 and "restart 1 of at most 1" in _restarted(job)
+    assert _restarted(job).count("restart") == 1 and "restart 1 of at most 1" in job.status()
 
 
 def _starts(job: Job) -> int:
@@ -144,6 +144,8 @@ def test_side_by_side_in_use_and_cancelled(cluster: Cluster, settings: list[str]
     both = [cluster.submit(tmp_path / name, "--nodes", "2", *settings) for name in ("one", "two")]
     for job in both:
         job.until_step(5)
+        status = job.status()
+        assert f"RUNNING {job.squeue('%N')}" in status and ", loss " in status and " left" in status, status
     again = [sys.executable, "launch/submit.py", "--config", "demo.yaml", "--procs", "1", "--nodes", "2", *settings]
     refused = cluster.run(*again, f"run_dir={both[0].run_dir}")
     assert refused.returncode == 2 and f"in use by job {both[0].id}" in refused.stderr
@@ -256,8 +258,7 @@ def test_a_mistake_is_not_started_again(cluster: Cluster, settings: list[str], t
     job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings, "model.num_heads=7")
     job.until_failed()
     assert not (job.run_dir / "jobs" / "restarts.log").exists()
-    status = cluster.run(sys.executable, "launch/status.py", str(job.run_dir))
-    assert "model.num_heads is 7" in status.stdout
+    assert "model.num_heads is 7" in job.status()
 
 
 def test_without_slurm_one_line_says_so(settings: list[str], tmp_path: Path) -> None:
