@@ -7,7 +7,7 @@ import pytest
 
 from launch.measure import is_finished
 from launch.record import jobs_of
-from tests.slurm.cluster import Cluster, until
+from tests.slurm.cluster import PATIENCE_S, Cluster, until
 
 pytestmark = pytest.mark.slurm
 
@@ -22,6 +22,6 @@ def test_a_table_is_submitted_once_and_collected(cluster: Cluster, tmp_path: Pat
     assert "not trained yet" in (tmp_path / "demo-ci" / "index.md").read_text()
     again = cluster.run(*command)
     assert again.returncode == 0 and jobs_of(run) == [job], again.stderr
-    until(lambda: is_finished(run), 180, f"end of job {job['id']}", 0.5)
+    until(lambda: is_finished(run), PATIENCE_S, f"end of job {job['id']}", 0.5)
     assert cluster.run(*command).returncode == 0 and jobs_of(run) == [job]
     assert "| embedded benchmark, query_conditioned, 1 seed |" in (tmp_path / "demo-ci" / "index.md").read_text()
