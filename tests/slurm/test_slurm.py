@@ -153,6 +153,7 @@ def test_side_by_side_in_use_and_cancelled(cluster: Cluster, settings: list[str]
         done = cluster.run(sys.executable, "launch/cancel.py", str(job.run_dir))
         assert done.returncode == 0, done.stderr
         until(lambda job=job: job.state().startswith("CANCELLED"), PATIENCE_S, "cancelled job")
+    until(lambda: not any(job.squeue("%T") for job in both), PATIENCE_S, "end of what was cancelled")
     time.sleep(3)
     assert not any(job.squeue("%T") for job in both)
 
