@@ -1,6 +1,7 @@
 """Exact scoring against the plain published algorithm, in one run: a JSON line each.
 
-``python benchmarks/scoring.py`` (every line, some 6 minutes on 2 cores), ``--quick`` (the main line only).
+``python benchmarks/scoring.py`` (every line, some 8 minutes on 2 cores), ``--quick`` (those of one thread). What is
+compared on one thread runs in turn, three times, and the least counts: other work on the machine only adds.
 """
 
 from __future__ import annotations
@@ -35,21 +36,30 @@ def _inputs(num_texts: int, num_videos: int) -> tuple[Any, ...]:
     return head, text, torch.randn(num_videos, NUM_FRAMES, WIDTH, generator=generator)
 
 
-def ours(num_texts: int, num_videos: int, device: str = "cpu") -> None:
+def ours(num_texts: int, num_videos: int, device: str = "cpu", precision: str = "float32") -> Any:
     """Every text against every video, noise drawn for each text, 64 texts at a time."""
     import torch
 
     from tmass_dist.evaluation.scoring import Gallery
+    from tmass_dist.evaluation.tiles import TILES
     from tmass_dist.noise import keyed_noise
 
+    tile_texts, tile_videos = TILES[device]
+    kind = getattr(torch, precision)
     head, text, frames = _inputs(num_texts, num_videos)
     head, text, frames = head.to(device), text.to(device), frames.to(device)
-    gallery = Gallery(head, frames)
+    gallery = Gallery(head, frames, tile_videos=tile_videos)
     for start in range(0, num_texts, 64):
         keys = torch.arange(start, min(start + 64, num_texts), device=device)
         noise = keyed_noise(keys, NUM_TRIALS * WIDTH, seed=0).view(-1, NUM_TRIALS, WIDTH)
-        row = gallery.score(text[start : start + 64], noise)
+        row = gallery.score(text[start : start + 64], noise, tile_texts=tile_texts, precision=kind)
     row.sum().item()
+    return row
+
+
+def ours_bf16(num_texts: int, num_videos: int) -> Any:
+    """The same with the samples' products in bfloat16."""
+    return ours(num_texts, num_videos, precision="bfloat16")
 
 
 def published(num_texts: int, num_videos: int, device: str = "cpu") -> None:
@@ -78,20 +88,20 @@ def published(num_texts: int, num_videos: int, device: str = "cpu") -> None:
         torch.stack(trials).max(dim=0)
 
 
-def _child(connection: Any, function: Callable[..., None], threads: int, arguments: tuple[int, int]) -> None:
+def _child(connection: Any, function: Callable[..., Any], threads: int, arguments: tuple[int, int]) -> None:
     import torch
 
     torch.set_num_threads(threads)
     function(8, 8)  # imports and first touches are no part of the work
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
+    began, used = time.perf_counter(), time.process_time()
     function(*arguments)
-    seconds = time.perf_counter() - began
-    connection.send((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024 / 1e9))
+    seconds, cpu_s = time.perf_counter() - began, time.process_time() - used
+    connection.send((seconds, cpu_s, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) * 1024 / 1e9))
 
 
-def measure(function: Callable[..., None], threads: int, num_texts: int, num_videos: int) -> tuple[float, float]:
-    """Seconds, and peak memory above what the imports take, GB, in a process of its own."""
+def measure(function: Callable[..., Any], threads: int, num_texts: int, num_videos: int) -> tuple[float, ...]:
+    """Seconds, processor seconds, and peak memory above what the imports take, GB, in a process of its own."""
     here, there = multiprocessing.Pipe(duplex=False)
     arguments = (there, function, threads, (num_texts, num_videos))
     process = multiprocessing.get_context("spawn").Process(target=_child, args=arguments)
@@ -99,6 +109,26 @@ def measure(function: Callable[..., None], threads: int, num_texts: int, num_vid
     found = here.recv()
     process.join()
     return found
+
+
+def bf16_against_float32() -> tuple[float, float]:
+    """Greatest difference of two scores, and the share of texts whose right video has the same rank.
+
+    1,000 texts near the mean of their videos' frames, so far off that about half of them rank theirs first.
+    """
+    import torch
+
+    from tmass_dist.evaluation.scoring import Gallery
+    from tmass_dist.noise import keyed_noise
+
+    torch.set_num_threads(1)
+    head, text, frames = _inputs(1000, 1000)
+    text = frames.mean(dim=1) + 1.2 * text
+    gallery, noise = Gallery(head, frames), keyed_noise(torch.arange(1000), NUM_TRIALS * WIDTH, seed=0)
+    noise = noise.view(-1, NUM_TRIALS, WIDTH)
+    exact, found = (gallery.score(text, noise, precision=kind) for kind in (torch.float32, torch.bfloat16))
+    ranks = [(scores >= scores.diagonal()[:, None]).sum(dim=1) for scores in (exact, found)]
+    return float((exact - found).abs().max()), float((ranks[0] == ranks[1]).float().mean())
 
 
 def line(name: str, value: float, unit: str, reference: str, ratio: float, **more: Any) -> None:
@@ -109,23 +139,29 @@ def line(name: str, value: float, unit: str, reference: str, ratio: float, **mor
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/scoring.py", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the main line only")
+    parser.add_argument("--quick", action="store_true", help="the lines of one thread only")
     arguments = parser.parse_args()
     sampled = 100
-    seconds, memory = measure(ours, 1, 1000, 1000)
-    plain_s, plain_gb = measure(published, 1, 1000, sampled)
-    plain_s *= 1000 / sampled
-    plain_gb *= 1000 / sampled
+    rounds = [
+        [measure(ours, 1, 1000, 1000), measure(ours_bf16, 1, 1000, 1000), measure(published, 1, 1000, sampled)]
+        for _ in range(3)
+    ]
+    (seconds, cpu_s, memory), (bf16_s, bf16_cpu_s, _), plain = ([min(x) for x in zip(*one)] for one in zip(*rounds))
+    plain_s, plain_cpu_s, plain_gb = (value * 1000 / sampled for value in plain)
     reference = f"plain published algorithm, 1 thread, timed on 1000 texts x {sampled} videos and scaled to 1000"
-    line("score-1000x1000-m20", seconds, "s", reference, plain_s / seconds, reference_s=round(plain_s, 1))
+    cpu = {"cpu_s": round(cpu_s, 2), "reference_cpu_s": round(plain_cpu_s, 1)}
+    line("score-1000x1000-m20", seconds, "s", reference, plain_s / seconds, reference_s=round(plain_s, 1), **cpu)
     reference = "the same plain algorithm, its peak scaled to 1000 videos"
     line("score-1000x1000-m20-memory", memory, "GB", reference, plain_gb / max(memory, 1e-3))
+    error, agreeing = bf16_against_float32()
+    more = {"cpu_s": round(bf16_cpu_s, 2), "greatest_error": round(error, 6), "same_rank": agreeing}
+    line("score-1000x1000-m20-bf16", bf16_s, "s", "float32 of the same", seconds / bf16_s, **more)
     if arguments.quick:
         return
-    two_s, _ = measure(ours, 2, 1000, 1000)
+    two_s, *_ = measure(ours, 2, 1000, 1000)
     line("score-1000x1000-m20-threads2", two_s, "s", "1 thread of the same", seconds / two_s)
     for num_texts, num_videos in ((2000, 1000), (1000, 2000), (15000, 1500)):
-        found_s, found_gb = measure(ours, 2, num_texts, num_videos)
+        found_s, _, found_gb = measure(ours, 2, num_texts, num_videos)
         growth = (found_s / two_s) / (num_texts * num_videos / 1e6)
         name = f"score-{num_texts}x{num_videos}-m20"
         reference = "1000 x 1000 of the same, per pair: 1 is linear"

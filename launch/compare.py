@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from tmass_dist.cli import run_command  # noqa: E402
 from tmass_dist.config import flat, load_config  # noqa: E402
 
-LABELS = ("protocol", "selected_on", "post_processing")
+LABELS = ("protocol", "selected_on", "post_processing", "precision")  # a result names the last if not float32
 METRICS = ("R@1", "R@5", "R@10", "MdR", "MnR")
 
 
@@ -41,7 +41,7 @@ def compare(runs: list[Path]) -> str:
         if path.is_file():
             result = json.loads(path.read_text(encoding="utf-8"))
             numbers = [f"{result['t2v'][name]:.1f}" for name in METRICS]
-            words = ", ".join(str(result[key]) for key in LABELS)
+            words = ", ".join(str(result[key]) for key in LABELS if key in result)
         else:
             numbers, words = ["-"] * len(METRICS), "not evaluated: see launch/status.py"
         lines.append(f"| {run.name} | {' | '.join([*(str(found[k]) for k in keys), *numbers, words])} |")

@@ -38,7 +38,8 @@ def measure(run: Path, *, protocol: str = "query_conditioned", post: str = "none
     if kept.is_file() and kept.stat().st_mtime >= evaluated.stat().st_mtime:
         return json.loads(kept.read_text(encoding="utf-8"))
     overrides = [f"evaluation.protocol={protocol}", f"evaluation.post_processing={post}"]
-    stored = Stored(run / "evaluation" / "features", [*overrides, f"stochastic.num_trials={max(trials, 1)}"])
+    overrides += ["evaluation.precision=float32", f"stochastic.num_trials={max(trials, 1)}"]
+    stored = Stored(run / "evaluation" / "features", overrides)
     scorer = stored.scorer
     if trials == 0:
         scorer = Scorer(RetrievalHead(scorer.head.pooling, None), stored.features, stored.config)

@@ -110,6 +110,31 @@ def test_every_result_names_its_protocol(made: Path, tmp_path: Path) -> None:
         assert "published_code" in (tmp_path / name).read_text()
 
 
+def test_bfloat16_names_itself_in_every_result_and_shares_no_block(made: Path, tmp_path: Path) -> None:
+    assert _evaluate("--features", str(made), "--out", str(tmp_path)).returncode == 0
+    exact = json.loads((tmp_path / "metrics.json").read_text())
+    done = _evaluate("--features", str(made), "--out", str(tmp_path), "evaluation.precision=bfloat16")
+    assert done.returncode == 0, done.stderr
+    assert "precision bfloat16" in done.stdout and "precision" not in exact
+    for name in ("metrics.json", "ranks.csv", "table.md", "report.html"):
+        assert "bfloat16" in (tmp_path / name).read_text()
+    assert len(list((tmp_path / "tiles").iterdir())) == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("overrides", [[], ["evaluation.protocol=published_code"], ["stochastic.prior=normal"]])
+def test_a_gpu_scores_as_the_cpu_does(made: Path, tmp_path: Path, overrides: list[str]) -> None:
+    from tmass_dist.evaluation.rescore import Stored
+
+    scorer = Stored(made, overrides, tmp_path).scorer
+    assert scorer.device.type == "cuda"
+    found = [scorer.score(start) for start in scorer.starts]
+    scorer.device, scorer._gallery = torch.device("cpu"), None
+    scorer.head.cpu()
+    for start, block in zip(scorer.starts, found):
+        torch.testing.assert_close(block, scorer.score(start), rtol=0, atol=1e-6)
+
+
 def test_report_escapes_and_stands_alone(made: Path, tmp_path: Path) -> None:
     assert _evaluate("--features", str(made), "--out", str(tmp_path)).returncode == 0
     page = (tmp_path / "report.html").read_text()
@@ -152,6 +177,7 @@ def test_bad_stores_are_one_line(tmp_path: Path, what: str, said: str) -> None:
     [
         (["model.num_frames=8"], "model.num_frames is 8"),
         (["stochastic.num_trials=0"], "at least one sample"),
+        (["evaluation.precision=bfloat16", "evaluation.protocol=published_code"], "float32 for published_code"),
         (["--shard", "3/3"], "--shard 3/3 is no share"),
         (["--post-processing", "qbnorm"], "give --bank"),
     ],

@@ -11,8 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-_MASK = 0xFFFFFFFF
-
 
 def text_key(*parts: str | int) -> int:
     """A stable 63-bit key of names and numbers; the same on every machine."""
@@ -21,20 +19,23 @@ def text_key(*parts: str | int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A well-mixing permutation of 32-bit numbers held in int64 ("lowbias32", Ellis 2018)."""
-    # A product of two 32-bit numbers wraps in int64, but its low 32 bits are right, and only those are kept.
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    """A well-mixing permutation of 32-bit numbers ("lowbias32", Ellis 2018), held in int32."""
+    # Shifts of a negative int32 bring in ones, which the masks remove; products wrap, which is what is wanted.
+    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
+    x ^= (x >> 15) & 0x1FFFF
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16) & 0xFFFF
+    return x
 
 
 def _uniform(keys: Tensor, num_values: int, seed: int, stream: int) -> Tensor:
-    counter = torch.arange(num_values, dtype=torch.int64, device=keys.device)
-    low, high = keys & _MASK, (keys >> 32) & _MASK
-    row = _mix(low ^ _mix(high ^ _mix(torch.full_like(high, (seed * 2 + stream) & _MASK))))
+    counter = torch.arange(num_values, dtype=torch.int32, device=keys.device)
+    low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)
+    start = torch.full_like(keys, (seed * 2 + stream) & 0xFFFFFFFF).to(torch.int32)
+    row = _mix(low ^ _mix(high ^ _mix(start)))
     second = _mix(high ^ row)
     bits = _mix(_mix(counter[None] ^ row[:, None]) ^ second[:, None])
-    return (bits >> 8).to(torch.float32) * 2.0**-24
+    return ((bits >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
 
 def keyed_noise(
@@ -50,7 +51,8 @@ def keyed_noise(
         std: standard deviation of the normal prior.
 
     Returns:
-        float32 ``(N, num_values)``; row ``i`` depends on ``keys[i]`` and ``seed`` alone.
+        float32 ``(N, num_values)``; row ``i`` depends on ``keys[i]`` and ``seed`` alone. Uniform noise is whole numbers
+        until an exact last step, and so the same bits on every device; normal noise is that of its device to rounding.
     """
     first = _uniform(keys, num_values, seed, 0)
     if prior == "uniform":

@@ -15,12 +15,13 @@ from tmass_dist.pictures import figure, png
 
 
 def radii_of(mass: TextMass, features: Features, text: int) -> Tensor:
-    """R ``(V, D)`` of one text with every video."""
+    """R ``(V, D)``, on the CPU, of one text with every video."""
     with torch.no_grad():
         text_D = features.text_TD[text]
         cosine_VF = F.normalize(features.frames_VFD, dim=-1) @ F.normalize(text_D, dim=-1)
         text_VD = text_D.expand(len(cosine_VF), -1)
-        return mass.radius_of(cosine_VF, text_VD).expand_as(text_VD)
+        device = next(mass.parameters(), text_D).device  # the head's, after scoring
+        return mass.radius_of(cosine_VF.to(device), text_VD.to(device)).expand_as(text_VD).cpu()
 
 
 def vectors(radius_VD: Tensor, truth: int, others: list[int]) -> bytes:

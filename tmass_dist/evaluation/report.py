@@ -49,14 +49,14 @@ def label(result: dict[str, Any]) -> str:
     transductive = " (transductive)" if result["post_processing"] != "none" else ""
     return (
         f"protocol {result['protocol']}, checkpoint selected on {result['selected_on']}, "
-        f"post-processing {result['post_processing']}{transductive}, "
+        f"post-processing {result['post_processing']}{transductive}, {_precision(result)}"
         f"{result['num_texts']} texts x {result['num_videos']} videos"
     )
 
 
 def labels(config: Config, features: Features, checkpoint: str) -> dict[str, Any]:
     """What every result says of itself."""
-    return {
+    found = {
         "protocol": config.evaluation.protocol,
         "num_texts": len(features.caption_ids),
         "num_videos": len(features.video_ids),
@@ -65,6 +65,13 @@ def labels(config: Config, features: Features, checkpoint: str) -> dict[str, Any
         "checkpoint": checkpoint,
         "post_processing": config.evaluation.post_processing,
     }
+    precision = config.evaluation.precision
+    return found if precision == "float32" else found | {"precision": precision}
+
+
+def _precision(result: dict[str, Any]) -> str:
+    """A word for labels, where the scores are not exact."""
+    return f"precision {result['precision']}, " if "precision" in result else ""
 
 
 def summary(ranks: Ranks) -> dict[str, Any]:
@@ -105,10 +112,10 @@ class Report:
         directory.mkdir(parents=True, exist_ok=True)
         out = io.StringIO(newline="")
         writer = csv.writer(out)
-        writer.writerow(["video_id", "caption_slot", "rank", "protocol", "post_processing"])
-        labels = (self.result["protocol"], self.result["post_processing"])
+        labels = {k: self.result[k] for k in ("protocol", "post_processing", "precision") if k in self.result}
+        writer.writerow(["video_id", "caption_slot", "rank", *labels])
         for (video_id, slot), rank in zip(self.caption_ids, self.ranks.t2v_T.tolist()):
-            writer.writerow([video_id, slot, rank, *labels])
+            writer.writerow([video_id, slot, rank, *labels.values()])
         names = {"t2v": "text to video", "v2t": "video to text"}
         tables = "\n".join(markdown(self.rows(d), f"{name} ({label(self.result)})") for d, name in names.items())
         contents = {
@@ -128,7 +135,7 @@ class Report:
 
         template = Environment(autoescape=True).from_string(_PAGE)
         # A picture travels without its page: it carries the label too.
-        said = f"{self.result['protocol']}, post-processing {self.result['post_processing']}"
+        said = f"{self.result['protocol']}, {_precision(self.result)}post-processing {self.result['post_processing']}"
         pictures = [
             ("Recall", _recall_curve(self.ranks, said)),
             ("Ranks of the right video", _histogram(self.ranks, said)),

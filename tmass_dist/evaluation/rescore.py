@@ -88,6 +88,7 @@ class Stored:
             config.seed,
             dataclasses.asdict(config.stochastic),
             config.evaluation.protocol,
+            config.evaluation.precision,
             config.model.pooled_by,
         )
         self.tiles = Tiles(self.out / "tiles" / key, self.scorer, log=lambda text: print(text, file=sys.stderr))

@@ -9,7 +9,7 @@ every pooled vector of a video lies in the span of H F + 2 vectors, and nothing 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from tmass_dist.models.pooling import XPool
 class Gallery:
     """Videos prepared once, to be scored by any texts."""
 
-    def __init__(self, head: RetrievalHead, frames_VFD: Tensor, *, tile_videos: int = 64) -> None:
+    def __init__(self, head: RetrievalHead, frames_VFD: Tensor, *, tile_videos: int = 128) -> None:
         """Fold every video.
 
         Args:
@@ -50,7 +50,8 @@ class Gallery:
         pooled_by: Literal["text", "sample"] = "text",
         caption_owner_T: Tensor | None = None,
         pair_noise_VMTD: Tensor | None = None,
-        tile_texts: int = 32,
+        precision: torch.dtype = torch.float32,
+        tile_texts: int = 16,
     ) -> Tensor:
         """Similarity ``(T, V)``: the cosine of each text, or of the best of its M samples, with each pooled video.
 
@@ -62,6 +63,7 @@ class Gallery:
             pooled_by: what asks the frames; ``sample`` pools every video anew for every sample of every pair.
             caption_owner_T: video of each text; ``published_code`` needs it, and all texts in one call.
             pair_noise_VMTD: fresh ``eps`` of every pair (the authors' law), in place of ``noise_TMD``.
+            precision: of the products of ``noise_TMD`` with what the text itself pooled; all else is float32.
             tile_texts: texts in hand at a time.
 
         Raises:
@@ -76,38 +78,47 @@ class Gallery:
             if caption_owner_T is None:
                 raise ValueError("the published_code protocol needs the video of every caption")
             own = _own_captions(caption_owner_T, self.num_videos)
+        sampled = noise is not None and self.head.mass is not None
         similarity_TV = text_TD.new_empty(len(text_TD), self.num_videos)
         with torch.no_grad():
-            room = min(tile_texts, len(text_TD)) * min(self.tile_videos, self.num_videos) * text_TD.shape[1]
-            scratch = tuple(text_TD.new_empty(room) for _ in range(3))
-            # Once for all the videos that each text meets.
-            pool = self.head.pooling
-            query_HTE = pool.queries(text_TD) if isinstance(pool, XPool) else text_TD[None]
-            square_TMD = None if noise_TMD is None else noise_TMD**2
+            if sampled and noise_TMD is not None and noise is noise_TMD and own is None and pooled_by == "text":
+                self._noise_of_text(text_TD, _Samples.of(text_TD, noise_TMD, precision), tile_texts, similarity_TV)
+                return similarity_TV
             for videos, folded in self.tiles:
                 own_pooled = None if own is None else folded.pooled_by_own(text_TD, own[0][videos])
                 for t in range(0, len(text_TD), tile_texts):
                     texts = slice(t, t + tile_texts)
                     tile_TD = text_TD[texts]
                     target = None if own is None or own_pooled is None else own_pooled[:, own[1][texts]].transpose(0, 1)
-                    if self.head.mass is None or noise is None:
+                    if not sampled:
                         found = folded.mean_text(tile_TD, target)
                     elif pair_noise_VMTD is not None:
                         pairs = pair_noise_VMTD[videos, :, texts].permute(2, 0, 1, 3)
                         found = folded.fresh_noise(tile_TD, pairs, target)
                     else:
-                        assert noise_TMD is not None and square_TMD is not None
+                        assert noise_TMD is not None
                         rows = slice(None) if len(noise_TMD) == 1 else texts
                         if pooled_by == "sample":
                             found = folded.by_sample(tile_TD, noise_TMD[rows])
-                        elif target is not None:
-                            found = folded.fresh_noise(tile_TD, noise_TMD[rows, None], target)
                         else:
-                            found = folded.noise_of_text(
-                                tile_TD, query_HTE[:, texts], noise_TMD[rows], square_TMD[rows], scratch
-                            )
+                            found = folded.fresh_noise(tile_TD, noise_TMD[rows, None], target)
                     similarity_TV[texts, videos] = found
         return similarity_TV
+
+    def _noise_of_text(self, text_TD: Tensor, samples: _Samples, tile_texts: int, out_TV: Tensor) -> None:
+        """Write the similarity of each text's best sample, its noise the same for every video."""
+        room = min(tile_texts, len(text_TD)) * min(self.tile_videos, self.num_videos) * text_TD.shape[1]
+        scratch = tuple(text_TD.new_empty(room) for _ in range(2))
+        pool = self.head.pooling
+        query_HTE = pool.queries(text_TD) if isinstance(pool, XPool) else text_TD[None]
+        for videos, folded in self.tiles:
+            # Products with frames take all texts at once, the samples' so few that what they read stays in the caches.
+            weights_VTK, cosine_VTF = folded.coefficients(query_HTE), folded.cosine(text_TD)
+            for t in range(0, len(text_TD), tile_texts):
+                texts = slice(t, t + tile_texts)
+                out_TV[texts, videos] = folded.noise_of_text(
+                    text_TD[texts], weights_VTK[:, texts], cosine_VTF[:, texts], samples.rows(texts), scratch
+                )
 
 
 def score(
@@ -116,7 +127,7 @@ def score(
     frames_VFD: Tensor,
     noise_TMD: Tensor | None = None,
     *,
-    tile_videos: int = 64,
+    tile_videos: int = 128,
     **options: Any,
 ) -> Tensor:
     """Similarity ``(T, V)`` in one call; see :class:`Gallery`."""
@@ -144,6 +155,32 @@ def _own_captions(owner_T: Tensor, num_videos: int) -> tuple[Tensor, Tensor]:
     return table, slot_T
 
 
+class _Samples(NamedTuple):
+    """What the samples of some texts are multiplied by, for any video: ``(T, M, D)`` each."""
+
+    noise_TMD: Tensor
+    facing_TMD: Tensor
+    """Noise times text, doubled."""
+    square_TMD: Tensor
+
+    @classmethod
+    def of(cls, text_TD: Tensor, noise_TMD: Tensor, precision: torch.dtype) -> _Samples:
+        noise_TMD = noise_TMD.expand(len(text_TD), -1, -1)  # it may be shared by all texts
+        facing_TMD = noise_TMD * (2 * text_TD[:, None])
+        return cls(noise_TMD.to(precision), facing_TMD.to(precision), (noise_TMD**2).to(precision))
+
+    def rows(self, texts: slice) -> _Samples:
+        return _Samples(*(values_TMD[texts] for values_TMD in self))
+
+
+def _add_products(sum_TMV: Tensor, values_TMD: Tensor, vector_VTD: Tensor) -> Tensor:
+    """Add each text's values times the vectors of its pairs, in place."""
+    if values_TMD.dtype == torch.float32:
+        return sum_TMV.baddbmm_(values_TMD, vector_VTD.permute(1, 2, 0))
+    vector_TVD = vector_VTD.transpose(0, 1).to(values_TMD.dtype, memory_format=torch.contiguous_format)
+    return sum_TMV.add_(torch.bmm(values_TMD, vector_TVD.transpose(1, 2)))
+
+
 class _Folded:
     """What a tile of videos contributes to any text."""
 
@@ -152,6 +189,7 @@ class _Folded:
         self.unit_VFD = F.normalize(frames_VFD, dim=-1)
         pool = head.pooling
         if not isinstance(pool, XPool):
+            self.basis = pool(frames_VFD[0, :1], frames_VFD)  # the same whatever asks
             return
         width = frames_VFD.shape[-1]
         self.keys = pool.keys(frames_VFD)
@@ -164,14 +202,15 @@ class _Folded:
         self.basis = torch.cat([basis * last.weight, last.bias.expand(len(frames_VFD), 1, width)], dim=1)
 
     def coefficients(self, query_HTE: Tensor) -> Tensor:
-        """``(V, T, K + 2)``: what each pooled vector takes of its video's basis."""
+        """``(V, T, K + 2)``, or 1 where the text does not ask: what each pooled vector takes of its video's basis."""
         pool = self.head.pooling
-        assert isinstance(pool, XPool)
-        weights = pool.attention(query_HTE, self.keys).transpose(1, 2).flatten(2)
+        if not isinstance(pool, XPool):
+            return query_HTE.new_ones(len(self.basis), query_HTE.shape[1], 1)
+        weights = pool.attention(query_HTE, self.keys).flatten(1, 2)
         weights = pool.normalised(weights, self.gram_in, pool.norm_attended.eps)
-        weights = torch.cat([weights, torch.ones_like(weights[..., :1])], dim=-1)
+        weights = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1)
         weights = pool.normalised(weights, self.gram_out, pool.norm_out.eps)
-        return torch.cat([weights, torch.ones_like(weights[..., :1])], dim=-1)
+        return torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1).transpose(1, 2)
 
     def pooled(self, text_TD: Tensor) -> Tensor:
         """``(V, T, D)`` for the texts of one tile."""
@@ -207,33 +246,32 @@ class _Folded:
     def noise_of_text(
         self,
         text_TD: Tensor,
-        query_HTE: Tensor,
-        noise_TMD: Tensor,
-        square_TMD: Tensor,
+        weights_VTK: Tensor,
+        cosine_VTF: Tensor,
+        samples: _Samples,
         scratch: tuple[Tensor, ...],
     ) -> Tensor:
         """Similarity ``(T, V)`` of each text's best sample, its noise the same for every video.
 
         With ``t_s = t + R eps`` and pooled ``v``: ``t_s.v = t.v + (R v).eps`` and
-        ``|t_s|^2 = |t|^2 + 2 (R t).eps + R^2.eps^2``: for one text, products of matrices over videos and samples.
-        ``scratch`` is three times room for the tile's pooled vectors.
+        ``|t_s|^2 = |t|^2 + R.(2 t eps) + R^2.eps^2``: for one text, products of matrices over videos and samples.
+        ``scratch`` is twice room for the tile's pooled vectors.
         """
         assert self.head.mass is not None
         shape = (len(self.unit_VFD), *text_TD.shape)
-        pooled, radius, product = (space[: math.prod(shape)].view(shape) for space in scratch)
-        if isinstance(self.head.pooling, XPool):
-            torch.bmm(self.coefficients(query_HTE), self.basis, out=pooled)
-        else:
-            pooled.copy_(self.pooled(text_TD))
-        self.head.mass.radius_into(self.cosine(text_TD), text_TD.expand(shape), radius)
+        pooled, radius = (space[: math.prod(shape)].view(shape) for space in scratch)
+        torch.bmm(weights_VTK, self.basis, out=pooled)
+        self.head.mass.radius_into(cosine_VTF, text_TD.expand(shape), radius)
         length_T1V = torch.linalg.vector_norm(pooled, dim=-1).T[:, None].clamp_min(1e-12)
-        dot_T1V = torch.mul(pooled, text_TD, out=product).sum(-1).T[:, None]
-        cross = noise_TMD @ torch.mul(radius, text_TD, out=product).permute(1, 2, 0)
-        upper = noise_TMD @ pooled.mul_(radius).permute(1, 2, 0)
-        lower = square_TMD @ radius.square_().permute(1, 2, 0)
-        length_TMV = lower.add_(cross, alpha=2).add_(text_TD.square().sum(-1)[:, None, None])
-        length_TMV.clamp_min_(1e-24).sqrt_()
-        return upper.add_(dot_T1V).div_(length_TMV).amax(1, keepdim=True).div_(length_T1V).squeeze(1)
+        dot_T1V = text_TD[:, None] @ pooled.permute(1, 2, 0)
+        all_TMV = (len(text_TD), samples.noise_TMD.shape[1], len(pooled))
+        upper_TMV = dot_T1V.expand(all_TMV).contiguous()
+        _add_products(upper_TMV, samples.noise_TMD, pooled.mul_(radius))
+        square_TMV = text_TD.square().sum(-1)[:, None, None].expand(all_TMV).contiguous()
+        _add_products(square_TMV, samples.facing_TMD, radius)
+        _add_products(square_TMV, samples.square_TMD, radius.square_())
+        cosine_TMV = upper_TMV.div_(square_TMV.clamp_min_(1e-24).sqrt_())
+        return cosine_TMV.amax(1, keepdim=True).div_(length_T1V).squeeze(1)
 
     def fresh_noise(self, text_TD: Tensor, noise: Tensor, target_TVD: Tensor | None) -> Tensor:
         """The same with noise ``(T or 1, V or 1, M, D)``; ``target_TVD`` is what the best sample is scored by."""

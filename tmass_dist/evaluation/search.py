@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tmass_dist.evaluation.scoring import Gallery
-
 if TYPE_CHECKING:
     from tmass_dist.evaluation.tiles import Scorer
 
@@ -52,7 +50,7 @@ def search_ranks(scorer: Scorer, num_candidates: int) -> Tensor:
         # The videos that any text of the block asks for, prepared once.
         rows = slice(start, start + scorer.block)
         wanted, place_TK = found_TK[rows].unique(return_inverse=True)
-        gallery = Gallery(scorer.head, features.frames_VFD[wanted])
+        gallery = scorer.gallery(features.frames_VFD[wanted])
         similarity_TK = scorer.score(start, gallery).gather(1, place_TK)
         hit_TK = found_TK[rows] == features.owner_T[rows, None]
         own_T1 = similarity_TK.masked_fill(~hit_TK, -torch.inf).amax(dim=1, keepdim=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tmass_dist.config import Config
+from tmass_dist.distributed import own_device
 from tmass_dist.evaluation.features import Features
 from tmass_dist.evaluation.scoring import Gallery
 from tmass_dist.noise import keyed_noise, text_key
@@ -23,6 +24,8 @@ from tmass_dist.noise import keyed_noise, text_key
 if TYPE_CHECKING:
     from tmass_dist.models.head import RetrievalHead
 
+# Texts and videos of a tile: on a processor what is in hand stays in its caches, a GPU wants few and large kernels.
+TILES = {"cpu": (16, 128), "cuda": (64, 512)}
 BLOCK = 64
 """Texts of a block; it bounds the noise bank (64 texts x 20 trials x 512 dimensions are 2.6 MB)."""
 
@@ -36,7 +39,8 @@ class Scorer:
     config: Config
 
     def __post_init__(self) -> None:
-        self.head = self.head.to("cpu").eval()
+        self.device = own_device()
+        self.head = self.head.to(self.device).eval()
         # The published protocol needs all captions of every video in one call; it is for parity on small sets.
         published = self.config.evaluation.protocol == "published_code"
         num_texts = len(self.features.text_TD)
@@ -44,34 +48,42 @@ class Scorer:
         self.starts = list(range(0, num_texts, self.block))
         self._gallery: Gallery | None = None
 
+    def gallery(self, frames_VFD: Tensor) -> Gallery:
+        """Any videos, prepared where they will be scored."""
+        return Gallery(self.head, frames_VFD.to(self.device), tile_videos=TILES[self.device.type][1])
+
     def score(self, start: int, gallery: Gallery | None = None) -> Tensor:
-        """Similarity ``(block, V)`` of the texts from ``start`` on; the noise is keyed by video and caption.
+        """Similarity ``(block, V)``, on the CPU, of the texts from ``start`` on; noise is keyed by video and caption.
 
         Args:
             start: first text of the block.
             gallery: other videos than the whole split.
         """
         if gallery is None:
-            self._gallery = gallery = self._gallery or Gallery(self.head, self.features.frames_VFD)
+            self._gallery = gallery = self._gallery or self.gallery(self.features.frames_VFD)
         rows = slice(start, start + self.block)
         width, stochastic = self.features.text_TD.shape[1], self.config.stochastic
         noise_TMD = None
         if self.head.mass is not None:
             keys = torch.tensor([text_key("evaluation", *caption) for caption in self.features.caption_ids[rows]])
+            # Uniform noise is the same bits on a GPU; cosine and logarithm of the normal one are not.
             noise_TMD = keyed_noise(
-                keys,
+                keys.to(self.device if stochastic.prior == "uniform" else "cpu"),
                 stochastic.num_trials * width,
                 seed=self.config.seed,
                 prior=stochastic.prior,
                 std=stochastic.prior_std,
             ).view(-1, stochastic.num_trials, width)
+            noise_TMD = noise_TMD.to(self.device)
         found = gallery.score(
-            self.features.text_TD[rows],
+            self.features.text_TD[rows].to(self.device),
             noise_TMD,
             protocol=self.config.evaluation.protocol,
             pooled_by=self.config.model.pooled_by,
             caption_owner_T=self.features.owner_T[rows],
-        )
+            precision=getattr(torch, self.config.evaluation.precision),
+            tile_texts=TILES[self.device.type][0],
+        ).cpu()
         # The published protocol has no number where a video lacks a caption slot; such a video cannot win.
         return found.nan_to_num(-2.0) if self.config.evaluation.protocol == "published_code" else found
 

@@ -63,11 +63,12 @@ class XPool(nn.Module):
 
     @staticmethod
     def attention(query_HTE: Tensor, key_VHFE: Tensor) -> Tensor:
-        """Weights ``(V, H, T, F)``; each sums to one over the frames."""
-        # One product a head over the frames of all videos: many small ones take twice the time.
+        """Weights ``(V, H, F, T)``; each text's sum to one over the frames."""
+        # One product a head over the frames of all videos: many small ones take twice the time. The texts lie side by
+        # side in memory, and the softmax takes many at once: over 12 frames side by side it is ten times slower.
         key_HNE = key_VHFE.transpose(0, 1).flatten(1, 2)
-        score_HTVF = (query_HTE @ key_HNE.transpose(1, 2)).unflatten(-1, (len(key_VHFE), -1))
-        return score_HTVF.softmax(dim=-1).permute(2, 0, 1, 3)
+        score_HVFT = (key_HNE @ query_HTE.transpose(1, 2)).unflatten(1, (len(key_VHFE), -1))
+        return score_HVFT.softmax(dim=2).transpose(0, 1)
 
     def _weights(self, text_TD: Tensor, normed_VFD: Tensor) -> Tensor:
         """:meth:`attention` of raw texts and frames after ``norm_in``, by the shorter of two ways.
@@ -104,10 +105,10 @@ class XPool(nn.Module):
         return gram_VKK, attended_VKD, F.linear(attended_VKD, self.linear.weight)
 
     @staticmethod
-    def normalised(weights_VTK: Tensor, gram_VKK: Tensor, eps: float) -> Tensor:
+    def normalised(weights_VKT: Tensor, gram_VKK: Tensor, eps: float) -> Tensor:
         """Weights divided by the deviation, over D, of the vector that they make."""
-        variance_VT1 = ((weights_VTK @ gram_VKK) * weights_VTK).sum(-1, keepdim=True).clamp_min(0)
-        return weights_VTK * (variance_VT1 + eps).rsqrt()
+        variance_V1T = ((gram_VKK @ weights_VKT) * weights_VKT).sum(1, keepdim=True).clamp_min(0)
+        return weights_VKT * (variance_V1T + eps).rsqrt()
 
     def seen(self, text_TD: Tensor, frames_VFD: Tensor, dropout_keys: list[int] | None = None) -> Seen:
         """Every video as every text sees it; embeddings of any norm.
@@ -118,9 +119,9 @@ class XPool(nn.Module):
             dropout_keys: one of each video; training needs them where there is dropout.
         """
         normed_VFD = self.norm_in(frames_VFD)
-        weights_VTK = self._weights(text_TD, normed_VFD).transpose(1, 2).flatten(2)
+        weights_VKT = self._weights(text_TD, normed_VFD).flatten(1, 2)
         gram_VKK, attended_VKD, projected_VKD = self._span(normed_VFD)
-        weights_VTK = self.normalised(weights_VTK, gram_VKK, self.norm_attended.eps)
+        weights_VTK = self.normalised(weights_VKT, gram_VKK, self.norm_attended.eps).transpose(1, 2)
         # The softmax does not see the bias of the keys, which yet keeps its gradient: zeros.
         bias_D = self.norm_attended.bias + 0 * self.key.bias
         dropout = self.dropout if self.training else 0.0

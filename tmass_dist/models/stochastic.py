@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -59,10 +60,12 @@ class TextMass(nn.Module):
         if self.kind not in ("exp_linear", "linear") or cosine_PF.shape[-1] != self.num_frames:
             out_PD.copy_(self.radius_of(cosine_PF, text_PD))
             return
-        torch.mm(cosine_PF.flatten(0, -2), self.linear.weight.T, out=out_PD.flatten(0, -2))
-        out_PD.add_(self.linear.bias)
+        # exp(x) = 2^(x / ln 2), and torch's 2^x takes a quarter of the time of its exp on AMD processors.
+        scale = 1 / math.log(2) if self.kind == "exp_linear" else 1.0
+        weight_FD, bias_D = scale * self.linear.weight.T, scale * self.linear.bias
+        torch.addmm(bias_D, cosine_PF.flatten(0, -2), weight_FD, out=out_PD.flatten(0, -2))
         if self.kind == "exp_linear":
-            out_PD.exp_()
+            out_PD.exp2_()
 
     def radius(self, text_BD: Tensor, frames_BFD: Tensor) -> Tensor:
         """Radius ``(B, D)`` of the own pairs, in units of the text embedding."""
