@@ -59,6 +59,10 @@ SYSTEMS = {
     "pair-radius": System("radius of every pair in training", ("stochastic.training_radius=pair",)),
     "best-of-4": System("loss on the best of 4, radius of every pair", _BEST_OF_4),
     "centred-best-of-4": System("centred noise, and the loss on the best of 4", (*_CENTRED, *_BEST_OF_4)),
+    "centred-best-no-support": System(
+        "the same without support text", (*_CENTRED, *_BEST_OF_4, "stochastic.support_weight=0")
+    ),
+    "centred-best-linear": System("the same with the linear radius", (*_CENTRED, *_BEST_OF_4, "model.radius=linear")),
 }
 
 PARTS = {
@@ -85,6 +89,8 @@ PARTS = {
         "pair-radius",
         "best-of-4",
         "centred-best-of-4",
+        "centred-best-no-support",
+        "centred-best-linear",
     ),
 }
 """Systems of each part; "figure 3" is Figures 3 to 10, "gain" what the honest protocol asks for."""
