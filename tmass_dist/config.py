@@ -264,6 +264,7 @@ def load_config(name: str, overrides: list[str] | None = None) -> Config:
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     for override in overrides or []:
         if "=" not in override or override.startswith("-"):
@@ -275,10 +276,8 @@ def load_config(name: str, overrides: list[str] | None = None) -> Config:
         return _require_config(OmegaConf.to_object(merged))
     except (OmegaConfBaseException, OSError) as error:
         raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
-        raise
+    except YAMLError as error:
+        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _require_config(value: object) -> Config:
