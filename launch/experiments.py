@@ -55,12 +55,16 @@ SYSTEMS = {
     "scaled-radius": System("radius a learnt multiple of exp(mean)", ("model.radius=scaled_exp_mean",)),
     "centred": System("centred noise of the same spread", _CENTRED),
     "narrow": System("centred noise, a third of the spread", ("stochastic.prior=normal", "stochastic.prior_std=0.1")),
+    "falling": System("radius that starts falling with the match", ("model.radius_start=falling",)),
     "samples-4": System("4 samples a step", ("stochastic.samples=4",)),
     "pair-radius": System("radius of every pair in training", ("stochastic.training_radius=pair",)),
     "best-of-4": System("loss on the best of 4, radius of every pair", _BEST_OF_4),
     "centred-best-of-4": System("centred noise, and the loss on the best of 4", (*_CENTRED, *_BEST_OF_4)),
     "centred-best-no-support": System(
         "the same without support text", (*_CENTRED, *_BEST_OF_4, "stochastic.support_weight=0")
+    ),
+    "centred-falling": System(
+        "centred noise, falling radius, loss on the best of 4", (*_CENTRED, *_BEST_OF_4, "model.radius_start=falling")
     ),
     "centred-best-linear": System("the same with the linear radius", (*_CENTRED, *_BEST_OF_4, "model.radius=linear")),
 }
@@ -85,12 +89,14 @@ PARTS = {
         "linear-radius",
         "centred",
         "narrow",
+        "falling",
         "samples-4",
         "pair-radius",
         "best-of-4",
         "centred-best-of-4",
         "centred-best-no-support",
         "centred-best-linear",
+        "centred-falling",
     ),
 }
 """Systems of each part; "figure 3" is Figures 3 to 10, "gain" what the honest protocol asks for."""
@@ -111,7 +117,7 @@ class Size:
 
 SIZES = {
     "ci": Size(steps=40, videos=(400, 20, 60), seeds=1, largest_batch=128, own_towers=False),
-    "full": Size(steps=300, videos=(1500, 60, 240), seeds=3, largest_batch=256, own_towers=True),
+    "full": Size(steps=200, videos=(1500, 60, 240), seeds=3, largest_batch=256, own_towers=True),
 }
 """Of other data sets than the embedded one, ``full`` is their page as it is."""
 

@@ -52,6 +52,7 @@ def _fails_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
         ("data.train=/nowhere/shards", "/nowhere/shards"),
         ("optim.lr=fast", "fast"),
         ("model.radius=round", "round"),
+        ("model={radius: linear, radius_start: falling}", "has no start to choose"),
     ],
 )
 def test_bad_setting_is_one_line(override: str, said: str) -> None:

@@ -156,3 +156,13 @@ def test_the_head_is_the_plain_one_with_every_projection_of_every_pair(num_heads
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     names = [name for name, _ in head.named_parameters()]
     assert not found[1][3:][names.index("pooling.key.bias")].any()  # zeros: the softmax does not see it
+
+
+@pytest.mark.parametrize("start", ["rising", "falling"])
+def test_an_untrained_radius_rises_or_falls_with_the_match(start: str) -> None:
+    head = build_head(embed_dim=D, num_frames=F, radius_start=start)  # pyright: ignore[reportArgumentType]
+    assert head.mass is not None
+    poor, good = (head.mass.radius_of(torch.full((F,), cosine), torch.zeros(D)) for cosine in (0.1, 0.6))
+    sign = 1 if start == "rising" else -1
+    torch.testing.assert_close(good[:F] / poor[:F], torch.full((F,), 0.5 * sign).exp())
+    assert (good[F:] == 1).all() and (poor[F:] == 1).all()

@@ -73,6 +73,8 @@ class ModelConfig:
     radius: Literal["none", "exp_linear", "exp_mean", "linear", "scaled_exp_mean", "variational"] = "exp_linear"
     """How the mass's radius follows the cosines; ``none`` is X-Pool itself, without stochastic text; ``variational``
     is a function of the text alone, to be held by ``stochastic.kl_weight``."""
+    radius_start: Literal["rising", "falling"] = "rising"
+    """Whether an untrained ``exp_linear`` rises with the match, as the authors start it, or falls with it."""
     pooled_by: Literal["text", "sample"] = "text"
     """What asks the frames: the text, or its sample (the supplementary's worse alternative)."""
 
@@ -80,6 +82,8 @@ class ModelConfig:
         _require(self.num_frames >= 1, "model.num_frames", self.num_frames, "a video needs at least one frame")
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "it must lie in [0, 1)")
         _require(self.num_heads >= 1, "model.num_heads", self.num_heads, "at least 1")
+        learnt = self.radius == "exp_linear" or self.radius_start == "rising"
+        _require(learnt, "model.radius_start", self.radius_start, f"model.radius={self.radius} has no start to choose")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ def build_head(
     num_heads: int = 1,
     dropout: float = 0.3,
     radius: RadiusKind | Literal["none"] = "exp_linear",
+    radius_start: Literal["rising", "falling"] = "rising",
 ) -> RetrievalHead:
-    """A head in the authors' initial state."""
+    """A head in its initial state, by default the authors'."""
     pool = MeanPool() if pooling == "mean" else XPool(embed_dim, num_heads, dropout)
-    return RetrievalHead(pool, None if radius == "none" else TextMass(num_frames, embed_dim, radius))
+    return RetrievalHead(pool, None if radius == "none" else TextMass(num_frames, embed_dim, radius, radius_start))

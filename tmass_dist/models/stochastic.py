@@ -21,12 +21,21 @@ class TextMass(nn.Module):
     ``text_std`` and its logarithm ``log_var``; both are the paper's R.
     """
 
-    def __init__(self, num_frames: int, embed_dim: int, radius: RadiusKind = "exp_linear") -> None:
+    def __init__(
+        self,
+        num_frames: int,
+        embed_dim: int,
+        radius: RadiusKind = "exp_linear",
+        start: Literal["rising", "falling"] = "rising",
+    ) -> None:
         super().__init__()
         self.kind, self.num_frames = radius, num_frames
         if radius in ("exp_linear", "linear"):
             self.linear = nn.Linear(num_frames, embed_dim)
             nn.init.eye_(self.linear.weight)  # as the authors start it: one frame's cosine per dimension
+            if start == "falling":  # ours: the better the match, the smaller the mass, as the paper describes it
+                with torch.no_grad():
+                    self.linear.weight.neg_()
             nn.init.zeros_(self.linear.bias)
         elif radius == "scaled_exp_mean":
             self.scale = nn.Parameter(torch.ones(1))

@@ -20,6 +20,7 @@ def build_model(config: Config) -> Objective:
         num_heads=config.model.num_heads,
         dropout=config.model.dropout,
         radius=config.model.radius,
+        radius_start=config.model.radius_start,
     )
     if config.stochastic.training == "mean" and head.mass is not None:
         head.mass.requires_grad_(False)  # the loss does not see it
