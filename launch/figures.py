@@ -29,7 +29,7 @@ def training_curves(tmass: list[Path], kl: list[Path]) -> bytes:
             if name == "KL variant":
                 points = events.Scalars("loss/kl")
                 right.plot([p.step for p in points], [p.value for p in points], color=colour, label=label)
-    left.set(xlabel="step", ylabel="R@1 on val, query_conditioned")
+    left.set(xlabel="step", ylabel="R@1 on val")
     right.set(xlabel="step", ylabel="KL term of the loss")
     left.legend()
     return png(drawn)
@@ -100,7 +100,7 @@ def scores_against_trials(points: list[tuple[int, list[float], float]]) -> bytes
     trials = [m for m, _, _ in points]
     for values in zip(*(r1 for _, r1, _ in points)):
         left.plot(trials, values, marker="o")
-    left.set(xlabel="M (0: the text itself)", ylabel="R@1, query_conditioned, a line a seed")
+    left.set(xlabel="M (0: the text itself)", ylabel="R@1, a line a seed")
     right.plot(trials, [seconds for _, _, seconds in points], marker="o")
     right.set(xlabel="M", ylabel="seconds of scoring", ylim=(0, None), xlim=(0, None))
     return png(drawn)
