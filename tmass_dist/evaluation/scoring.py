@@ -110,7 +110,7 @@ class Gallery:
         room = min(tile_texts, len(text_TD)) * min(self.tile_videos, self.num_videos) * text_TD.shape[1]
         scratch = tuple(text_TD.new_empty(room) for _ in range(2))
         pool = self.head.pooling
-        query_HTE = pool.queries(text_TD) if isinstance(pool, XPool) else text_TD[None]
+        query_HTE = pool.queries(text_TD, _asks_frames(pool)) if isinstance(pool, XPool) else text_TD[None]
         for videos, folded in self.tiles:
             # Products with frames take all texts at once, the samples' so few that what they read stays in the caches.
             weights_VTK, cosine_VTF = folded.coefficients(query_HTE), folded.cosine(text_TD)
@@ -181,6 +181,11 @@ def _add_products(sum_TMV: Tensor, values_TMD: Tensor, vector_VTD: Tensor) -> Te
     return sum_TMV.add_(torch.bmm(values_TMD, vector_TVD.transpose(1, 2)))
 
 
+def _asks_frames(pool: XPool) -> bool:
+    """Whether queries are projected and not the frames, which are more; several heads would ask each frame D wide."""
+    return pool.num_heads == 1
+
+
 class _Folded:
     """What a tile of videos contributes to any text."""
 
@@ -192,8 +197,9 @@ class _Folded:
             self.basis = pool(frames_VFD[0, :1], frames_VFD)  # the same whatever asks
             return
         width = frames_VFD.shape[-1]
-        self.keys = pool.keys(frames_VFD)
-        self.gram_in, attended, projected = pool.span(frames_VFD)
+        normed_VFD = pool.norm_in(frames_VFD)
+        self.keys = pool.keys(normed_VFD, _asks_frames(pool))
+        self.gram_in, attended, projected = pool.span(normed_VFD)
         first, last = pool.norm_attended, pool.norm_out
         constant_D = first.bias + pool.linear(first.bias)
         basis = torch.cat([attended + projected, constant_D.expand(len(frames_VFD), 1, width)], dim=1)
@@ -214,9 +220,10 @@ class _Folded:
 
     def pooled(self, text_TD: Tensor) -> Tensor:
         """``(V, T, D)`` for the texts of one tile."""
-        if not isinstance(self.head.pooling, XPool):
-            return self.head.pooling(text_TD, self.frames_VFD)
-        return self.coefficients(self.head.pooling.queries(text_TD)) @ self.basis
+        pool = self.head.pooling
+        if not isinstance(pool, XPool):
+            return pool(text_TD, self.frames_VFD)
+        return self.coefficients(pool.queries(text_TD, _asks_frames(pool))) @ self.basis
 
     def pooled_by_own(self, text_TD: Tensor, own_VS: Tensor) -> Tensor:
         """``(V, slots, D)`` each video pooled by its own captions; NaN where it has fewer."""

@@ -52,14 +52,26 @@ class XPool(nn.Module):
             nn.init.eye_(layer.weight)  # as the authors start it: pooling begins as plain attention
             nn.init.zeros_(layer.bias)
 
-    def queries(self, text_TD: Tensor) -> Tensor:
-        """What each head of a text asks, ``(H, T, E)``, scaled."""
-        query_HTE = self.query(self.norm_in(text_TD)).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
-        return query_HTE * query_HTE.shape[-1] ** -0.5
+    def queries(self, text_TD: Tensor, of_frames: bool = False) -> Tensor:
+        """What each head of a text asks, ``(H, T, E)``, scaled; ``(H, T, D)`` if it asks the frames themselves.
 
-    def keys(self, frames_VFD: Tensor) -> Tensor:
-        """What each head of a frame answers to, ``(V, H, F, E)``."""
-        return self.key(self.norm_in(frames_VFD)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        ``q.(W f + b)`` is ``(W^T q).f`` and a number that the softmax over the frames does not see: so either the
+        frames are projected, V F rows, or the queries once more, T rows.
+        """
+        query_HTE = self.query(self.norm_in(text_TD)).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
+        query_HTE = query_HTE * query_HTE.shape[-1] ** -0.5
+        return query_HTE @ self._key_weight if of_frames else query_HTE
+
+    def keys(self, normed_VFD: Tensor, of_frames: bool = False) -> Tensor:
+        """What frames after ``norm_in`` answer to, ``(V, H, F, E)``; see :meth:`queries`."""
+        if of_frames:
+            return normed_VFD[:, None].expand(-1, self.num_heads, -1, -1)
+        return normed_VFD[:, None] @ self._key_weight.transpose(1, 2)
+
+    @property
+    def _key_weight(self) -> Tensor:
+        """``(H, E, D)``."""
+        return self.key.weight.unflatten(0, (self.num_heads, -1))
 
     @staticmethod
     def attention(query_HTE: Tensor, key_VHFE: Tensor) -> Tensor:
@@ -70,35 +82,26 @@ class XPool(nn.Module):
         score_HVFT = (key_HNE @ query_HTE.transpose(1, 2)).unflatten(1, (len(key_VHFE), -1))
         return score_HVFT.softmax(dim=2).transpose(0, 1)
 
-    def _weights(self, text_TD: Tensor, normed_VFD: Tensor) -> Tensor:
-        """:meth:`attention` of raw texts and frames after ``norm_in``, by the shorter of two ways.
+    def span(self, normed_VFD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a video's pooled vectors are made of: ``gram_VKK``, ``attended_VKD`` and ``projected_VKD``, K = H F.
 
-        ``q.(W f + b)`` is ``(W^T q).f`` and a number that the softmax over the frames does not see: so either the
-        frames are projected, V F rows, or the queries once more, T rows.
-        """
-        query_HTE = self.queries(text_TD)
-        weight_HED = self.key.weight.unflatten(0, (self.num_heads, -1))
-        num_frames, num_texts, width = normed_VFD.shape[:2].numel(), len(text_TD), text_TD.shape[1]
-        if num_texts * (width + (self.num_heads - 1) * num_frames) < num_frames * width:
-            return self.attention(query_HTE @ weight_HED, normed_VFD[:, None].expand(-1, self.num_heads, -1, -1))
-        return self.attention(query_HTE, normed_VFD[:, None] @ weight_HED.transpose(1, 2))
-
-    def span(self, frames_VFD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What pooled vectors of a video are made of: ``gram_VKK``, ``attended_VKD`` and ``projected_VKD``, K = H F.
+        The frames come after ``norm_in``.
 
         A normalisation is affine but for one number a pair, its deviation, and the Gram matrix gives that from the
         weights. So with weights divided by it (:meth:`normalised`), the attended vector is a sum of ``attended_VKD``
         and its projection one of ``projected_VKD``: nothing of size D x D is done for a pair.
         """
-        return self._span(self.norm_in(frames_VFD))
-
-    def _span(self, normed_VFD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         # What each frame and head adds to the output projection: a head's weights sum to one, so the projection and
         # its bias may be applied to the frames, V F rows, in place of the V T pooled rows.
-        value_VFHE = self.value(normed_VFD).unflatten(-1, (self.num_heads, -1))
-        weight_DHE = self.out.weight.unflatten(1, (self.num_heads, -1))
-        values_VHFD = torch.einsum("vfhe,dhe->vhfd", value_VFHE, weight_DHE) + self.out.bias / self.num_heads
-        values_VKD = values_VHFD.flatten(1, 2)
+        if self.num_heads == 1 and normed_VFD.shape[:2].numel() > self.out.out_features:
+            # One product with the frames in place of two.
+            weight_DD, bias_D = self.out.weight @ self.value.weight, self.out(self.value.bias)
+            values_VKD = F.linear(normed_VFD, weight_DD, bias_D)
+        else:
+            value_VFHE = self.value(normed_VFD).unflatten(-1, (self.num_heads, -1))
+            weight_DHE = self.out.weight.unflatten(1, (self.num_heads, -1))
+            values_VHFD = torch.einsum("vfhe,dhe->vhfd", value_VFHE, weight_DHE) + self.out.bias / self.num_heads
+            values_VKD = values_VHFD.flatten(1, 2)
         values_VKD = values_VKD - values_VKD.mean(-1, keepdim=True)
         attended_VKD = values_VKD * self.norm_attended.weight
         gram_VKK = values_VKD @ values_VKD.transpose(1, 2) / values_VKD.shape[-1]
@@ -119,8 +122,11 @@ class XPool(nn.Module):
             dropout_keys: one of each video; training needs them where there is dropout.
         """
         normed_VFD = self.norm_in(frames_VFD)
-        weights_VKT = self._weights(text_TD, normed_VFD).flatten(1, 2)
-        gram_VKK, attended_VKD, projected_VKD = self._span(normed_VFD)
+        num_frames, num_texts, width = normed_VFD.shape[:2].numel(), len(text_TD), text_TD.shape[1]
+        shorter = num_texts * (width + (self.num_heads - 1) * num_frames) < num_frames * width
+        query_HTE, key_VHFE = self.queries(text_TD, shorter), self.keys(normed_VFD, shorter)
+        weights_VKT = self.attention(query_HTE, key_VHFE).flatten(1, 2)
+        gram_VKK, attended_VKD, projected_VKD = self.span(normed_VFD)
         weights_VTK = self.normalised(weights_VKT, gram_VKK, self.norm_attended.eps).transpose(1, 2)
         # The softmax does not see the bias of the keys, which yet keeps its gradient: zeros.
         bias_D = self.norm_attended.bias + 0 * self.key.bias
