@@ -10,7 +10,13 @@ from tests.conftest import run
 ENTRY_POINTS = [
     ["-m", "tmass_dist.train"],
     ["-m", "tmass_dist.evaluate"],
+    ["-m", "tmass_dist.export"],
+    ["-m", "tmass_dist.convert"],
     ["launch/submit.py"],
+    ["launch/reproduce.py"],
+    ["launch/compare.py"],
+    ["shards/caption_videos.py"],
+    ["shards/inspect_shards.py"],
     ["launch/status.py"],
     ["launch/cancel.py"],
     ["shards/make_shards.py"],
