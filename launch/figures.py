@@ -82,7 +82,7 @@ class Radii:
         return radii.norms(norm_V, truth, place, self._frames(truth))
 
     def _frames(self, video: int) -> np.ndarray | None:
-        index = self.stored._shards()
+        index = self.stored.shards()
         if index is None:
             return None
         from tmass_dist.data.loader import read_into

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,10 @@ import torch
 
 from tmass_dist.cli import write_json
 from tmass_dist.evaluation import ranking
-from tmass_dist.evaluation.report import summary
+from tmass_dist.evaluation.report import COLUMNS, summary
 from tmass_dist.evaluation.rescore import Stored
 from tmass_dist.evaluation.tiles import Scorer
 from tmass_dist.models.head import RetrievalHead
-
-COLUMNS = ("R@1", "R@5", "R@10", "MdR", "MnR")
 
 
 def is_finished(run: Path) -> bool:
@@ -93,14 +92,11 @@ def gain_of(pairs: list[tuple[dict[str, Any], dict[str, Any]]], draws: int = 200
 
 def spread(values: list[float]) -> str:
     """Mean and standard deviation over seeds."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return f"{mean:.1f}"
-    deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
-    return f"{mean:.1f} ± {deviation:.1f}"
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def numbers(runs: list[Path], direction: str = "t2v", **options: Any) -> list[str]:
-    """The five columns over a system's runs; dashes where none is finished."""
-    found = [measure(run, **options)[direction] for run in runs if is_finished(run)]
-    return [spread([one[column] for one in found]) for column in COLUMNS] if found else ["-"] * len(COLUMNS)
+    """The five columns over a system's finished runs, one at least."""
+    found = [measure(run, **options)[direction] for run in runs]
+    return [spread([one[column] for one in found]) for column in COLUMNS]

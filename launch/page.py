@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.experiments import PARTS, SYSTEMS
-from launch.measure import COLUMNS, gain_of, is_finished, measure, numbers, spread
+from launch.measure import gain_of, is_finished, measure, numbers, spread
+from tmass_dist.evaluation.report import COLUMNS
 
 if TYPE_CHECKING:
     from launch.reproduce import Layout
@@ -133,14 +135,16 @@ class _Writer:
         note = "R@1 on the validation split and the KL term during training, weight 1, prior N(0, I)."
         return Section("Figure 1", note, ["row", "source", *COLUMNS], rows, pictures)
 
+    @cached_property
     def _radii(self) -> Any:
+        """Of T-MASS's first seed; Figure 2 and Figures 3 to 10 share them."""
         from launch.figures import Radii
 
         runs = self._finished("tmass")
         return Radii(runs[0]) if runs else None
 
     def figure_2(self) -> Section:
-        radii = self._radii()
+        radii = self._radii
         pictures = []
         if radii is not None:
             kind, text = radii.chosen()[0]
@@ -151,7 +155,7 @@ class _Writer:
         return Section("Figure 2", note, [], [], pictures)
 
     def figure_3(self) -> Section:
-        radii = self._radii()
+        radii = self._radii
         pictures, rows = [], []
         if radii is not None:
             pictures = [(f"“{radii.features.captions[t]}” ({kind})", radii.dynamics(t)) for kind, t in radii.chosen()]

@@ -123,7 +123,7 @@ class Stored:
             for direction in ("t2v", "v2t")
         }
         caption_ids = self.features.caption_ids
-        report = Report(result, ranks, self.features.captions, caption_ids, systems, self.scorer, self._shards())
+        report = Report(result, ranks, self.features.captions, caption_ids, systems, self.scorer, self.shards())
         report.write(self.out)
         _show(report)
         print(f"report: {self.out / 'report.html'}")
@@ -139,7 +139,7 @@ class Stored:
         blocks = lambda: map(scorer.score, scorer.starts)  # noqa: E731
         return summary(ranking.rank(blocks, self.features.owner_T, len(self.features.video_ids), "none"))
 
-    def _shards(self) -> Index | None:
+    def shards(self) -> Index | None:
         """The split's shards, for the report's pictures, if they are still where they were."""
         try:
             return load_index(self.index["shards"], self.config.data.cache)
