@@ -24,10 +24,11 @@ NUM_FRAMES, NUM_TRIALS, WIDTH = 12, 20, 512
 def _inputs(num_texts: int, num_videos: int) -> tuple[Any, ...]:
     import torch
 
+    from tmass_dist.config import ModelConfig
     from tmass_dist.models.head import build_head
 
     generator = torch.Generator().manual_seed(0)
-    head = build_head(embed_dim=WIDTH, num_frames=NUM_FRAMES).eval()
+    head = build_head(ModelConfig(num_frames=NUM_FRAMES), WIDTH).eval()
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
@@ -39,8 +40,8 @@ def ours(num_texts: int, num_videos: int, device: str = "cpu", precision: str = 
     """Every text against every video, noise drawn for each text, 64 texts at a time."""
     import torch
 
+    from tmass_dist.evaluation.blocks import TILES
     from tmass_dist.evaluation.scoring import Gallery
-    from tmass_dist.evaluation.tiles import TILES
     from tmass_dist.noise import keyed_noise
 
     tile_texts, tile_videos = TILES[device]

@@ -21,16 +21,18 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tmass_dist.losses import symmetric_info_nce  # noqa: E402
+from tmass_dist.config import ModelConfig, StochasticConfig  # noqa: E402
 from tmass_dist.models.head import RetrievalHead, build_head  # noqa: E402
-from tmass_dist.objective import global_losses  # noqa: E402
+from tmass_dist.training.losses import symmetric_info_nce  # noqa: E402
+from tmass_dist.training.objective import global_losses  # noqa: E402
 
 NUM_FRAMES, WIDTH, DROPOUT = 12, 512, 0.3
 
 
 def ours(head: RetrievalHead, text: Tensor, frames: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
     """The objective of tmass_dist."""
-    return global_losses(head, text, frames, noise, scale, 0.8, dropout_keys=list(range(len(text)))).total
+    keys = list(range(len(text)))
+    return global_losses(head, text, frames, noise, scale, StochasticConfig(), dropout_keys=keys).total
 
 
 def published(head: RetrievalHead, text: Tensor, frames: Tensor, noise: Tensor, scale: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def published(head: RetrievalHead, text: Tensor, frames: Tensor, noise: Tensor, 
 def prepare(step: Callable[..., Tensor], batch: int, device: str) -> tuple[Callable[[], None], float]:
     """A whole step to be timed, and the MB that its forward keeps for the backward pass."""
     torch.manual_seed(0)
-    head = build_head(embed_dim=WIDTH, num_frames=NUM_FRAMES, dropout=DROPOUT).train().to(device)
+    head = build_head(ModelConfig(num_frames=NUM_FRAMES, dropout=DROPOUT), WIDTH).train().to(device)
     generator = torch.Generator().manual_seed(1)
     shapes = ((batch, WIDTH), (batch, NUM_FRAMES, WIDTH), (batch, WIDTH))
     text, frames, noise = (torch.randn(shape, generator=generator).to(device) for shape in shapes)

@@ -41,7 +41,7 @@ class RankedJob:
     def __call__(self) -> None:
         import submitit
 
-        from tmass_dist.train import usable_ranks
+        from tmass_dist.training.checks import usable_ranks
 
         env = submitit.JobEnvironment()
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
@@ -74,8 +74,8 @@ class RankedJob:
         import torch
 
         from tmass_dist.distributed import StopRequest, finish, is_main
-        from tmass_dist.evaluate import encode_run, evaluate
-        from tmass_dist.train import train
+        from tmass_dist.evaluation.encode import encode_run, evaluate
+        from tmass_dist.training.loop import train
 
         stop = StopRequest()
         torch.set_num_threads(self.cpu_threads)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch import cluster  # noqa: E402
-from launch.record import jobs_of  # noqa: E402
+from launch.submitted import jobs_of  # noqa: E402
 from tmass_dist.cli import run_command  # noqa: E402
 
 _STEP = re.compile(r"step (\d+)/(\d+) loss ([\d.nan]+), ([\d.]+) videos/s(?:, ETA (\S+))?")

@@ -15,9 +15,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launch import cluster, steps  # noqa: E402
+from launch import cluster, plan  # noqa: E402
 from launch.job import CommandJob  # noqa: E402
-from launch.record import refuse_live  # noqa: E402
+from launch.submitted import refuse_live  # noqa: E402
 from tmass_dist.cli import run_command, write_json  # noqa: E402
 from tmass_dist.config import Config, load_config, to_yaml  # noqa: E402
 
@@ -119,7 +119,7 @@ def _snapshot(run_dir: Path) -> Path:
     return snapshot
 
 
-def _plan(arguments: argparse.Namespace, resources: cluster.Resources) -> tuple[Path, list[Config], list[steps.Step]]:
+def _plan(arguments: argparse.Namespace, resources: cluster.Resources) -> tuple[Path, list[Config], list[plan.Step]]:
     """The directory that the submission belongs to, the runs in it, and what is to be done, in order."""
     overrides = arguments.overrides + ([f"run_dir={arguments.run_dir}"] if arguments.run_dir else [])
     page = arguments.config
@@ -127,7 +127,7 @@ def _plan(arguments: argparse.Namespace, resources: cluster.Resources) -> tuple[
         page = str(Path(arguments.run_dir) / "config.yaml")
     if page is None:
         raise ValueError("--config is needed: a page of configs/, or a path")
-    config = steps.absolute(load_config(page, overrides))
+    config = plan.absolute(load_config(page, overrides))
     base = Path(config.run_dir)
     folder = base / "jobs"
     if arguments.job == "shards":
@@ -135,42 +135,42 @@ def _plan(arguments: argparse.Namespace, resources: cluster.Resources) -> tuple[
             raise ValueError(
                 '--job shards needs --pack "--source ... --videos ... --split ... --out ...", once a split'
             )
-        return base, [], steps.packing(arguments.pack, resources, folder, arguments.tasks)
+        return base, [], plan.packing(arguments.pack, resources, folder, arguments.tasks)
     if arguments.job == "captions":
         if not arguments.describe:
             raise ValueError('--job captions needs --describe "DIRECTORY --model ...", once a split')
-        return base, [], steps.describing(arguments.describe, resources, folder, arguments.tasks)
+        return base, [], plan.describing(arguments.describe, resources, folder, arguments.tasks)
     if arguments.job == "evaluate":
-        return base, [], steps.evaluation(config, resources, folder, arguments.tasks, encode=True)
+        return base, [], plan.evaluation(config, resources, folder, arguments.tasks, encode=True)
     if arguments.sweep:
-        runs = steps.sweep(page, overrides, arguments.sweep, base)
-        trained = [steps.training(run, resources, folder) for run in runs]
-        array = steps.Step("train", [task for step in trained for task in step.tasks], resources)
+        runs = plan.sweep(page, overrides, arguments.sweep, base)
+        trained = [plan.training(run, resources, folder) for run in runs]
+        array = plan.Step("train", [task for step in trained for task in step.tasks], resources)
         compare = CommandJob(("launch/compare.py", str(base), "--out", str(base)), str(folder))
-        return base, runs, [array, steps.Step("compare", [compare], resources.one_task(), "afterany")]
+        return base, runs, [array, plan.Step("compare", [compare], resources.one_task(), "afterany")]
     if arguments.job == "all":
         splits = filter(None, (config.data.train, config.data.val, config.data.test))
         ready = all(Path(path, "index.safetensors").is_file() for path in splits)
-        packs = steps.packing([] if ready else arguments.pack, resources, folder, arguments.tasks)
-        trained = steps.training(config, resources, folder, then="encode")
-        after = steps.evaluation(config, resources, folder, arguments.tasks, encode=False)
+        packs = plan.packing([] if ready else arguments.pack, resources, folder, arguments.tasks)
+        trained = plan.training(config, resources, folder, then="encode")
+        after = plan.evaluation(config, resources, folder, arguments.tasks, encode=False)
         return base, [config] if not packs else [], [*packs, trained, *after]
-    return base, [config], [steps.training(config, resources, folder)]
+    return base, [config], [plan.training(config, resources, folder)]
 
 
 def submit(arguments: argparse.Namespace) -> None:
     """Check everything that can be checked here, then submit; local jobs are followed to their end."""
-    from tmass_dist.train import check, check_batch
+    from tmass_dist.training.checks import check, check_batch
 
     resources = _resources(arguments)
-    base, runs, plan = _plan(arguments, resources)
+    base, runs, steps = _plan(arguments, resources)
     world = resources.nodes * resources.tasks
     for run in runs:
         if resources.min_nodes is None:
             check_batch(run, world)
     folder, name = base / "jobs", arguments.name or base.name
     if arguments.dry_run:
-        _show_plan(plan, runs, folder, name)
+        _show_plan(steps, runs, folder, name)
         return
     if resources.cluster == "slurm":
         cluster.require_slurm()
@@ -181,11 +181,11 @@ def submit(arguments: argparse.Namespace) -> None:
     for note in folder.glob(f"{cluster.FINAL_ERROR}-*.txt"):
         note.unlink()
     if resources.cluster == "local":
-        _run_here(plan, folder, base)
+        _run_here(steps, folder, base)
         return
     jobs: list[dict[str, str]] = []
     code = _snapshot(base)
-    for step in plan:
+    for step in steps:
         flags = step.resources.flags | ({"dependency": f"{step.after}:{jobs[-1]['id']}"} if jobs else {})
         executor = cluster.slurm_executor(dataclasses.replace(step.resources, flags=flags), folder, code, name)
         job_id = cluster.submit(executor, step.tasks)[0].job_id.split("_")[0]
@@ -206,8 +206,8 @@ def submit(arguments: argparse.Namespace) -> None:
             raise ValueError(f"job {jobs[-1]['id']} ended {state}; its logs are in {folder}")
 
 
-def _run_here(plan: list[steps.Step], folder: Path, base: Path) -> None:
-    for step in plan:
+def _run_here(steps: list[plan.Step], folder: Path, base: Path) -> None:
+    for step in steps:
         for task in step.tasks:
             [job] = cluster.submit(cluster.local_executor(step.resources, folder, ROOT), [task])
             print(f"{step.name}: job {job.job_id} in {base}, log {folder}/{job.job_id}_0_log.err", flush=True)
@@ -216,17 +216,18 @@ def _run_here(plan: list[steps.Step], folder: Path, base: Path) -> None:
     print(f"curves: {Path(sys.executable).parent}/tensorboard --logdir {base}")
 
 
-def _show_plan(plan: list[steps.Step], runs: list[Config], folder: Path, name: str) -> None:
+def _show_plan(steps: list[plan.Step], runs: list[Config], folder: Path, name: str) -> None:
     """The exact sbatch text of each step (its dependency's number is not known yet), and each run's config."""
     import tempfile
 
-    for number, step in enumerate(plan):
+    for number, step in enumerate(steps):
         resources = step.resources
         kind = "GPU" if resources.gpus else "CPU"
         array = f", an array of {len(step.tasks)}" if len(step.tasks) > 1 else ""
         print(f"# {step.name}: {resources.nodes} nodes x {resources.tasks} tasks ({kind}){array}")
         if resources.cluster == "slurm":
-            flags = resources.flags | ({"dependency": f"{step.after}:JOB-OF-{plan[number - 1].name}"} if number else {})
+            before = {"dependency": f"{step.after}:JOB-OF-{steps[number - 1].name}"} if number else {}
+            flags = resources.flags | before
             with tempfile.TemporaryDirectory() as nowhere:
                 executor = cluster.slurm_executor(
                     dataclasses.replace(resources, flags=flags), Path(nowhere), folder.parent / "code", name

@@ -33,9 +33,9 @@ def pretrain(out: Path, steps: int, batch_size: int, seed: int) -> None:
     from safetensors.torch import save_file
     from tqdm import tqdm
 
-    from tmass_dist.engine.optim import warmup_cosine
-    from tmass_dist.losses import symmetric_info_nce
     from tmass_dist.models.backbone import build_tokenizer, build_towers
+    from tmass_dist.training.losses import symmetric_info_nce
+    from tmass_dist.training.optim import warmup_cosine
 
     writable_dir(out)
     (out / "demo.json").write_text(json.dumps(DESCRIPTION, indent=1) + "\n", encoding="utf-8")

@@ -4,10 +4,10 @@ import av  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import torch.utils.tensorboard  # noqa: F401
 
-import tmass_dist.evaluation.rescore
-import tmass_dist.validation  # noqa: F401
-from tmass_dist.engine.zero import _deepspeed
+import tmass_dist.evaluation.stored
+import tmass_dist.training.validation  # noqa: F401
 from tmass_dist.models.backbone import _open_clip
+from tmass_dist.training.engine import _deepspeed
 
 _deepspeed()
 _open_clip()

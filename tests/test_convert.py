@@ -17,7 +17,7 @@ WIDTH, LAYERS, FRAMES = 96, {"text": 2, "vision": 3}, 12
 def _their_names() -> dict[str, tuple[int, ...]]:
     """Names and shapes as the authors' model saves them, for towers of the demo's size."""
     config = load_config("demo.yaml")
-    vocabulary = build_model(config).towers.clip.token_embedding.num_embeddings
+    vocabulary = build_model(config.model).towers.clip.token_embedding.num_embeddings
     shapes: dict[str, tuple[int, ...]] = {"clip.logit_scale": ()}
     shapes["clip.text_model.embeddings.token_embedding.weight"] = (vocabulary, WIDTH)
     shapes["clip.text_model.embeddings.position_embedding.weight"] = (16, WIDTH)
@@ -72,7 +72,7 @@ def test_the_converted_model_attends_as_theirs(theirs: Path, tmp_path: Path) -> 
     target = tmp_path / "ours.safetensors"
     done = run("-m", "tmass_dist.convert", str(theirs), str(target))
     assert done.returncode == 0, done.stderr
-    model = build_model(load_config("demo.yaml")).eval()
+    model = build_model(load_config("demo.yaml").model).eval()
     model.load_state_dict(load_file(target))
     weights, layer = read_authors(theirs), "clip.vision_model.encoder.layers.1.self_attn."
     x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))

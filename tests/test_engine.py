@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import on_ranks
-from tmass_dist.config import Config, load_config
-from tmass_dist.objective import _Pooling, global_losses
+from tmass_dist.config import Config, ModelConfig, StochasticConfig, load_config
+from tmass_dist.training.objective import _Pooling, global_losses
 
 N, F, SIDE, WIDTH, STEPS = 12, 4, 16, 32, 10
 VARIANTS = {
@@ -77,13 +77,13 @@ def seeded(model: torch.nn.Module) -> None:
 
 def plain_run(config: Config, steps: int = STEPS) -> dict[str, Any]:
     """One process, torch alone."""
-    from tmass_dist.engine.optim import AuthorsAdamW
-    from tmass_dist.models.tmass import build_model, parameter_groups
+    from tmass_dist.training.objective import build_objective, parameter_groups
+    from tmass_dist.training.optim import AuthorsAdamW
 
     torch.manual_seed(0)
-    model = build_model(config).train()
+    model = build_objective(config).train()
     seeded(model)
-    optimizer = AuthorsAdamW(parameter_groups(model, config), lr=config.optim.lr)
+    optimizer = AuthorsAdamW(parameter_groups(model, config.optim), lr=config.optim.lr)
     losses, gradients = [], {}
     for step in range(steps):
         found = model("whole", *_stochastic(config, batch_of(step)))
@@ -106,11 +106,11 @@ def engine_run(config: Config, steps: int = STEPS) -> dict[str, Any]:
     """The same through DeepSpeed, on the ranks that there are."""
     from deepspeed.utils import safe_get_full_grad
 
-    from tmass_dist.engine.zero import Engine
-    from tmass_dist.models.tmass import build_model
+    from tmass_dist.training.engine import Engine
+    from tmass_dist.training.objective import build_objective
 
     torch.manual_seed(0)
-    model = build_model(config).train()
+    model = build_objective(config).train()
     seeded(model)
     engine = Engine(model, config)
     losses, gradients, norms = [], {}, {}
@@ -166,14 +166,14 @@ def test_every_world_stage_and_micro_batch_is_one_process(world: int, cases: lis
 
 def test_micro_batches_and_pooling_in_tiles_change_no_number() -> None:
     """The pooling in tiles, with its dropout drawn again for the backward pass."""
-    from tmass_dist.models.tmass import build_model
+    from tmass_dist.training.objective import build_objective
 
     found = []
     # A video takes N * WIDTH * 8 bytes * 8 copies = 24.6 kB: 5 videos to a tile, the last one of 2.
     for memory_mb in (None, 0.125):
         config = config_of()
         torch.manual_seed(0)
-        model = build_model(config).train().double()
+        model = build_objective(config).train().double()
         seeded(model)
         _, _, noise, keys = batch_of(0)
         text = noise.flip(0).double().requires_grad_()
@@ -184,7 +184,7 @@ def test_micro_batches_and_pooling_in_tiles_change_no_number() -> None:
             frames,
             noise.double(),
             model.towers.logit_scale,
-            0.8,
+            StochasticConfig(),
             dropout_keys=keys,
             memory_mb=memory_mb,
         )
@@ -198,7 +198,7 @@ def _peak_of_pooling(memory_mb: float | None) -> float:
     """MB that autograd holds after the forward of 64 videos by 512 texts."""
     from tmass_dist.models.head import build_head
 
-    head = build_head(embed_dim=WIDTH, num_frames=F, dropout=0.3).train()
+    head = build_head(ModelConfig(num_frames=F, dropout=0.3), WIDTH).train()
     held: set[tuple[int, int]] = set()
 
     def keep(tensor: Tensor) -> Tensor:
@@ -235,12 +235,12 @@ def _numbers_sent() -> tuple[int, int]:
 
     dist.all_gather, dist.all_reduce = counting_gather, counting_reduce
     _, _, noise, keys = share_of(batch_of(0))
-    head = build_head(embed_dim=WIDTH, num_frames=F).train()
+    head = build_head(ModelConfig(num_frames=F), WIDTH).train()
     text, frames = (
         torch.randn(len(keys), WIDTH, requires_grad=True),
         torch.randn(len(keys), F, WIDTH, requires_grad=True),
     )
-    losses = global_losses(head, text, frames, noise, torch.ones(1), 0.8, dropout_keys=keys)
+    losses = global_losses(head, text, frames, noise, torch.ones(1), StochasticConfig(), dropout_keys=keys)
     losses.total.backward()
     return sent["gathered"], sent["summed"]
 
@@ -252,12 +252,12 @@ def test_communication_of_a_step_is_3nd_and_2n2(tmp_path: Path) -> None:
 
 def _resumed(config: Config, directory: str, until: int, save_at: int | None) -> dict[str, Tensor]:
     """Train on from what lies in ``directory`` to step ``until``; every state afterwards."""
-    from tmass_dist.engine import checkpoint
-    from tmass_dist.engine.zero import Engine
-    from tmass_dist.models.tmass import build_model
+    from tmass_dist.training import checkpoint
+    from tmass_dist.training.engine import Engine
+    from tmass_dist.training.objective import build_objective
 
     torch.manual_seed(0)
-    model = build_model(config).train()
+    model = build_objective(config).train()
     seeded(model)
     engine = Engine(model, config)
     step = checkpoint.resume(engine, Path(directory))
@@ -315,12 +315,12 @@ def _fresh(tmp_path: Path) -> Path:
 def _held(stage: int) -> bool:
     """A gradient that is not a number on the last rank only: with hold, nothing changes anywhere."""
     from tmass_dist import distributed
-    from tmass_dist.engine.zero import Engine
-    from tmass_dist.models.tmass import build_model
+    from tmass_dist.training.engine import Engine
+    from tmass_dist.training.objective import build_objective
 
     torch.manual_seed(0)
     config = config_of(f"engine.zero_stage={stage}")
-    model = build_model(config).train()
+    model = build_objective(config).train()
     last = distributed.rank() == distributed.world_size() - 1
 
     def poisoned(gradient: Tensor) -> Tensor:
@@ -334,7 +334,7 @@ def _held(stage: int) -> bool:
         poisoned.on = poison
         engine.backward(*share_of(batch_of(step)))
         assert engine.finite == (not (poison and last))
-        broken = distributed.largest([float(not engine.finite)])[0] > 0
+        broken = distributed.max_over_ranks([float(not engine.finite)])[0] > 0
         assert broken == poison
         engine.step(1.0, hold=broken)
         states.append({f"{k}:{n}": v.clone() for k, n, v in engine.state()})
@@ -351,12 +351,12 @@ def test_a_gradient_of_one_rank_that_is_no_number_moves_no_rank(stage: int, tmp_
 
 
 def _torn(directory: str) -> list[int]:
-    from tmass_dist.engine import checkpoint
-    from tmass_dist.engine.zero import Engine
-    from tmass_dist.models.tmass import build_model
+    from tmass_dist.training import checkpoint
+    from tmass_dist.training.engine import Engine
+    from tmass_dist.training.objective import build_objective
 
     config = config_of()
-    engine = Engine(build_model(config), config)
+    engine = Engine(build_objective(config), config)
     saver = checkpoint.Saver(engine, Path(directory), keep=2)
     for step in (1, 2, 3):
         engine.backward(*share_of(batch_of(step)))
@@ -389,13 +389,13 @@ def test_a_torn_checkpoint_is_passed_over_and_only_the_newest_stay(tmp_path: Pat
 
 
 def _losses_of(configs: list[Config]) -> list[list[float]]:
-    from tmass_dist.engine.zero import Engine
-    from tmass_dist.models.tmass import build_model
+    from tmass_dist.training.engine import Engine
+    from tmass_dist.training.objective import build_objective
 
     losses = []
     for config in configs:
         torch.manual_seed(0)
-        model = build_model(config).train()
+        model = build_objective(config).train()
         seeded(model)
         engine = Engine(model, config)
         run = []

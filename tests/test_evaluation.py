@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.conftest import ROOT, run
-from tmass_dist.config import load_config, to_yaml
+from tmass_dist.config import ModelConfig, load_config, to_yaml
 from tmass_dist.evaluation import features as store
 from tmass_dist.evaluation import ranking
 from tmass_dist.models.head import build_head
@@ -36,7 +36,7 @@ def _part(video_numbers: list[int]) -> store.Part:
 def _write(directory: Path, parts: list[store.Part], checkpoint: str = "best.safetensors") -> Path:
     for number, part in enumerate(parts):
         store.save_part(directory, number, part)
-    save_file(build_head(embed_dim=D, num_frames=F).state_dict(), directory / "head.safetensors")
+    save_file(build_head(ModelConfig(num_frames=F), D).state_dict(), directory / "head.safetensors")
     about = {"config": to_yaml(load_config("demo.yaml")), "split": "test", "checkpoint": checkpoint}
     store.save_index(directory, len(parts), [f"v{n}" for n in range(V)], "made-from", about)
     return directory
@@ -50,7 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process makes of ``made``."""
-    from tmass_dist.evaluation.rescore import Stored
+    from tmass_dist.evaluation.stored import Stored
 
     out = tmp_path_factory.mktemp("whole")
     Stored(made, [], out).report()
@@ -76,7 +76,7 @@ def test_parts_of_any_cut_are_the_same_features(made: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 7, 64])
 def test_any_number_of_shards_gives_the_same_bits(made: Path, whole: Path, tmp_path: Path, num_shards: int) -> None:
-    from tmass_dist.evaluation.rescore import Stored
+    from tmass_dist.evaluation.stored import Stored
 
     out = tmp_path / "out"
     for number in range(num_shards):
@@ -124,7 +124,7 @@ def test_bfloat16_names_itself_in_every_result_and_shares_no_block(made: Path, t
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("overrides", [[], ["evaluation.protocol=published_code"], ["stochastic.prior=normal"]])
 def test_a_gpu_scores_as_the_cpu_does(made: Path, tmp_path: Path, overrides: list[str]) -> None:
-    from tmass_dist.evaluation.rescore import Stored
+    from tmass_dist.evaluation.stored import Stored
 
     scorer = Stored(made, overrides, tmp_path).scorer
     assert scorer.device.type == "cuda"

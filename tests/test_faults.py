@@ -21,7 +21,7 @@ import torch
 
 from tests import forked
 from tests.conftest import ROOT, run
-from tmass_dist.engine.checkpoint import saved_steps, weights_of
+from tmass_dist.training.checkpoint import saved_steps, weights_of
 
 TIMEOUT_S = 12
 
@@ -249,11 +249,10 @@ def test_one_run_survives_every_fault(
 
 INSIDE = """
 import os, time
-import tmass_dist.train as training
-from tmass_dist.models import tmass
+from tmass_dist.training import loop, objective
 
 RANK, AT, calls = int(os.environ["RANK"]), {at}, []
-inputs, build = training.step_inputs, tmass.build_model
+inputs, build = loop.step_inputs, objective.build_objective
 
 def broken_inputs(batch, step, *more):
     calls.append(step)
@@ -268,7 +267,7 @@ def broken_model(config):
         weight.register_hook(lambda g: g * (float("nan") if RANK == {number} and calls[-1] == AT else 1.0))
     return model
 
-training.step_inputs, tmass.build_model = broken_inputs, broken_model
+loop.step_inputs, objective.build_objective = broken_inputs, broken_model
 """
 """Breaks one rank at one step: by ``action``, or (``pass``) by a gradient that is no number."""
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tmass_dist.config import ModelConfig
 from tmass_dist.evaluation.ranking import metrics, rank_texts, rank_videos
 from tmass_dist.evaluation.scoring import score
 from tmass_dist.models.head import build_head
@@ -19,7 +20,7 @@ def _scores(seed: int, protocol: str) -> dict[str, float]:
     text_TD = torch.randn(len(owner_T), D, generator=generator)
     frames_VFD = torch.randn(V, F, D, generator=generator)
     noise = keyed_noise(torch.arange(len(owner_T)), M * D, seed=seed).view(-1, M, D)
-    head = build_head(embed_dim=D, num_frames=F).eval()
+    head = build_head(ModelConfig(num_frames=F), D).eval()
     similarity = score(head, text_TD, frames_VFD, noise, protocol=protocol, caption_owner_T=owner_T)
     # The published protocol has no number where a video lacks the slot; such videos cannot win.
     return metrics(rank_texts(similarity.nan_to_num(-2.0), owner_T)) | {"num_texts": float(len(owner_T))}
@@ -47,7 +48,7 @@ def test_ties_count_against_us() -> None:
 
 
 def test_not_a_number_is_named() -> None:
-    head = build_head(embed_dim=D, num_frames=F).eval()
+    head = build_head(ModelConfig(num_frames=F), D).eval()
     text = torch.randn(3, D)
     text[1, 0] = torch.nan
     with pytest.raises(ValueError, match=r"1 texts .* \[1\]"):
@@ -60,7 +61,7 @@ def test_not_a_number_is_named() -> None:
 
 def test_tiles_and_blocks_give_the_full_matrix() -> None:
     torch.manual_seed(0)
-    head = build_head(embed_dim=D, num_frames=F, num_heads=2).eval()
+    head = build_head(ModelConfig(num_frames=F, num_heads=2), D).eval()
     text, frames = torch.randn(30, D), torch.randn(20, F, D)
     noise = keyed_noise(torch.arange(30), M * D, seed=0, prior="normal", std=0.3).view(-1, M, D)
     whole = score(head, text, frames, noise, tile_texts=1000, tile_videos=1000)

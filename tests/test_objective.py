@@ -8,11 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import on_ranks
-from tmass_dist.losses import symmetric_info_nce
+from tmass_dist.config import ModelConfig, StochasticConfig
 from tmass_dist.models.head import build_head
 from tmass_dist.models.pooling import XPool
 from tmass_dist.noise import keyed_mask
-from tmass_dist.objective import global_losses
+from tmass_dist.training.losses import symmetric_info_nce
+from tmass_dist.training.objective import global_losses
 
 # Shapes: N pairs of the world, F frames, D embedding width.
 N, F, D = 12, 4, 8
@@ -22,13 +23,14 @@ def _loss_and_gradients(variant: str, text_ND: Tensor, frames_NFD: Tensor, noise
     """The loss, this rank's input gradients, and its share of the parameters' gradients."""
     torch.manual_seed(0)
     radius, *more = variant.split("+")
-    options: dict = {
-        "kl_weight": 0.3 if "kl" in more else 0.0,
-        "pooled_by": "sample" if "by_sample" in more else "text",
-        "trials": "best" if "best" in more else "mean",
-        "training_radius": "pair" if "pairs" in more else "own",
-    }
-    head = build_head(embed_dim=D, num_frames=F, pooling="xpool", num_heads=2, dropout=0.0, radius=radius).double()
+    stochastic = StochasticConfig(
+        kl_weight=0.3 if "kl" in more else 0.0,
+        samples=3 if "several" in more else 1,
+        trials="best" if "best" in more else "mean",
+        training_radius="pair" if "pairs" in more else "own",
+    )
+    pooled_by = "sample" if "by_sample" in more else "text"
+    head = build_head(ModelConfig(num_frames=F, pooling="xpool", num_heads=2, dropout=0.0, radius=radius), D).double()
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -39,7 +41,7 @@ def _loss_and_gradients(variant: str, text_ND: Tensor, frames_NFD: Tensor, noise
     frames_BFD.requires_grad_()
     logit_scale = torch.full((1,), 2.0, dtype=torch.float64, requires_grad=True)
     losses = global_losses(
-        head, text_BD, frames_BFD, None if radius == "none" else noise_BD, logit_scale, 0.8, **options
+        head, text_BD, frames_BFD, None if radius == "none" else noise_BD, logit_scale, stochastic, pooled_by=pooled_by
     )
     losses.total.backward()
     parameters = {name: parameter.grad for name, parameter in head.named_parameters() if parameter.grad is not None}
@@ -86,7 +88,7 @@ def test_several_samples_are_what_their_names_say(
         torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (N, F, D), (N, 3, D))
     )
     torch.manual_seed(0)
-    head = build_head(embed_dim=D, num_frames=F, dropout=0.0, radius=radius).double()  # type: ignore[arg-type]
+    head = build_head(ModelConfig(num_frames=F, dropout=0.0, radius=radius), D).double()  # type: ignore[arg-type]
     assert head.mass is not None
     with torch.no_grad():
         for parameter in head.parameters():
@@ -104,8 +106,8 @@ def test_several_samples_are_what_their_names_say(
         scale = torch.full((1,), 2.0, dtype=torch.float64)
         each = [symmetric_info_nce(x, scale) for x in similarity]
         expected = symmetric_info_nce(similarity.amax(0), scale) if trials == "best" else torch.stack(each).mean()
-        options: dict = {"trials": trials, "training_radius": training_radius, "memory_mb": memory_mb}
-        losses = global_losses(head, text, frames, noise, scale, 0.8, **options)
+        stochastic = StochasticConfig(samples=3, trials=trials, training_radius=training_radius)  # pyright: ignore
+        losses = global_losses(head, text, frames, noise, scale, stochastic, memory_mb=memory_mb)
     torch.testing.assert_close(losses.stochastic, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(losses.total, losses.stochastic + 0.8 * losses.support)
     assert losses.support > 0
@@ -120,7 +122,7 @@ def test_the_head_is_the_plain_one_with_every_projection_of_every_pair(num_heads
     inputs = [torch.randn(s, generator=generator).double() for s in ((pairs, width), (pairs, F, width))]
     noise = torch.randn(pairs, width, generator=generator).double()
     torch.manual_seed(0)
-    head = build_head(embed_dim=width, num_frames=F, num_heads=num_heads, dropout=dropout).double().train()
+    head = build_head(ModelConfig(num_frames=F, num_heads=num_heads, dropout=dropout), width).double().train()
     pool, mass, scale, keys = head.pooling, head.mass, torch.full((1,), 2.0).double(), list(range(pairs))
     assert isinstance(pool, XPool) and mass is not None
     with torch.no_grad():
@@ -145,7 +147,7 @@ def test_the_head_is_the_plain_one_with_every_projection_of_every_pair(num_heads
         return losses[0] + 0.8 * losses[1]
 
     def ours(text: Tensor, frames: Tensor) -> Tensor:
-        return global_losses(head, text, frames, noise, scale, 0.8, dropout_keys=keys).total
+        return global_losses(head, text, frames, noise, scale, StochasticConfig(), dropout_keys=keys).total
 
     found = []
     for step in (plain, ours):
@@ -160,7 +162,7 @@ def test_the_head_is_the_plain_one_with_every_projection_of_every_pair(num_heads
 
 @pytest.mark.parametrize("start", ["rising", "falling"])
 def test_an_untrained_radius_rises_or_falls_with_the_match(start: str) -> None:
-    head = build_head(embed_dim=D, num_frames=F, radius_start=start)  # pyright: ignore[reportArgumentType]
+    head = build_head(ModelConfig(num_frames=F, radius_start=start), D)  # pyright: ignore[reportArgumentType]
     assert head.mass is not None
     poor, good = (head.mass.radius_of(torch.full((F,), cosine), torch.zeros(D)) for cosine in (0.1, 0.6))
     sign = 1 if start == "rising" else -1

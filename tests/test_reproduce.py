@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.experiments import PARTS, SIZES, SYSTEMS, systems_of
-from launch.measure import measure
+from launch.paper.measure import measure
+from launch.paper.systems import PARTS, SIZES, SYSTEMS, systems_of
 from tests.conftest import ROOT, run
 from tmass_dist.config import load_config
 
-PUBLISHED = yaml.safe_load((ROOT / "launch" / "published.yaml").read_text())
+PUBLISHED = yaml.safe_load((ROOT / "launch" / "paper" / "published.yaml").read_text())
 
 
 @pytest.fixture(scope="module")

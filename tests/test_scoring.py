@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests import oracle
+from tmass_dist.config import ModelConfig
 from tmass_dist.evaluation.scoring import score
 from tmass_dist.models.head import build_head
 from tmass_dist.noise import keyed_noise, text_key
@@ -20,7 +21,7 @@ def test_folded_scores_are_the_equations(
     radius: str, pooling: str, num_heads: int, pooled_by: str, shared: bool
 ) -> None:
     generator = torch.Generator().manual_seed(0)
-    head = build_head(embed_dim=D, num_frames=F, pooling=pooling, num_heads=num_heads, radius=radius).eval()
+    head = build_head(ModelConfig(num_frames=F, pooling=pooling, num_heads=num_heads, radius=radius), D).eval()
     for parameter in head.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     text, frames = 3 * torch.randn(T, D, generator=generator), torch.randn(V, F, D, generator=generator)
@@ -33,7 +34,7 @@ def test_folded_scores_are_the_equations(
 @torch.no_grad()
 def test_at_the_real_width_too() -> None:
     generator = torch.Generator().manual_seed(1)
-    head = build_head(embed_dim=512, num_frames=12).eval()
+    head = build_head(ModelConfig(num_frames=12), 512).eval()
     for parameter in head.parameters():
         parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     text, frames = torch.randn(5, 512, generator=generator), torch.randn(4, 12, 512, generator=generator)
@@ -48,7 +49,7 @@ def test_at_the_real_width_too() -> None:
 @torch.no_grad()
 def test_bfloat16_is_within_1e_3_and_ranks_alike(radius: str, shared: bool) -> None:
     generator = torch.Generator().manual_seed(2)
-    head = build_head(embed_dim=512, num_frames=12, radius=radius).eval()
+    head = build_head(ModelConfig(num_frames=12, radius=radius), 512).eval()
     for parameter in head.parameters():
         parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
     frames = torch.randn(300, 12, 512, generator=generator)

@@ -61,13 +61,13 @@ def test_openai_weights_load_from_each_form_of_file(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_architecture_names_what_differs_and_what_it_asks_for() -> None:
-    made = build_model(load_config("demo.yaml", ["model.num_frames=8"]))
+    made = build_model(load_config("demo.yaml", ["model.num_frames=8"]).model)
     for overrides, said in (
         (["model.num_frames=12"], r"head\.mass\.linear\.weight is \(96, 8\) and not \(96, 12\).*model\.num_frames=8"),
         (["model.pooling=mean"], r"has head\.pooling\.query\.weight too.*model\.pooling=xpool"),
     ):
         with pytest.raises(ValueError, match=said):
-            load_weights(build_model(load_config("demo.yaml", overrides)), made.state_dict(), "best.safetensors")
+            load_weights(build_model(load_config("demo.yaml", overrides).model), made.state_dict(), "best.safetensors")
     clip = build_towers("ViT-B-32-quickgelu", None).clip.state_dict()
     with pytest.raises(ValueError, match=r"model\.architecture=ViT-B-32-quickgelu"):
         load_weights(build_towers("towers/demo.json", None).clip, clip, "file.pt")

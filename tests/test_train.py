@@ -73,7 +73,7 @@ import sys, torch
 from safetensors.torch import load_file
 from tmass_dist.export import load
 from tmass_dist.evaluation.scoring import score
-from tmass_dist.evaluation.rescore import Stored
+from tmass_dist.evaluation.stored import Stored
 from pathlib import Path
 model, tokenize = load({str(tmp_path / "model")!r})
 stored = Stored(Path({str(whole / "evaluation" / "features")!r}), [], Path({str(tmp_path)!r}))
@@ -189,9 +189,9 @@ def test_flops_are_those_of_the_architecture() -> None:
 
     from tmass_dist.config import load_config
     from tmass_dist.models.tmass import build_model
-    from tmass_dist.monitor import forward_flops
+    from tmass_dist.training.monitor import forward_flops
 
-    model = build_model(load_config("msrvtt.yaml", ["model.pretrained=null"]))
+    model = build_model(load_config("msrvtt.yaml", ["model.pretrained=null"]).model)
     pixels = torch.zeros(1, 2, 224, 224, 3, dtype=torch.uint8)
     found = forward_flops(model, pixels, torch.ones(1, 77, dtype=torch.int64))
     assert found == pytest.approx(2 * (2 * 4.4e9 + 3.0e9), rel=0.03)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tmass_dist.clock import CLOCK
+from tmass_dist.phase_timer import PHASE_TIMER
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -98,11 +98,11 @@ _begun = 0
 def _collective() -> Iterator[None]:
     global _begun
     _begun += 1
-    with CLOCK.during("communication"):
+    with PHASE_TIMER.during("communication"):
         yield
 
 
-def collectives_begun() -> int:
+def collectives_entered() -> int:
     """Exchanges that this rank has entered. Every rank makes the same ones: who has entered fewer keeps the others."""
     return _begun
 
@@ -173,7 +173,7 @@ def sum_over_ranks(values: Tensor) -> None:
 _host_groups: list[Any] = []
 
 
-def largest(values: list[float]) -> list[float]:
+def max_over_ranks(values: list[float]) -> list[float]:
     """Each number's largest over the ranks; how all agree to stop, or that something failed.
 
     It runs between the hosts' processors, so that asking at every step waits for no other rank's GPU.

@@ -16,7 +16,7 @@ from tmass_dist.cli import run_command, writable_dir
 from tmass_dist.config import load_config
 
 if TYPE_CHECKING:
-    from tmass_dist.objective import Objective
+    from tmass_dist.models.tmass import RetrievalModel
 
 CARD = """# {name}
 
@@ -70,7 +70,7 @@ def export(run: Path, out: Path) -> None:
     (out / "README.md").write_text(card, encoding="utf-8")
 
 
-def load(directory: str | Path) -> tuple[Objective, Any]:
+def load(directory: str | Path) -> tuple[RetrievalModel, Any]:
     """The exported model, in evaluation mode on the CPU, and its tokenizer.
 
     Raises:
@@ -89,7 +89,7 @@ def load(directory: str | Path) -> tuple[Objective, Any]:
     description = directory / "towers.json"
     architecture = str(description) if description.is_file() else config.model.architecture
     config = replace(config, model=replace(config.model, architecture=architecture, pretrained=None))
-    model = build_model(config).eval()
+    model = build_model(config.model).eval()
     path = directory / "model.safetensors"
     try:
         load_weights(model, load_file(path), str(path))

@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from tmass_dist.config import Config, OptimConfig
+from tmass_dist.config import Config, ModelConfig, OptimConfig, StochasticConfig
 from tmass_dist.convert import HEAD_NAMES
 from tmass_dist.data.frames import random_frame_indices, uniform_frame_indices, window_frame_indices
 from tmass_dist.data.transforms import crop_flip, resize_centre_crop
-from tmass_dist.engine.optim import AuthorsAdamW, warmup_cosine
 from tmass_dist.evaluation.ranking import dsl, metrics, rank_texts, rank_videos
 from tmass_dist.evaluation.scoring import score
 from tmass_dist.models.backbone import build_towers
 from tmass_dist.models.head import RetrievalHead, build_head
-from tmass_dist.models.tmass import parameter_groups
-from tmass_dist.objective import Objective, global_losses
-from tmass_dist.train import validation_steps
-from tmass_dist.validation import improves
+from tmass_dist.models.tmass import RetrievalModel
+from tmass_dist.training.checks import validation_steps
+from tmass_dist.training.objective import Objective, global_losses, parameter_groups
+from tmass_dist.training.optim import AuthorsAdamW, warmup_cosine
+from tmass_dist.training.validation import improves
 
 DIRECTORY = Path(os.environ.get("TMASS_GOLDEN", Path(__file__).parent / "data"))
 FILES = {path.stem: path for path in sorted(DIRECTORY.glob("*.npz"))}
@@ -49,7 +49,7 @@ def _our_name(theirs: str) -> str:
 
 def _head(data: dict[str, Tensor], num_heads: int) -> RetrievalHead:
     num_frames, width = data["video"].shape[1:]
-    head = build_head(embed_dim=width, num_frames=num_frames, num_heads=num_heads, dropout=0.0)
+    head = build_head(ModelConfig(num_frames=num_frames, num_heads=num_heads, dropout=0.0), width)
     theirs = {k.removeprefix("w_"): v for k, v in data.items() if k.startswith(("w_pool.", "w_radius."))}
     head.load_state_dict({_our_name(name): value for name, value in theirs.items()})
     return head.eval()
@@ -79,7 +79,8 @@ def test_training_forward_losses_and_gradients(name: str, monkeypatch: pytest.Mo
     scale = data["w_logit_scale"].reshape(1).clone().requires_grad_()
 
     keys = list(range(len(video)))
-    losses = global_losses(head, text, video, data["eps"], scale, weight, dropout_keys=keys)
+    stochastic = StochasticConfig(support_weight=weight)
+    losses = global_losses(head, text, video, data["eps"], scale, stochastic, dropout_keys=keys)
     losses.total.backward()
 
     close = {"rtol": 1e-4, "atol": 1e-5}
@@ -284,13 +285,14 @@ def test_five_full_training_steps_of_a_tiny_clip(name: str, tmp_path: Path) -> N
     weights = {key.removeprefix("clip/"): value for key, value in data.items() if key.startswith("clip/")}
     weights["logit_scale"] = weights["logit_scale"].reshape(1)
     towers.clip.load_state_dict(weights)
-    head = build_head(embed_dim=towers.embed_dim, num_frames=int(data["num_frames"]), dropout=0.0)
+    head = build_head(ModelConfig(num_frames=int(data["num_frames"]), dropout=0.0), towers.embed_dim)
     theirs = {key.removeprefix("head/"): value for key, value in data.items() if key.startswith("head/")}
     head.load_state_dict({_our_name(key): value for key, value in theirs.items()})
-    model = Objective(towers, head, float(data["support_weight"]))
+    stochastic = StochasticConfig(support_weight=float(data["support_weight"]))
+    model = Objective(RetrievalModel(towers, head), Config(stochastic=stochastic))
     # The set's network input is u8 / 255 * 4 - 2.
     towers.mean_C, towers.std_C = torch.full((3,), 0.5), torch.full((3,), 0.25)
-    groups = parameter_groups(model, Config(optim=OptimConfig()))
+    groups = parameter_groups(model, OptimConfig())
     optimizer = AuthorsAdamW(groups, lr=0.0, weight_decay=0.2)
 
     def pixels_of(step: int) -> Tensor:

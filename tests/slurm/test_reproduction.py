@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.measure import is_finished
-from launch.record import jobs_of
+from launch.paper.measure import is_finished
+from launch.submitted import jobs_of
 from tests.slurm.cluster import PATIENCE_S, Cluster, until
 
 pytestmark = pytest.mark.slurm

@@ -13,7 +13,7 @@ import torch
 from shards.demo_data import generate
 from tests.slurm.cluster import PATIENCE_S, ROOT, Cluster, Job, until
 from tests.slurm.conftest import STEPS
-from tmass_dist.engine.checkpoint import weights_of
+from tmass_dist.training.checkpoint import weights_of
 
 pytestmark = pytest.mark.slurm
 

@@ -22,8 +22,8 @@ from tmass_dist.pictures import figure, png
 if TYPE_CHECKING:
     from tmass_dist.config import Config
     from tmass_dist.data.index import Index
+    from tmass_dist.evaluation.blocks import Scorer
     from tmass_dist.evaluation.features import Features
-    from tmass_dist.evaluation.tiles import Scorer
 
 COLUMNS = ("R@1", "R@5", "R@10", "MdR", "MnR")
 THIS = "this result"
@@ -128,6 +128,11 @@ class Report:
             aside = directory / f"{name}.tmp"
             aside.write_text(content, encoding="utf-8")
             aside.replace(directory / name)
+
+    def show(self) -> None:
+        """Print both tables."""
+        for direction, name in (("t2v", "text to video"), ("v2t", "video to text")):
+            print(table(self.rows(direction), f"\n{name} ({label(self.result)})"), flush=True)
 
     def html(self) -> str:
         """The page; every text in it is escaped."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from tmass_dist.evaluation.tiles import Scorer
+    from tmass_dist.evaluation.blocks import Scorer
 
 
 def candidates(text_TD: Tensor, frames_VFD: Tensor, num_candidates: int) -> Tensor:

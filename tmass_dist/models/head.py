@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import nn
 
+from tmass_dist.config import ModelConfig
 from tmass_dist.models.pooling import MeanPool, XPool
-from tmass_dist.models.stochastic import RadiusKind, TextMass
+from tmass_dist.models.stochastic import TextMass
 
 
 class RetrievalHead(nn.Module):
@@ -19,16 +18,9 @@ class RetrievalHead(nn.Module):
         self.mass = mass
 
 
-def build_head(
-    *,
-    embed_dim: int,
-    num_frames: int,
-    pooling: Literal["xpool", "mean"] = "xpool",
-    num_heads: int = 1,
-    dropout: float = 0.3,
-    radius: RadiusKind | Literal["none"] = "exp_linear",
-    radius_start: Literal["rising", "falling"] = "rising",
-) -> RetrievalHead:
-    """A head in its initial state, by default the authors'."""
-    pool = MeanPool() if pooling == "mean" else XPool(embed_dim, num_heads, dropout)
-    return RetrievalHead(pool, None if radius == "none" else TextMass(num_frames, embed_dim, radius, radius_start))
+def build_head(config: ModelConfig, embed_dim: int) -> RetrievalHead:
+    """A head in its initial state, by default the authors', for embeddings of width ``embed_dim``."""
+    pooling = MeanPool() if config.pooling == "mean" else XPool(embed_dim, config.num_heads, config.dropout)
+    if config.radius == "none":
+        return RetrievalHead(pooling, None)
+    return RetrievalHead(pooling, TextMass(config.num_frames, embed_dim, config.radius, config.radius_start))

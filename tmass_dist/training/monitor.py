@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tmass_dist.config import Config
-    from tmass_dist.objective import Losses, Objective
+    from tmass_dist.models.tmass import RetrievalModel
+    from tmass_dist.training.objective import Losses
 
 TAGS = {
     "loss/total": "stochastic + support_weight * support, over the global batch",
@@ -196,7 +197,7 @@ def peak_flops(config: Config) -> float | None:
     return next((tflops * 1e12 for known, tflops in PEAK_TFLOPS.items() if known in name), None)
 
 
-def forward_flops(model: Objective, pixels_BFHWC: Tensor, tokens_BL: Tensor) -> float:
+def forward_flops(model: RetrievalModel, pixels_BFHWC: Tensor, tokens_BL: Tensor) -> float:
     """FLOPs of the towers for the first pair, counted by torch on the real shapes; the head's are left out."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode

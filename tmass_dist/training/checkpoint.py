@@ -22,7 +22,7 @@ from tmass_dist.distributed import barrier, gather_objects, is_main, rank, share
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tmass_dist.engine.zero import Engine
+    from tmass_dist.training.engine import Engine
 
 _NAME = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"

@@ -13,9 +13,9 @@ import torch
 
 from tmass_dist.cli import write_json
 from tmass_dist.evaluation import ranking
+from tmass_dist.evaluation.blocks import Scorer
 from tmass_dist.evaluation.report import COLUMNS, summary
-from tmass_dist.evaluation.rescore import Stored
-from tmass_dist.evaluation.tiles import Scorer
+from tmass_dist.evaluation.stored import Stored
 from tmass_dist.models.head import RetrievalHead
 
 

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from tmass_dist.config import Config
 from tmass_dist.distributed import is_initialised, join_alone, rank, sum_over_ranks, world_size
-from tmass_dist.engine.optim import AuthorsAdamW, TorchAdamW
-from tmass_dist.models.tmass import parameter_groups
-from tmass_dist.objective import Losses, Objective
+from tmass_dist.training.objective import Losses, Objective, parameter_groups
+from tmass_dist.training.optim import AuthorsAdamW, TorchAdamW
 
 
 def _deepspeed() -> Any:
@@ -47,7 +46,7 @@ class Engine:
         local = config.data.batch_size // world_size()
         self.micro = min(config.engine.micro_batch or local, local)
         self.num_micro = -(-local // self.micro)
-        groups: Any = parameter_groups(model, config)
+        groups: Any = parameter_groups(model, config.optim)
         kind = AuthorsAdamW if config.optim.kind == "authors" else TorchAdamW
         self.optimizer = kind(groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
         self.optimizer.ema = config.optim.ema

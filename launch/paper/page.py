@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.experiments import PARTS, SYSTEMS
-from launch.measure import gain_of, is_finished, measure, numbers, spread
+from launch.paper.measure import gain_of, is_finished, measure, numbers, spread
+from launch.paper.systems import PARTS, SYSTEMS
 from tmass_dist.evaluation.report import COLUMNS
 
 if TYPE_CHECKING:
-    from launch.reproduce import Layout
+    from launch.paper.layout import Layout
 
 PUBLISHED = "published (published code, see protocol)"
 TITLES = {
@@ -126,7 +126,7 @@ class _Writer:
         return Section("Table 5", note, ["row", "source", *COLUMNS], rows)
 
     def figure_1(self) -> Section:
-        from launch.figures import training_curves
+        from launch.paper.figures import training_curves
 
         runs = self._finished("tmass"), self._finished("kl")
         pictures = [("Figure 1", training_curves(*runs))] if all(runs) else []
@@ -138,7 +138,7 @@ class _Writer:
     @cached_property
     def _radii(self) -> Any:
         """Of T-MASS's first seed; Figure 2 and Figures 3 to 10 share them."""
-        from launch.figures import Radii
+        from launch.paper.figures import Radii
 
         runs = self._finished("tmass")
         return Radii(runs[0]) if runs else None
@@ -173,7 +173,7 @@ class _Writer:
         return Section("Figures 3 to 10", note, ["of all queries", "share"] if rows else [], rows, pictures)
 
     def section_2(self) -> Section:
-        from launch.figures import scores_against_trials
+        from launch.paper.figures import scores_against_trials
 
         runs, points, rows = self._finished("tmass"), [], []
         for trials in (0, 1, 5, 10, 20, 40) if runs else ():
@@ -266,7 +266,7 @@ def _caption_tokens(run: Path) -> int:
     from tmass_dist.config import load_config
     from tmass_dist.data.index import read_sample
     from tmass_dist.models.backbone import build_tokenizer
-    from tmass_dist.train import load_splits
+    from tmass_dist.training.checks import load_splits
 
     config = load_config(str(run / "config.yaml"))
     training, _ = load_splits(config)

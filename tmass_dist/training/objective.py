@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tmass_dist.clock import CLOCK
+from tmass_dist.config import Config, OptimConfig, StochasticConfig
 from tmass_dist.distributed import gather_rows
-from tmass_dist.losses import symmetric_info_nce, temperature
-from tmass_dist.models.backbone import Towers
 from tmass_dist.models.head import RetrievalHead
 from tmass_dist.models.pooling import Seen
+from tmass_dist.models.tmass import RetrievalModel, build_model
+from tmass_dist.phase_timer import PHASE_TIMER
+from tmass_dist.training.losses import symmetric_info_nce, temperature
 
 
 class Losses(NamedTuple):
@@ -49,12 +50,9 @@ def global_losses(
     frames_BFD: Tensor,
     noise_BD: Tensor | None,
     logit_scale: Tensor,
-    support_weight: float,
+    stochastic: StochasticConfig,
     *,
-    kl_weight: float = 0.0,
     pooled_by: Literal["text", "sample"] = "text",
-    trials: Literal["mean", "best"] = "mean",
-    training_radius: Literal["own", "pair"] = "own",
     dropout_keys: list[int] | None = None,
     memory_mb: float | None = None,
 ) -> Losses:
@@ -66,12 +64,8 @@ def global_losses(
         noise_BD: ``eps`` of the own texts, or ``(B, K, D)`` for K samples of each; None trains on the texts
             themselves.
         logit_scale: log of the temperature, shape [1]; limited to ln 100 in the forward.
-        support_weight: weight of the support-text loss.
-        kl_weight: weight of the mass's divergence from N(0, I).
-        pooled_by: what asks the frames, the text or its (first) sample.
-        trials: of several samples, the mean of their losses; or the loss of each pair's best one, as evaluation does.
-        training_radius: the own pair's radius for every video, as the paper trains; or each pair's own one, as
-            evaluation does.
+        stochastic: weights of the terms, and how samples and radii enter the loss.
+        pooled_by: the attention query, the text or its (first) sample.
         dropout_keys: one of each own video; training needs them where the pooling has dropout.
         memory_mb: about what the pooling of the own videos by all N texts may take; beyond it videos are pooled
             a few at a time, and once more for the backward pass. None sets no limit.
@@ -86,11 +80,11 @@ def global_losses(
     asking_BD = sampled_BKD[:, 0] if pooled_by == "sample" and sampled_BKD is not None else text_BD
     pooling = _Pooling(head, gather_rows(asking_BD), frames_BFD, dropout_keys, memory_mb)
     of_pairs = None
-    if training_radius == "pair" and noise_BKD is not None:
+    if stochastic.training_radius == "pair" and noise_BKD is not None:
         of_pairs = _PairSamples(head, gather_rows(text_BD), gather_rows(noise_BKD), frames_BFD)
     anchors = [text_BD] if sampled_BKD is None else list(sampled_BKD.unbind(1)) if of_pairs is None else []
     num_trials = len(anchors) if of_pairs is None else of_pairs.num_trials
-    if head.mass is not None and radius_BD is not None and support_weight:
+    if head.mass is not None and radius_BD is not None and stochastic.support_weight:
         pooled_mean_BD = pooling.map(lambda seen, _: seen.mean_VD)
         anchors.append(head.mass.support(text_BD, radius_BD, pooled_mean_BD))
     anchor_AND = None
@@ -104,24 +98,24 @@ def global_losses(
         return torch.cat(cosines_BAN, dim=1)
 
     similarity_ANN = gather_rows(pooling.map(columns)).permute(1, 2, 0)
-    if trials == "best":
-        stochastic = symmetric_info_nce(similarity_ANN[:num_trials].amax(dim=0), logit_scale)
+    if stochastic.trials == "best":
+        sampled = symmetric_info_nce(similarity_ANN[:num_trials].amax(dim=0), logit_scale)
     else:
-        stochastic = torch.stack([symmetric_info_nce(x, logit_scale) for x in similarity_ANN[:num_trials]]).mean()
-    total = stochastic
+        sampled = torch.stack([symmetric_info_nce(x, logit_scale) for x in similarity_ANN[:num_trials]]).mean()
+    total = sampled
     support = divergence = torch.zeros_like(total.detach())
     if len(similarity_ANN) > num_trials:
         support = symmetric_info_nce(similarity_ANN[num_trials], logit_scale)
-        total = total + support_weight * support
-    if head.mass is not None and radius_BD is not None and kl_weight:
+        total = total + stochastic.support_weight * support
+    if head.mass is not None and radius_BD is not None and stochastic.kl_weight:
         divergence = gather_rows(head.mass.divergence(text_BD, radius_BD)).mean()
-        total = total + kl_weight * divergence
+        total = total + stochastic.kl_weight * divergence
     with torch.no_grad():
         positive_N = similarity_ANN[0].diagonal()
         wrong_NN = similarity_ANN[0].detach().clone().fill_diagonal_(-2.0)
     return Losses(
         total=total,
-        stochastic=stochastic.detach(),
+        stochastic=sampled.detach(),
         support=support.detach(),
         divergence=divergence.detach(),
         radius_B=text_BD.new_zeros(len(text_BD)) if radius_BD is None else radius_BD.detach().mean(dim=-1),
@@ -186,32 +180,18 @@ class _PairSamples:
         return torch.stack([F.cosine_similarity(sample, pooled_BND, dim=-1) for sample in samples], dim=1)
 
 
-class Objective(nn.Module):
-    """Towers and head with their loss, in one forward, as ZeRO wants it."""
+class Objective(RetrievalModel):
+    """Towers and head with their loss, in one forward, as ZeRO needs it; parameter names are those of ``model``."""
 
-    def __init__(
-        self,
-        towers: Towers,
-        head: RetrievalHead,
-        support_weight: float,
-        *,
-        kl_weight: float = 0.0,
-        pooled_by: Literal["text", "sample"] = "text",
-        trials: Literal["mean", "best"] = "mean",
-        training_radius: Literal["own", "pair"] = "own",
-        memory_mb: float | None = None,
-        bf16: bool = False,
-    ) -> None:
-        super().__init__()
-        self.trials: Literal["mean", "best"] = trials
-        self.training_radius: Literal["own", "pair"] = training_radius
-        self.towers, self.head = towers, head
-        self.support_weight, self.kl_weight, self.memory_mb, self.bf16 = support_weight, kl_weight, memory_mb, bf16
-        self.pooled_by: Literal["text", "sample"] = pooled_by
+    def __init__(self, model: RetrievalModel, config: Config) -> None:
+        super().__init__(model.towers, model.head)
+        self.stochastic = config.stochastic
+        self.pooled_by: Literal["text", "sample"] = config.model.pooled_by
+        self.memory_mb, self.bf16 = config.engine.head_memory_mb, config.engine.bf16
 
     def encode(self, pixels_BFHWC: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
         """``text_BD`` and ``frames_BFD``, float32 whatever the towers run in."""
-        CLOCK.switch("encode")
+        PHASE_TIMER.switch("encode")
         # Autocast leaves the weights, their gradients and the optimiser in float32.
         with torch.autocast(tokens_BL.device.type, torch.bfloat16, enabled=self.bf16):
             text_BD, frames_BFD = self.towers.encode_text(tokens_BL), self.towers.encode_frames(pixels_BFHWC)
@@ -221,10 +201,10 @@ class Objective(nn.Module):
         self, text_BD: Tensor, frames_BFD: Tensor, noise_BD: Tensor | None, dropout_keys: list[int] | None
     ) -> Losses:
         """See :func:`global_losses`."""
-        CLOCK.switch("head")
+        PHASE_TIMER.switch("head")
         embeddings = [x for x in (text_BD, frames_BFD) if x.requires_grad]
         if embeddings:  # their gradients end the head's part of the backward pass
-            torch.autograd.graph.register_multi_grad_hook(embeddings, lambda _: CLOCK.switch("encode"))
+            torch.autograd.graph.register_multi_grad_hook(embeddings, lambda _: PHASE_TIMER.switch("encode"))
         # The loss is float32 whatever the towers run in: a softmax over many negatives loses digits in bf16.
         with torch.autocast(text_BD.device.type, enabled=False):
             return global_losses(
@@ -233,11 +213,8 @@ class Objective(nn.Module):
                 frames_BFD,
                 noise_BD,
                 self.towers.logit_scale.float(),
-                self.support_weight,
-                kl_weight=self.kl_weight,
+                self.stochastic,
                 pooled_by=self.pooled_by,
-                trials=self.trials,
-                training_radius=self.training_radius,
                 dropout_keys=dropout_keys,
                 memory_mb=self.memory_mb,
             )
@@ -250,3 +227,35 @@ class Objective(nn.Module):
             return self.losses(*inputs)
         pixels_BFHWC, tokens_BL, noise_BD, dropout_keys = inputs
         return self.losses(*self.encode(pixels_BFHWC, tokens_BL), noise_BD, dropout_keys)
+
+
+def build_objective(config: Config) -> Objective:
+    """The model of ``config`` with its loss; what the loss does not see, or the config freezes, takes no gradient.
+
+    Raises:
+        ValueError: ``optim.frozen`` names a parameter that does not exist.
+    """
+    model = build_model(config.model)
+    if config.stochastic.training == "mean" and model.head.mass is not None:
+        model.head.mass.requires_grad_(False)  # the loss does not see it
+    names = [name for name, _ in model.named_parameters()]
+    for prefix in config.optim.frozen:
+        if not any(name.startswith(prefix) for name in names):
+            raise ValueError(f"optim.frozen names {prefix!r}, and no parameter begins so; the first is {names[0]}")
+    for name, parameter in model.named_parameters():
+        if name.startswith(tuple(config.optim.frozen)):
+            parameter.requires_grad_(False)
+    return Objective(model, config)
+
+
+def parameter_groups(model: Objective, config: OptimConfig) -> list[dict[str, Any]]:
+    """The towers at ``clip_lr``, the head at ``lr``; names serve TensorBoard."""
+
+    def trainable(module: nn.Module) -> list[nn.Parameter]:
+        return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    groups = [
+        {"name": "towers", "params": trainable(model.towers), "lr": config.clip_lr},
+        {"name": "head", "params": trainable(model.head), "lr": config.lr},
+    ]
+    return [group for group in groups if group["params"]]

@@ -11,12 +11,12 @@ from types import TracebackType
 from typing import Any
 
 from tmass_dist.cli import PeerLostError
-from tmass_dist.distributed import collectives_begun, gather_objects, is_main, open_store, rank, world_size
+from tmass_dist.distributed import collectives_entered, gather_objects, is_main, open_store, rank, world_size
 
 _OF_A_COLLECTIVE = re.compile(r"gloo|nccl|tcpstore|connection|socket|broken pipe|timed out waiting", re.IGNORECASE)
 
 
-class Watch:
+class Watchdog:
     """Every rank tells the others, through a store on rank 0, where it is; a context around the training loop.
 
     A rank that fails says so before it ends. A rank whose collective breaks asks the store why. A thread ends a rank
@@ -36,7 +36,7 @@ class Watch:
         self._failed: dict[int, str] = {}
         self._heard = 0.0
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         if world_size() > 1:
             self._store = open_store()
             self._heard = time.monotonic()
@@ -81,7 +81,7 @@ class Watch:
         while not self._done.wait(self.period_s):
             self._beats += 1
             try:
-                self._store.set(f"beat/{rank()}", f"{self._beats} {self._step} {collectives_begun()}")
+                self._store.set(f"beat/{rank()}", f"{self._beats} {self._step} {collectives_entered()}")
                 for other in range(world_size()):
                     if other not in self._failed and self._store.check([f"failed/{other}"]):
                         self._failed[other] = self._store.get(f"failed/{other}").decode()

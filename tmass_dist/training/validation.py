@@ -16,14 +16,14 @@ from tmass_dist.config import Config
 from tmass_dist.data.index import Index
 from tmass_dist.data.loader import read_into
 from tmass_dist.distributed import is_main
-from tmass_dist.engine.zero import Engine
-from tmass_dist.evaluate import encode, ranks_of
+from tmass_dist.evaluation.blocks import Scorer
+from tmass_dist.evaluation.encode import encode, ranks_of
 from tmass_dist.evaluation.features import Features
 from tmass_dist.evaluation.ranking import metrics
-from tmass_dist.evaluation.tiles import Scorer
-from tmass_dist.monitor import Monitor
-from tmass_dist.objective import Objective
+from tmass_dist.models.tmass import RetrievalModel
 from tmass_dist.pictures import sheet
+from tmass_dist.training.engine import Engine
+from tmass_dist.training.monitor import Monitor
 
 QUERIES = 4
 """Texts that TensorBoard shows at each validation."""
@@ -46,7 +46,9 @@ class Validator:
         device: where to encode.
     """
 
-    def __init__(self, model: Objective, selection: Index, tokenize: Any, config: Config, device: torch.device) -> None:
+    def __init__(
+        self, model: RetrievalModel, selection: Index, tokenize: Any, config: Config, device: torch.device
+    ) -> None:
         self.model, self.selection, self.tokenize = model.eval().requires_grad_(False), selection, tokenize
         self.config, self.device = config, device
         self.directory = Path(config.run_dir) / "checkpoints"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tmass_dist.evaluation import radii
-from tmass_dist.evaluation.rescore import Stored
+from tmass_dist.evaluation.stored import Stored
 from tmass_dist.pictures import figure, png
 
 

@@ -5,21 +5,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from tmass_dist.cli import write_json
 from tmass_dist.config import Config, load_config
 from tmass_dist.data.index import Index, load_index
 from tmass_dist.evaluation import ranking
+from tmass_dist.evaluation.blocks import Scorer, Tiles
 from tmass_dist.evaluation.features import Features, fingerprint, load_features, read_index
 from tmass_dist.evaluation.report import Report, label, labels, summary, table
-from tmass_dist.evaluation.tiles import Scorer, Tiles
 from tmass_dist.models.head import RetrievalHead, build_head
 from tmass_dist.models.pooling import MeanPool
 
@@ -45,15 +41,7 @@ def _head(store: Path, config: Config, width: int) -> RetrievalHead:
 
     from tmass_dist.models.backbone import load_weights
 
-    model = config.model
-    head = build_head(
-        embed_dim=width,
-        num_frames=model.num_frames,
-        pooling=model.pooling,
-        num_heads=model.num_heads,
-        dropout=model.dropout,
-        radius=model.radius,
-    ).eval()
+    head = build_head(config.model, width).eval()
     path = store / "head.safetensors"
     try:
         load_weights(head, load_file(path), str(path))
@@ -125,7 +113,7 @@ class Stored:
         caption_ids = self.features.caption_ids
         report = Report(result, ranks, self.features.captions, caption_ids, systems, self.scorer, self.shards())
         report.write(self.out)
-        _show(report)
+        report.show()
         print(f"report: {self.out / 'report.html'}")
         if num_candidates is not None:
             _compare_search(self.scorer, num_candidates, ranks, result, self.out)
@@ -177,63 +165,3 @@ def _bank(bank: Path, index: dict[str, Any], features: Features, scorer: Scorer)
     )
     of_bank = Scorer(scorer.head, asked, scorer.config)
     return ranking.Bank(lambda: map(of_bank.score, of_bank.starts), len(features.video_ids))
-
-
-def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> None:
-    """Rank a similarity matrix from anywhere; its protocol is whatever its maker did, and is labelled so.
-
-    Raises:
-        ValueError: no matrix of numbers, or a truth that does not fit it.
-    """
-    if not path.is_file():
-        raise ValueError(f"no file {path}")
-    if post == "qbnorm":
-        raise ValueError("qbnorm needs features of training queries; a matrix of the test alone does not hold them")
-    try:
-        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a matrix of numbers (.npy): {error}") from error
-    if matrix.ndim != 2 or matrix.dtype.kind != "f" or 0 in matrix.shape:
-        raise ValueError(f"{path} holds {matrix.dtype} of shape {matrix.shape}; wanted: floats, texts x videos")
-    num_texts, num_videos = matrix.shape
-    if truth is None:
-        if num_texts != num_videos:
-            raise ValueError(
-                f"{path} is {num_texts} x {num_videos}: the truth is on no diagonal; give --truth IDS.json"
-            )
-        owners = list(range(num_texts))
-    else:
-        try:
-            owners = json.loads(truth.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{truth} cannot be read: {error}") from error
-        fits = isinstance(owners, list) and len(owners) == num_texts
-        if not fits or not all(isinstance(o, int) and 0 <= o < num_videos for o in owners):
-            raise ValueError(f"{truth} must be a list of {num_texts} column numbers from 0 to {num_videos - 1}")
-    order = np.argsort(owners, kind="stable")
-    owner_T = torch.tensor(owners)[torch.from_numpy(order)]
-
-    def blocks() -> Any:
-        for start in range(0, num_texts, 256):
-            yield torch.from_numpy(np.array(matrix[order[start : start + 256]]))
-
-    ranks = ranking.rank(blocks, owner_T, num_videos, post)
-    result: dict[str, Any] = {
-        "protocol": "of the given similarities",
-        "num_texts": num_texts,
-        "num_videos": num_videos,
-        "selected_on": "unknown",
-        "checkpoint": str(path),
-        "post_processing": post,
-        **summary(ranks),
-    }
-    ids = [(str(owner), int(row)) for owner, row in zip(owner_T.tolist(), order)]
-    report = Report(result, ranks, [""] * num_texts, ids, {})
-    if out is not None:
-        report.write(out)
-    _show(report)
-
-
-def _show(report: Report) -> None:
-    for direction, name in (("t2v", "text to video"), ("v2t", "video to text")):
-        print(table(report.rows(direction), f"\n{name} ({label(report.result)})"), flush=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 
-class Clock:
+class PhaseTimer:
     """Gives every moment of a step to one name; between ``stop`` and the next ``start`` it does nothing."""
 
     def __init__(self) -> None:
@@ -54,5 +54,5 @@ def _now() -> Any:
     return event
 
 
-CLOCK = Clock()
+PHASE_TIMER = PhaseTimer()
 """The one of this process: the towers, the loss, the collectives and the training loop set it."""

@@ -1,0 +1,92 @@
+"""Make the embedded benchmark's data and towers, and train the runs that are missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from launch.cluster import num_gpus
+from launch.paper.layout import Layout
+from tmass_dist.cli import writable_dir
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def prepare_demo(layout: Layout) -> None:
+    """Generate, pack and pretrain what is not there yet."""
+    data = writable_dir(layout.base / "data")
+    train, val, test = layout.size.videos
+    if not (data / "captioner.jsonl").is_file():
+        sizes = ["--train", str(train), "--val", str(val), "--test", str(test), "--difficulty", "medium"]
+        _run("shards/demo_data.py", "--out", str(data / "videos"), *sizes)
+        for split in ("train", "val", "test"):
+            source = ["--source", "manifest", "--annotations", str(data / "videos" / "manifest.jsonl")]
+            source += ["--videos", str(data / "videos"), "--split", split, "--out", str(data / split)]
+            _run("shards/make_shards.py", *source, "--image-size", "32")
+        shutil.copy(data / "videos" / "captioner.jsonl", data / "captioner.jsonl.tmp")
+        os.replace(data / "captioner.jsonl.tmp", data / "captioner.jsonl")
+    if not (layout.towers(0) / "demo.safetensors").is_file():
+        shutil.copytree(ROOT / "configs" / "towers", layout.towers(0), dirs_exist_ok=True)
+    seeds = [seed for seed in range(layout.seeds) if not (layout.towers(seed) / "demo.safetensors").is_file()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # One thread each: side by side, more would only wait for each other.
+        pretrain = ("shards/demo_towers.py", "--out")
+        list(pool.map(lambda seed: _run(*pretrain, str(layout.towers(seed)), "--seed", str(seed), threads=1), seeds))
+
+
+def _run(*arguments: str, threads: int | None = None) -> None:
+    """``python`` with ``arguments``, its progress shown.
+
+    Raises:
+        ValueError: it failed.
+    """
+    env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    if done.returncode:
+        raise ValueError(f"{arguments[0]} failed; its words are above")
+
+
+def train_missing(layout: Layout, systems: list[str], cluster: str, submit: list[str]) -> dict[Path, str]:
+    """Submit every run that is neither finished nor under way; local ones side by side, to their ends.
+
+    Returns:
+        Run directories that failed, with their last words.
+    """
+    from tqdm import tqdm
+
+    from launch.paper.measure import is_finished
+    from launch.submitted import live_job
+
+    def is_under_way(run: Path) -> bool:
+        return cluster == "slurm" and live_job(run) is not None
+
+    jobs = [
+        (run, [f"{layout.data}.yaml", *layout.overrides(system, seed)])
+        for seed in range(layout.seeds)
+        for system in systems
+        for run in [layout.runs(system)[seed]]
+        if not is_finished(run) and not is_under_way(run)
+    ]
+    options = ["--cluster", cluster, *(["--procs", "1"] if cluster == "local" and not submit else []), *submit]
+    failed: dict[Path, str] = {}
+    side_by_side = (os.cpu_count() or 1) if cluster == "local" and num_gpus() == 0 else 1
+    with ThreadPoolExecutor(side_by_side) as pool, tqdm(total=len(jobs), desc="runs", unit="run") as bar:
+
+        def start(job: tuple[Path, list[str]]) -> None:
+            run, (page, *overrides) = job
+            run.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "launch/submit.py", *options, "--config", page, *overrides]
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            with (run / "submit.log").open("w", encoding="utf-8") as log:
+                done = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT)
+            if done.returncode:
+                lines = (run / "submit.log").read_text(encoding="utf-8").strip().splitlines()
+                failed[run] = lines[-1] if lines else f"exit code {done.returncode}"
+            bar.update()
+
+        list(pool.map(start, jobs))
+    return failed

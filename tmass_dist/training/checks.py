@@ -1,0 +1,73 @@
+"""What is checked before any rank starts: the batch, the splits, the run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tmass_dist.cli import writable_dir
+from tmass_dist.config import Config, differing_keys, load_config
+
+if TYPE_CHECKING:
+    from tmass_dist.data.index import Index
+
+
+def check_batch(config: Config, world: int) -> None:
+    """Raises: ValueError: the global batch does not divide by the ranks."""
+    if config.data.batch_size % world:
+        fitting = [n for n in range(1, config.data.batch_size + 1) if config.data.batch_size % n == 0]
+        raise ValueError(
+            f"data.batch_size={config.data.batch_size} is not divisible by {world} ranks; use one of {fitting} ranks"
+        )
+
+
+def usable_ranks(config: Config, given: int) -> int:
+    """The most of ``given`` ranks that the global batch divides by."""
+    return max(n for n in range(1, given + 1) if config.data.batch_size % n == 0)
+
+
+def load_splits(config: Config) -> tuple[Index, Index]:
+    """The training split, and the one that chooses the checkpoint."""
+    from tmass_dist.data.index import load_index
+
+    cache = config.data.cache
+    training = load_index(config.data.train, cache)
+    if config.evaluation.selected_on == "test":
+        selection = load_index(config.data.test, cache)
+    elif config.data.val is None:
+        training, selection = training.hold_out(config.data.holdout)
+    else:
+        selection = load_index(config.data.val, cache)
+    for path in config.data.captions:
+        training = training.with_captions(path)
+    return training, selection
+
+
+def validation_steps(config: Config, steps_per_epoch: int, num_steps: int) -> set[int]:
+    """Steps (from 1) after which the checkpoint is validated; the last one always is."""
+    if config.evals_per_epoch is None:
+        return {*range(config.eval_every, num_steps + 1, config.eval_every), num_steps}
+    # As the published code counts: after batches linspace(0, steps - 1, n + 1), truncated, without the first.
+    number = config.evals_per_epoch
+    within = [int((steps_per_epoch - 1) / number * k) for k in range(1, number)] + [steps_per_epoch - 1]
+    steps = {epoch * steps_per_epoch + batch + 1 for epoch in range(config.epochs) for batch in within}
+    return {step for step in steps if step <= num_steps} | {num_steps}
+
+
+def check(config: Config, world: int) -> None:
+    """What can be known to be wrong before any rank starts.
+
+    Raises:
+        ValueError: in one line, what is wrong and what to do.
+    """
+    check_batch(config, world)
+    load_splits(config)
+    writable_dir(config.run_dir)
+    saved = Path(config.run_dir) / "config.yaml"
+    if saved.is_file():
+        differing = differing_keys(load_config(str(saved)), config)
+        if differing:
+            raise ValueError(
+                f"{config.run_dir} holds a run with another config ({'; '.join(differing)}); "
+                "give the same settings to resume, or another run_dir"
+            )
