@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 from launch import cluster  # noqa: E402
 from launch.submitted import jobs_of  # noqa: E402
 from tmass_dist.cli import run_command  # noqa: E402
+from tmass_dist.errors import UserError  # noqa: E402
 
 
 def main() -> None:
@@ -21,14 +22,14 @@ def main() -> None:
     arguments = parser.parse_args()
     jobs = jobs_of(arguments.run)
     if not jobs:
-        raise ValueError(f"{arguments.run} has no SLURM job on record")
+        raise UserError(f"{arguments.run} has no SLURM job on record")
     states = {job["id"]: cluster.slurm_state(job["id"]) for job in jobs}
     alive = [job_id for job_id, state in states.items() if cluster.is_alive(state)]
     if not alive:
-        raise ValueError(f"job {jobs[-1]['id']} is not alive: {states[jobs[-1]['id']]}")
+        raise UserError(f"job {jobs[-1]['id']} is not alive: {states[jobs[-1]['id']]}")
     done = subprocess.run(["scancel", *alive], capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"scancel: {done.stderr.strip()}")
+        raise UserError(f"scancel: {done.stderr.strip()}")
     print(f"cancelled: job {', '.join(alive)}; the same submit command goes on from the last checkpoint")
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from tmass_dist.errors import UserError
+
 FINAL_ERROR = "final-error"
 """``final-error-JOB.txt`` beside the job's logs: starting again cannot help; a requeue asks for it."""
 
@@ -54,10 +56,10 @@ def minutes_of(text: str) -> int:
     """Minutes of a SLURM time: ``90``, ``MM:SS``, ``HH:MM:SS``, ``D-HH``, ``D-HH:MM`` or ``D-HH:MM:SS``.
 
     Raises:
-        ValueError: another form, or no time at all.
+        UserError: another form, or no time at all.
     """
     if not _TIME.fullmatch(text):
-        raise ValueError(f"--time {text} is no time; write minutes, HH:MM:SS or D-HH:MM:SS")
+        raise UserError(f"--time {text} is no time; write minutes, HH:MM:SS or D-HH:MM:SS")
     days, _, clock = text.rpartition("-")
     parts = [int(part) for part in clock.split(":")]
     if days:
@@ -68,7 +70,7 @@ def minutes_of(text: str) -> int:
         hours, minutes, seconds = 0, parts[0], parts[1] if len(parts) == 2 else 0
     total = int(days or 0) * 24 * 60 + hours * 60 + minutes + (seconds > 0)
     if total < 1:
-        raise ValueError(f"--time {text} is less than a minute")
+        raise UserError(f"--time {text} is less than a minute")
     return total
 
 
@@ -165,7 +167,7 @@ def submit(executor: Any, tasks: list[Any]) -> list[Any]:
     """Submit one job, or for several tasks one job array; returns submitit's job of each task.
 
     Raises:
-        ValueError: sbatch refuses; its own words, once.
+        UserError: sbatch refuses; its own words, once.
     """
     from submitit.core.utils import FailedJobError, FailedSubmissionError
 
@@ -178,13 +180,13 @@ def submit(executor: Any, tasks: list[Any]) -> list[Any]:
                 return [executor.submit(task) for task in tasks]
     except (FailedJobError, FailedSubmissionError) as error:
         said = re.findall(r"sbatch: error: ([^\n\\]+)", echoed.getvalue()) or [" ".join(str(error).split())[-300:]]
-        raise ValueError(f"sbatch refused the job: {'; '.join(dict.fromkeys(said))}") from error
+        raise UserError(f"sbatch refused the job: {'; '.join(dict.fromkeys(said))}") from error
 
 
 def require_slurm() -> None:
-    """Raises: ValueError: this machine cannot submit."""
+    """Raises: UserError: this machine cannot submit."""
     if shutil.which("sbatch") is None:
-        raise ValueError("no sbatch on this machine: submit from a SLURM login node, or use --cluster local")
+        raise UserError("no sbatch on this machine: submit from a SLURM login node, or use --cluster local")
 
 
 def slurm_state(job_id: str) -> str:
@@ -232,7 +234,7 @@ def follow(job: Any, tasks: int) -> None:
     """Show rank 0's output of a local job as it comes, and end as the job ends.
 
     Raises:
-        ValueError: a rank failed; its log is named.
+        UserError: a rank failed; its log is named.
     """
     folder = job.paths.folder
     streams = {folder / f"{job.job_id}_0_log.out": sys.stdout, folder / f"{job.job_id}_0_log.err": sys.stderr}
@@ -260,4 +262,4 @@ def follow(job: Any, tasks: int) -> None:
     ranks = [job.task(number) for number in range(tasks)] if tasks > 1 else [job]
     for number, task in enumerate(ranks):
         if task.exception() is not None:
-            raise ValueError(f"rank {number} failed; its log is {folder}/{job.job_id}_{number}_log.err")
+            raise UserError(f"rank {number} failed; its log is {folder}/{job.job_id}_{number}_log.err")

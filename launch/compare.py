@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from tmass_dist.cli import run_command  # noqa: E402
 from tmass_dist.config import flat, load_config  # noqa: E402
+from tmass_dist.errors import UserError  # noqa: E402
 
 LABELS = ("protocol", "selected_on", "post_processing", "precision")  # a result names the last if not float32
 METRICS = ("R@1", "R@5", "R@10", "MdR", "MnR")
@@ -23,12 +24,12 @@ def compare(runs: list[Path]) -> str:
     """A markdown table: the settings in which the runs differ, then t2v metrics, or where a run stands.
 
     Raises:
-        ValueError: a directory that holds no run.
+        UserError: a directory that holds no run.
     """
     settings: dict[Path, dict[str, Any]] = {}
     for run in runs:
         if not (run / "config.yaml").is_file():
-            raise ValueError(f"{run} is no run directory: it has no config.yaml")
+            raise UserError(f"{run} is no run directory: it has no config.yaml")
         settings[run] = flat(asdict(load_config(str(run / "config.yaml"))))
     first = settings[runs[0]]
     keys = [k for k in first if k != "run_dir" and any(found[k] != first[k] for found in settings.values())]
@@ -57,7 +58,7 @@ def main() -> None:
     if len(runs) == 1 and not (runs[0] / "config.yaml").is_file():
         runs = sorted(path.parent for path in runs[0].glob("*/config.yaml"))
     if not runs:
-        raise ValueError(f"there is no run in {arguments.runs[0]}")
+        raise UserError(f"there is no run in {arguments.runs[0]}")
     text = compare(runs)
     print(text, end="")
     if arguments.out:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launch.cluster import FINAL_ERROR
-from tmass_dist.cli import PeerLostError
 from tmass_dist.config import Config
+from tmass_dist.errors import PeerLostError, UserError
 
 STOPPED = 85
 """Exit code of a rank that saved because it was asked to stop; the job is queued again."""
@@ -80,7 +80,7 @@ class RankedJob:
         stop = StopRequest()
         torch.set_num_threads(self.cpu_threads)
         if restarts > self.requeues:
-            raise ValueError(f"the job was started again {restarts} times, more than --requeues {self.requeues}")
+            raise UserError(f"the job was started again {restarts} times, more than --requeues {self.requeues}")
         if restarts and os.environ["RANK"] == "0":
             log = Path(self.config.run_dir) / "jobs" / "restarts.log"
             log.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ class CommandJob:
             _ignore_signals()
             return
         if "SLURM_JOB_ID" not in os.environ:
-            raise ValueError(last.removeprefix("error: ") or f"{self.arguments[0]} ended with {code}")
+            raise UserError(last.removeprefix("error: ") or f"{self.arguments[0]} ended with {code}")
         if code == 2:
             _end_for_good(self.folder, env.job_id, last.removeprefix("error: "))
         os._exit(1)
@@ -163,7 +163,7 @@ def _meeting_point(path: Path, env: Any) -> tuple[str, str]:
     deadline = time.monotonic() + 120
     while not path.is_file():
         if time.monotonic() > deadline:
-            raise ValueError(f"rank 0 did not start within 120 s: {path} is missing")
+            raise UserError(f"rank 0 did not start within 120 s: {path} is missing")
         time.sleep(0.05)
     host, port = path.read_text(encoding="utf-8").split()
     return host, port

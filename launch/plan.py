@@ -13,6 +13,7 @@ from launch.cluster import Resources
 from launch.job import CommandJob, RankedJob
 from tmass_dist.config import Config, load_config
 from tmass_dist.data.remote import is_remote
+from tmass_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,13 @@ def sweep(page: str, overrides: list[str], grid: list[str], base: Path) -> list[
     """Every combination of ``key=a,b`` settings, each with a run directory named after it.
 
     Raises:
-        ValueError: a setting without values, or twice.
+        UserError: a setting without values, or twice.
     """
     axes: dict[str, list[str]] = {}
     for setting in grid:
         key, _, values = setting.partition("=")
         if not values or key in axes:
-            raise ValueError(f"--sweep {setting}: write key=value,value,... and each key once, as optim.lr=1e-5,3e-5")
+            raise UserError(f"--sweep {setting}: write key=value,value,... and each key once, as optim.lr=1e-5,3e-5")
         axes[key] = [value for value in values.split(",") if value]
     configs = []
     for chosen in itertools.product(*axes.values()):

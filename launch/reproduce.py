@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 from launch.paper.layout import Layout  # noqa: E402
 from launch.paper.systems import DATA, PARTS, SIZES, systems_of  # noqa: E402
 from tmass_dist.cli import run_command, writable_dir  # noqa: E402
+from tmass_dist.errors import UserError  # noqa: E402
 
 
 def _parts(arguments: argparse.Namespace) -> list[str]:
@@ -25,7 +26,7 @@ def _parts(arguments: argparse.Namespace) -> list[str]:
     chosen += [f"figure {min(number, 3)}" for number in arguments.figure]
     chosen += [f"section {number}" for number in arguments.section] + (["gain"] if arguments.gain else [])
     if not chosen:
-        raise ValueError("nothing is asked for: give --all, --table N, --figure N, --section N or --gain")
+        raise UserError("nothing is asked for: give --all, --table N, --figure N, --section N or --gain")
     return list(dict.fromkeys(chosen))
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     parts, size = _parts(arguments), SIZES[arguments.size]
     for name in ("seeds", "steps"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            raise ValueError(f"--{name} is {getattr(arguments, name)}; at least 1")
+            raise UserError(f"--{name} is {getattr(arguments, name)}; at least 1")
     steps = arguments.steps or (size.steps if arguments.data == "demo" or arguments.size == "ci" else None)
     out = writable_dir(arguments.out).resolve()
     layout = Layout(arguments.data, arguments.size, arguments.seeds or size.seeds, steps, out)
@@ -72,7 +73,7 @@ def main() -> None:
     print(f"{page}\n{page.with_suffix('.md')}")
     if failed:
         run, words = next(iter(failed.items()))
-        raise ValueError(f"{len(failed)} runs failed; the first, {run}: {words}")
+        raise UserError(f"{len(failed)} runs failed; the first, {run}: {words}")
     if arguments.cluster == "slurm" and absent is None:
         print("what was submitted is trained by the cluster; the same command collects it")
 

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT))
 from launch import cluster  # noqa: E402
 from launch.submitted import jobs_of  # noqa: E402
 from tmass_dist.cli import run_command  # noqa: E402
+from tmass_dist.errors import UserError  # noqa: E402
 
 _STEP = re.compile(r"step (\d+)/(\d+) loss ([\d.nan]+), ([\d.]+) videos/s(?:, ETA (\S+))?")
 
@@ -23,10 +24,10 @@ def describe(run: Path) -> str:
     """One paragraph of a run.
 
     Raises:
-        ValueError: it is no run directory.
+        UserError: it is no run directory.
     """
     if not (run / "jobs").is_dir() and not (run / "config.yaml").is_file():
-        raise ValueError(f"{run} is no run directory: it has neither jobs/ nor config.yaml")
+        raise UserError(f"{run} is no run directory: it has neither jobs/ nor config.yaml")
     lines = [str(run)]
     for job in jobs_of(run):
         state = cluster.slurm_state(job["id"])
@@ -59,7 +60,7 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [arguments.run] if arguments.run else sorted(path.parent for path in Path("runs").glob("**/jobs"))
     if not runs:
-        raise ValueError("there is no run below runs/; name a run directory")
+        raise UserError("there is no run below runs/; name a run directory")
     for run in runs:
         print(describe(run))
 

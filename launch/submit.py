@@ -20,6 +20,7 @@ from launch.job import CommandJob  # noqa: E402
 from launch.submitted import refuse_live  # noqa: E402
 from tmass_dist.cli import run_command, write_json  # noqa: E402
 from tmass_dist.config import Config, load_config, to_yaml  # noqa: E402
+from tmass_dist.errors import UserError  # noqa: E402
 
 FLAGS = ("partition", "account", "qos", "constraint", "exclude", "mem")
 
@@ -66,7 +67,7 @@ def _resources(arguments: argparse.Namespace) -> cluster.Resources:
     """The options, over the site's defaults, over ours.
 
     Raises:
-        ValueError: a number that cannot be, an unknown site or site key, GPUs where there are none.
+        UserError: a number that cannot be, an unknown site or site key, GPUs where there are none.
     """
     known = {"nodes", "min_nodes", "gpus", "procs", "cpus", "time", "requeues", "save_before", *FLAGS}
     given = {key: getattr(arguments, key) for key in known if getattr(arguments, key) is not None}
@@ -74,17 +75,17 @@ def _resources(arguments: argparse.Namespace) -> cluster.Resources:
         given = _site(arguments.site, known) | given
     gpus = int(given.get("gpus", cluster.num_gpus()))
     if arguments.cluster == "local" and gpus > cluster.num_gpus():
-        raise ValueError(f"--gpus is {gpus} and this machine has {cluster.num_gpus()}")
+        raise UserError(f"--gpus is {gpus} and this machine has {cluster.num_gpus()}")
     numbers = {key: int(given[key]) for key in ("nodes", "min_nodes", "procs", "cpus", "requeues") if key in given}
     for key, value in numbers.items():
         if value < (key != "requeues"):
-            raise ValueError(f"--{key.replace('_', '-')} is {value}; at least {int(key != 'requeues')}")
+            raise UserError(f"--{key.replace('_', '-')} is {value}; at least {int(key != 'requeues')}")
     if numbers.get("min_nodes", 1) > numbers.get("nodes", 1):
-        raise ValueError(f"--min-nodes is {numbers['min_nodes']}, more than --nodes {numbers.get('nodes', 1)}")
+        raise UserError(f"--min-nodes is {numbers['min_nodes']}, more than --nodes {numbers.get('nodes', 1)}")
     if arguments.tasks < 1:
-        raise ValueError(f"--tasks is {arguments.tasks}; at least 1")
+        raise UserError(f"--tasks is {arguments.tasks}; at least 1")
     if arguments.cluster == "local" and numbers.get("nodes", 1) != 1:
-        raise ValueError(f"--nodes is {numbers['nodes']}; a local run has 1 node")
+        raise UserError(f"--nodes is {numbers['nodes']}; a local run has 1 node")
     return cluster.Resources(
         cluster=arguments.cluster,
         gpus=gpus,
@@ -100,11 +101,11 @@ def _site(name: str, known: set[str]) -> dict[str, Any]:
 
     pages = {page.stem: page for page in (ROOT / "configs" / "clusters").glob("*.yaml")}
     if name not in pages:
-        raise ValueError(f"no configs/clusters/{name}.yaml; there are {', '.join(sorted(pages)) or 'none'}")
+        raise UserError(f"no configs/clusters/{name}.yaml; there are {', '.join(sorted(pages)) or 'none'}")
     page = yaml.safe_load(pages[name].read_text(encoding="utf-8")) or {}
     unknown = set(page) - known
     if unknown:
-        raise ValueError(f"{pages[name]}: unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
+        raise UserError(f"{pages[name]}: unknown {', '.join(sorted(unknown))}; known: {', '.join(sorted(known))}")
     return page
 
 
@@ -126,19 +127,17 @@ def _plan(arguments: argparse.Namespace, resources: cluster.Resources) -> tuple[
     if page is None and arguments.job == "evaluate" and arguments.run_dir:
         page = str(Path(arguments.run_dir) / "config.yaml")
     if page is None:
-        raise ValueError("--config is needed: a page of configs/, or a path")
+        raise UserError("--config is needed: a page of configs/, or a path")
     config = plan.absolute(load_config(page, overrides))
     base = Path(config.run_dir)
     folder = base / "jobs"
     if arguments.job == "shards":
         if not arguments.pack:
-            raise ValueError(
-                '--job shards needs --pack "--source ... --videos ... --split ... --out ...", once a split'
-            )
+            raise UserError('--job shards needs --pack "--source ... --videos ... --split ... --out ...", once a split')
         return base, [], plan.packing(arguments.pack, resources, folder, arguments.tasks)
     if arguments.job == "captions":
         if not arguments.describe:
-            raise ValueError('--job captions needs --describe "DIRECTORY --model ...", once a split')
+            raise UserError('--job captions needs --describe "DIRECTORY --model ...", once a split')
         return base, [], plan.describing(arguments.describe, resources, folder, arguments.tasks)
     if arguments.job == "evaluate":
         return base, [], plan.evaluation(config, resources, folder, arguments.tasks, encode=True)
@@ -203,7 +202,7 @@ def submit(arguments: argparse.Namespace) -> None:
             state = cluster.wait(job["id"])
             print(f"{job['step']}, job {job['id']}: {state}")
         if state != "COMPLETED":
-            raise ValueError(f"job {jobs[-1]['id']} ended {state}; its logs are in {folder}")
+            raise UserError(f"job {jobs[-1]['id']} ended {state}; its logs are in {folder}")
 
 
 def _run_here(steps: list[plan.Step], folder: Path, base: Path) -> None:

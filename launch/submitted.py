@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from launch import cluster
+from tmass_dist.errors import UserError
 
 
 def jobs_of(run: Path) -> list[dict[str, str]]:
@@ -24,7 +25,7 @@ def live_job(run: Path) -> tuple[str, str] | None:
 
 
 def refuse_live(run: Path) -> None:
-    """Raises: ValueError: a job that still runs or waits writes to this directory."""
+    """Raises: UserError: a job that still runs or waits writes to this directory."""
     live = live_job(run)
     if live is not None:
-        raise ValueError(f"{run} is in use by job {live[0]} ({live[1]}); cancel it, or take another run_dir")
+        raise UserError(f"{run} is in use by job {live[0]} ({live[1]}); cancel it, or take another run_dir")

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from tmass_dist.cli import run_command, share_of  # noqa: E402
 from tmass_dist.data.index import Index, load_index  # noqa: E402
+from tmass_dist.errors import UserError  # noqa: E402
 
 MODEL = "llava-hf/llava-1.5-7b-hf"
 PROMPT = "Describe what happens in this picture in one sentence."
@@ -31,7 +32,7 @@ class Captioner:
         max_tokens: of an answer.
 
     Raises:
-        ValueError: transformers is missing, or the model cannot be had.
+        UserError: transformers is missing, or the model cannot be had.
     """
 
     def __init__(self, name: str, prompt: str, max_tokens: int) -> None:
@@ -43,7 +44,7 @@ class Captioner:
         try:
             from transformers import AutoModelForImageTextToText, AutoProcessor
         except ImportError as error:
-            raise ValueError(f"captions need {error.name or 'transformers'}: pip install -e '.[captions]'") from error
+            raise UserError(f"captions need {error.name or 'transformers'}: pip install -e '.[captions]'") from error
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         kind = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         try:
@@ -52,7 +53,7 @@ class Captioner:
             self.model = model.to(self.device).eval()
         except (OSError, ValueError) as error:
             line = str(error).strip().splitlines()[0]
-            raise ValueError(f"the model {name} cannot be had: {line}; name a local directory by --model") from error
+            raise UserError(f"the model {name} cannot be had: {line}; name a local directory by --model") from error
         self.max_tokens = max_tokens
         if self.processor.tokenizer.pad_token is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
@@ -117,14 +118,14 @@ def merge(index: Index, path: Path, parts: list[Path]) -> None:
     """Put the parts of an array together, in the split's order.
 
     Raises:
-        ValueError: videos that no part describes.
+        UserError: videos that no part describes.
     """
     lines: dict[str, str] = {}
     for file in parts:
         lines |= {json.loads(line)["id"]: line for line in file.read_text(encoding="utf-8").splitlines()}
     missing = [video for video in index.ids if video not in lines]
     if missing:
-        raise ValueError(f"{len(missing)} videos are in no part yet: {', '.join(missing[:5])}")
+        raise UserError(f"{len(missing)} videos are in no part yet: {', '.join(missing[:5])}")
     aside = path.with_name(path.name + ".tmp")
     aside.write_text("".join(lines[video] + "\n" for video in index.ids), encoding="utf-8")
     aside.replace(path)
@@ -146,7 +147,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in ("frames", "batch_size", "max_tokens"):
         if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     index = load_index(arguments.directory)
     path = arguments.directory / arguments.name
     if arguments.merge:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tmass_dist.cli import run_command, writable_dir  # noqa: E402
+from tmass_dist.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
     import numpy as np
@@ -234,7 +235,7 @@ def generate(out: Path, sizes: dict[str, int], seed: int, difficulty: str = "eas
     most = {"easy": len(SCENES) // 2, "medium": len(SCENES) // 3, "hard": 10**6}[difficulty]
     for split in ("val", "test"):
         if sizes[split] > most:
-            raise ValueError(f"--{split} is {sizes[split]}; at most {most} videos can be told apart")
+            raise UserError(f"--{split} is {sizes[split]}; at most {most} videos can be told apart")
     choose = {"easy": _choose_easy, "medium": _choose_medium, "hard": _choose_hard}[difficulty]
     writable_dir(out / "videos")
     rows, described = [], []

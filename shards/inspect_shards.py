@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from tmass_dist.cli import run_command  # noqa: E402
 from tmass_dist.data.index import load_index  # noqa: E402
+from tmass_dist.errors import UserError  # noqa: E402
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     if arguments.shard:
         names = [shard.name for shard in index.shards]
         if arguments.shard not in names:
-            raise ValueError(f"no shard {arguments.shard} in {index.directory}; it has {', '.join(names[:8])}")
+            raise UserError(f"no shard {arguments.shard} in {index.directory}; it has {', '.join(names[:8])}")
         numbers = numbers[index.columns["shard"] == names.index(arguments.shard)]
     numbers = numbers[np.linspace(0, len(numbers) - 1, min(arguments.videos, len(numbers))).astype(int)]
     frames_of = min(arguments.frames, index.num_frames or arguments.frames)

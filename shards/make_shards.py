@@ -28,6 +28,7 @@ from tmass_dist.data.index import NAME as INDEX  # noqa: E402
 from tmass_dist.data.index import Index, Sample, Shard, make_columns, safe_key  # noqa: E402
 from tmass_dist.data.remote import sha256_of  # noqa: E402
 from tmass_dist.data.video import BadVideoError, Choose, Timeline, at_rate, read_video, uniform  # noqa: E402
+from tmass_dist.errors import UserError  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def pack_video(path: Path, row: Row, recipe: Recipe) -> tuple[list[tuple[str, by
         def whole(timeline: Timeline) -> list[int]:
             start, end = (int(edge) for edge in timeline.window(row.get("start"), row.get("end")))
             if end <= start:
-                raise ValueError("the video has no frame there")
+                raise UserError("the video has no frame there")
             edges[:] = start, end
             return [start]
 
@@ -194,7 +195,7 @@ def make_shards(
         f"{out}: {len(rows) - len(bad)} videos, {num_captions} captions, {len(shards)} shards, {len(bad)} in quarantine"
     )
     if len(bad) > arguments.max_bad * len(rows):
-        raise ValueError(
+        raise UserError(
             f"{len(bad)} of {len(rows)} videos are in {out / 'quarantine.jsonl'}, more than --max-bad; "
             f"the first: {bad[0]['path']}: {bad[0]['reason']}"
         )
@@ -256,11 +257,11 @@ def main() -> None:
     arguments = parser.parse_args()
     for name in ("num_frames", "image_size", "shard_size", "workers"):
         if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1")
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     if arguments.rate is not None and arguments.rate <= 0:
-        raise ValueError("--rate must be above 0 frames a second")
+        raise UserError("--rate must be above 0 frames a second")
     if not arguments.videos.is_dir():
-        raise ValueError(f"no directory {arguments.videos}")
+        raise UserError(f"no directory {arguments.videos}")
     rows, counts = read_rows(arguments.source, arguments.annotations, arguments.videos, arguments.split)
     print(counts)
     store = "jpeg" if arguments.store == "jpeg" else "clip"

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tmass_dist.errors import UserError
+
 Row = dict[str, Any]
 
 
@@ -33,23 +35,23 @@ def read_rows(source: str, annotations: Path | None, videos: Path, split: str) -
     """The rows of a split, in the file's order, and a line that sets their number beside the published one.
 
     Raises:
-        ValueError: in one line, the file or line that is wrong, or the splits there are.
+        UserError: in one line, the file or line that is wrong, or the splits there are.
     """
     known = SOURCES[source]
     if annotations is None:
         if known.files:
-            raise ValueError(f"--source {source} needs --annotations: {known.files}")
+            raise UserError(f"--source {source} needs --annotations: {known.files}")
         annotations = videos
     if known.videos and split not in known.videos:
-        raise ValueError(f"{source} has no split {split!r}; it has {', '.join(known.videos)}")
+        raise UserError(f"{source} has no split {split!r}; it has {', '.join(known.videos)}")
     rows = known.read(annotations, videos, split)
     seen: set[str] = set()
     for row in rows:
         if row["id"] in seen:
-            raise ValueError(f"{annotations}: the id {row['id']!r} is there twice in split {split}")
+            raise UserError(f"{annotations}: the id {row['id']!r} is there twice in split {split}")
         seen.add(row["id"])
         if not row["captions"] or not all(isinstance(text, str) and text.strip() for text in row["captions"]):
-            raise ValueError(f"{annotations}: {row['id']!r} has no caption, or an empty one")
+            raise UserError(f"{annotations}: {row['id']!r} has no caption, or an empty one")
     counts = f"{source} {split}: {len(rows)} videos, {sum(len(row['captions']) for row in rows)} captions"
     if known.videos:
         counts += f" (published: {known.videos[split]} videos)"
@@ -64,14 +66,14 @@ def _file(directory: Path, *names: str) -> Path:
         if (directory / name).is_file():
             return directory / name
     there = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) if directory.is_dir() else "it does not exist"
-    raise ValueError(f"no {' or '.join(names)} in {directory}: {there}")
+    raise UserError(f"no {' or '.join(names)} in {directory}: {there}")
 
 
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error
 
 
 def _table(path: Path, *columns: str) -> list[dict[str, str]]:
@@ -79,7 +81,7 @@ def _table(path: Path, *columns: str) -> list[dict[str, str]]:
         reader = csv.DictReader(file)
         missing = set(columns) - set(reader.fieldnames or ())
         if missing:
-            raise ValueError(f"{path} lacks the column {', '.join(sorted(missing))}; it has {reader.fieldnames}")
+            raise UserError(f"{path} lacks the column {', '.join(sorted(missing))}; it has {reader.fieldnames}")
         return list(reader)
 
 
@@ -110,7 +112,7 @@ def _msrvtt(annotations: Path, videos: Path, split: str) -> list[Row]:
         captions = _grouped((s["video_id"], s["caption"]) for s in _json(path)["sentences"])
         lacking = [video for video in ids if video not in captions]
         if lacking:
-            raise ValueError(f"{path} has no caption of {len(lacking)} videos of {name}: {', '.join(lacking[:5])}")
+            raise UserError(f"{path} has no caption of {len(lacking)} videos of {name}: {', '.join(lacking[:5])}")
     return [{"id": i, "path": _with_suffix(videos, i), "captions": captions[i]} for i in ids]
 
 
@@ -127,7 +129,7 @@ def _lsmdc(annotations: Path, videos: Path, split: str) -> list[Row]:
             continue
         fields = line.strip("\r\n").split("\t")
         if len(fields) != 6:
-            raise ValueError(f"{path} line {number} has {len(fields)} fields and not 6, separated by tabs")
+            raise UserError(f"{path} line {number} has {len(fields)} fields and not 6, separated by tabs")
         pairs.append((fields[0].strip().replace('"', ""), fields[5].strip()))
     # A clip has several lines in training and validation: its sentences, together.
     return [
@@ -145,7 +147,7 @@ def _didemo(annotations: Path, videos: Path, split: str) -> list[Row]:
         found = _with_suffix(videos, stem, f".{suffix}" if suffix else ".mp4")
         start, end = (re.findall(r"-?[\d.]+", row[key]) for key in ("starts", "ends"))
         if not start or not end:
-            raise ValueError(f"{path}: {name} has no window: {row['starts']!r} to {row['ends']!r}")
+            raise UserError(f"{path}: {name} has no window: {row['starts']!r} to {row['ends']!r}")
         rows.append(
             {
                 "id": stem,
@@ -166,13 +168,13 @@ def _vatex(annotations: Path, videos: Path, split: str) -> list[Row]:
         pairs = content.items() if isinstance(content, dict) else ((entry["videoID"], entry) for entry in content)
         captions |= {video: entry["enCap"] for video, entry in pairs if "enCap" in entry}
     if not captions:
-        raise ValueError(f"no vatex*.json with English captions (enCap) in {annotations}")
+        raise UserError(f"no vatex*.json with English captions (enCap) in {annotations}")
     lists = annotations.parent if annotations.is_file() else annotations
     listed = _file(lists, f"{split}_list.txt", f"vatex_{split}.txt", f"{split}.txt").read_text(encoding="utf-8")
     ids = [line.strip() for line in listed.splitlines() if line.strip()]
     lacking = [video for video in ids if video not in captions]
     if lacking:
-        raise ValueError(f"{annotations} has no caption of {len(lacking)} listed videos: {', '.join(lacking[:5])}")
+        raise UserError(f"{annotations} has no caption of {len(lacking)} listed videos: {', '.join(lacking[:5])}")
     return [{"id": i, "path": _with_suffix(videos, i), "captions": captions[i]} for i in ids]
 
 
@@ -198,28 +200,28 @@ def _lines(path: Path, needed: set[str]) -> list[tuple[int, Row]]:
             row = json.loads(line)
             missing = needed - set(row)
         except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+            raise UserError(f"{path} line {number} is not JSON: {error}") from error
         if missing:
-            raise ValueError(f"{path} line {number} lacks {', '.join(sorted(missing))}")
+            raise UserError(f"{path} line {number} lacks {', '.join(sorted(missing))}")
         rows.append((number, row))
     return rows
 
 
 def _manifest(annotations: Path, videos: Path, split: str) -> list[Row]:
     if not annotations.is_file():
-        raise ValueError(f"no annotations {annotations}")
+        raise UserError(f"no annotations {annotations}")
     rows, splits, seen = [], set(), set()
     for number, row in _lines(annotations, {"id", "path", "captions", "split"}):
         if not isinstance(row["captions"], list) or not row["captions"]:
-            raise ValueError(f"{annotations} line {number}: captions must be a list with at least one text")
+            raise UserError(f"{annotations} line {number}: captions must be a list with at least one text")
         splits.add(row["split"])
         if row["split"] == split:
             if row["id"] in seen:
-                raise ValueError(f"{annotations} line {number}: the id {row['id']!r} is there twice")
+                raise UserError(f"{annotations} line {number}: the id {row['id']!r} is there twice")
             seen.add(row["id"])
             rows.append({key: value for key, value in row.items() if key != "split"})
     if not rows:
-        raise ValueError(f"{annotations} has no row of split {split!r}; it has {', '.join(sorted(splits)) or 'none'}")
+        raise UserError(f"{annotations} has no row of split {split!r}; it has {', '.join(sorted(splits)) or 'none'}")
     return rows
 
 
@@ -239,18 +241,18 @@ def _folder(annotations: Path, videos: Path, split: str) -> list[Row]:
             if line.strip()
         ]
         if not entries:
-            raise ValueError(f"{annotations} has no captions.jsonl, no captions.csv and no .txt named as a video")
+            raise UserError(f"{annotations} has no captions.jsonl, no captions.csv and no .txt named as a video")
     elif table.suffix == ".csv":
         entries = [{k: v for k, v in row.items() if v and k} for row in _table(table, "file", "caption")]
         lacking = [number for number, row in enumerate(entries, start=2) if not {"file", "caption"} <= set(row)]
         if lacking:
-            raise ValueError(f"{table} row {lacking[0]} has no file or no caption")
+            raise UserError(f"{table} row {lacking[0]} has no file or no caption")
     else:
         entries = [row for _, row in _lines(table, {"file", "caption"})]
     splits = {str(entry["split"]) for entry in entries if "split" in entry}
     chosen = [entry for entry in entries if str(entry.get("split", split)) == split]
     if not chosen:
-        raise ValueError(f"{table} has no row of split {split!r}; it has {', '.join(sorted(splits))}")
+        raise UserError(f"{table} has no row of split {split!r}; it has {', '.join(sorted(splits))}")
     rows: dict[str, Row] = {}
     for entry in chosen:
         further = {key: value for key, value in entry.items() if key not in ("file", "caption", "split")}

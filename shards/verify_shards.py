@@ -12,6 +12,7 @@ sys.path.insert(0, str(ROOT))
 from tmass_dist.cli import run_command  # noqa: E402
 from tmass_dist.data.index import load_index, read_sample  # noqa: E402
 from tmass_dist.data.remote import sha256_of  # noqa: E402
+from tmass_dist.errors import UserError  # noqa: E402
 
 
 def main() -> None:
@@ -37,14 +38,14 @@ def main() -> None:
             counted = len(payload), len(meta["captions"])
             expected = index.num_frames or len(payload), int(index.num_captions[number])
             if counted != expected or not payload:
-                raise ValueError(f"{index.id_of(number)!r} has {counted[0]} frames and {counted[1]} captions")
+                raise UserError(f"{index.id_of(number)!r} has {counted[0]} frames and {counted[1]} captions")
             if number in decoded:
                 side = index.image_size
                 read_into(np.empty((index.num_frames or 4, side, side, 3), np.uint8), index, number)
         except ValueError as error:
             damaged.append(str(error))
     if damaged:
-        raise ValueError(f"{len(damaged)} damaged: {'; '.join(damaged[:20])}")
+        raise UserError(f"{len(damaged)} damaged: {'; '.join(damaged[:20])}")
     print(f"{arguments.directory}: {len(index.shards)} shards and {len(index)} videos are whole, {decode} decoded")
 
 

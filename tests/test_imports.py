@@ -17,7 +17,14 @@ OUTSIDE = {
 """The modules that may import a library."""
 
 ORDER = (
-    {"tmass_dist.cli", "tmass_dist.config", "tmass_dist.noise", "tmass_dist.pictures", "tmass_dist.phase_timer"},
+    {
+        "tmass_dist.errors",
+        "tmass_dist.cli",
+        "tmass_dist.config",
+        "tmass_dist.noise",
+        "tmass_dist.pictures",
+        "tmass_dist.phase_timer",
+    },
     {"tmass_dist.distributed"},
     {"tmass_dist.models"},
     {"tmass_dist.data"},

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from tests.conftest import run
-from tmass_dist.cli import PeerLostError
 from tmass_dist.data.index import DamagedError, Index, Sample, Shard, load_index, make_columns, read_sample
 from tmass_dist.data.loader import Batch, TrainLoader, iterate_videos
 from tmass_dist.data.order import epoch_batches, rounds, substitutes
 from tmass_dist.data.transforms import augment
+from tmass_dist.errors import PeerLostError
 from tmass_dist.models.backbone import WordTokenizer
 
 TOKENIZE = WordTokenizer(["a"], 8)

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-class PeerLostError(RuntimeError):
-    """Another rank, or a process that works for this one, is gone or hangs: starting again may help."""
+from tmass_dist.errors import PeerLostError, UserError
 
 
 def run_command(command: Callable[[], None]) -> None:
@@ -35,7 +33,7 @@ def writable_dir(path: str | Path) -> Path:
     """Make the directory and prove that it can be written.
 
     Raises:
-        ValueError: in one line, when it cannot.
+        UserError: in one line, when it cannot.
     """
     directory = Path(path)
     try:
@@ -44,7 +42,7 @@ def writable_dir(path: str | Path) -> Path:
         probe.touch()
         probe.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"cannot write to {directory}: {error.strerror or error}; choose another directory") from error
+        raise UserError(f"cannot write to {directory}: {error.strerror or error}; choose another directory") from error
     return directory
 
 
@@ -59,9 +57,9 @@ def share_of(text: str, option: str) -> tuple[int, int]:
     """``I/N`` as numbers.
 
     Raises:
-        ValueError: it is no share.
+        UserError: it is no share.
     """
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or not int(found[1]) < int(found[2]):
-        raise ValueError(f"{option} {text} is no share; write I/N with I from 0 to N - 1, as 3/8")
+        raise UserError(f"{option} {text} is no share; write I/N with I from 0 to N - 1, as 3/8")
     return int(found[1]), int(found[2])

@@ -8,12 +8,14 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from tmass_dist.errors import UserError
+
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
 
 def _require(condition: bool, key: str, value: object, reason: str) -> None:
     if not condition:
-        raise ValueError(f"{key} is {value!r}: {reason}")
+        raise UserError(f"{key} is {value!r}: {reason}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,20 +253,20 @@ def find_config(name: str) -> Path:
     """The page as given, else in ``configs/``.
 
     Raises:
-        ValueError: there is no such page; the pages that exist are listed.
+        UserError: there is no such page; the pages that exist are listed.
     """
     for path in (Path(name), CONFIG_DIR / name):
         if path.is_file():
             return path
     pages = ", ".join(sorted(page.name for page in CONFIG_DIR.glob("*.yaml")))
-    raise ValueError(f"No config {name!r}, neither here nor in configs/, which holds: {pages}")
+    raise UserError(f"No config {name!r}, neither here nor in configs/, which holds: {pages}")
 
 
 def load_config(name: str, overrides: list[str] | None = None) -> Config:
     """Defaults, then the page, then dotted overrides (``optim.lr=1e-5``).
 
     Raises:
-        ValueError: in one line, for an unknown key (nearest name offered), a value of the wrong kind or out of range.
+        UserError: in one line, for an unknown key (nearest name offered), a value of the wrong kind or out of range.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -272,16 +274,16 @@ def load_config(name: str, overrides: list[str] | None = None) -> Config:
 
     for override in overrides or []:
         if "=" not in override or override.startswith("-"):
-            raise ValueError(f"{override!r} is not an override; write key=value, as in optim.lr=1e-5")
+            raise UserError(f"{override!r} is not an override; write key=value, as in optim.lr=1e-5")
     try:
         given = OmegaConf.merge(OmegaConf.load(find_config(name)), OmegaConf.from_dotlist(overrides or []))
         _check_keys(OmegaConf.to_container(given, resolve=True), Config)
         merged = OmegaConf.merge(OmegaConf.structured(Config), given)
         return _require_config(OmegaConf.to_object(merged))
     except (OmegaConfBaseException, OSError) as error:
-        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
     except YAMLError as error:
-        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _require_config(value: object) -> Config:
@@ -292,13 +294,13 @@ def _require_config(value: object) -> Config:
 def _check_keys(given: Any, cls: type, prefix: str = "") -> None:
     """Name an unknown key with its nearest known one before OmegaConf says it in its own, longer words."""
     if not isinstance(given, dict):
-        raise ValueError(f"{prefix.rstrip('.') or 'the config'} must be a mapping of keys to values")
+        raise UserError(f"{prefix.rstrip('.') or 'the config'} must be a mapping of keys to values")
     known = {f.name: f for f in fields(cls)}
     for key, value in given.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"unknown config key {prefix}{key}; {hint}")
+            raise UserError(f"unknown config key {prefix}{key}; {hint}")
         factory = known[key].default_factory
         if isinstance(factory, type) and is_dataclass(factory):
             _check_keys(value, factory, f"{prefix}{key}.")

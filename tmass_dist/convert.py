@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmass_dist.cli import run_command
+from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ def from_authors(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our ``state_dict`` of theirs (Hugging Face CLIP names below ``clip.``).
 
     Raises:
-        ValueError: names that belong to no part of their model, or parts that are missing.
+        UserError: names that belong to no part of their model, or parts that are missing.
     """
     import torch
 
@@ -94,13 +95,13 @@ def from_authors(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
             ours[target] = value
     for target, parts in heads.items():
         if set(parts) != set("qkv"):
-            raise ValueError(f"the checkpoint lacks a part of {target}: it has {', '.join(sorted(parts))} of q, k, v")
+            raise UserError(f"the checkpoint lacks a part of {target}: it has {', '.join(sorted(parts))} of q, k, v")
         ours[target] = torch.cat([parts[letter] for letter in "qkv"])
     missing = [
         part for part in ("towers.clip.visual.", "towers.clip.transformer.", "head.pooling.") if not _any(ours, part)
     ]
     if unknown or missing:
-        raise ValueError(
+        raise UserError(
             f"this is no checkpoint of the authors' code: {len(unknown)} unknown names ({', '.join(unknown[:3])}), "
             f"nothing for {', '.join(missing) or 'nothing'}"
         )
@@ -133,9 +134,7 @@ def to_authors(ours: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             short = name.removeprefix("towers.clip.")
             if short not in other:
-                raise ValueError(
-                    f"{name} has no place in the authors' model; only OpenAI's CLIP and T-MASS's head have"
-                )
+                raise UserError(f"{name} has no place in the authors' model; only OpenAI's CLIP and T-MASS's head have")
             value = value.T if short in _TRANSPOSED else value.reshape(()) if short == "logit_scale" else value
             theirs[f"clip.{other[short]}"] = value
     return {name: value.contiguous() for name, value in theirs.items()}
@@ -149,7 +148,7 @@ def read_authors(path: Path) -> dict[str, Tensor]:
     """The weights of a ``.pth`` of the authors' code, without unpickling anything but tensors and plain values.
 
     Raises:
-        ValueError: the file is torn, holds what is refused, or no weights.
+        UserError: the file is torn, holds what is refused, or no weights.
     """
     import torch
 
@@ -158,9 +157,9 @@ def read_authors(path: Path) -> dict[str, Tensor]:
         weights = content.get("state_dict", content)
         return {name: value for name, value in weights.items() if isinstance(value, torch.Tensor)}
     except FileNotFoundError:
-        raise ValueError(f"no file {path}") from None
+        raise UserError(f"no file {path}") from None
     except Exception as error:
-        raise ValueError(f"{path} is torn, or not a file of weights: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is torn, or not a file of weights: {str(error).splitlines()[0]}") from error
 
 
 def main() -> None:
@@ -175,7 +174,7 @@ def main() -> None:
     aside = arguments.target.with_name(arguments.target.name + ".tmp")
     if arguments.back:
         if not arguments.source.is_file():
-            raise ValueError(f"no file {arguments.source}")
+            raise UserError(f"no file {arguments.source}")
         torch.save({"state_dict": to_authors(load_file(arguments.source))}, aside)
     else:
         save_file(from_authors(read_authors(arguments.source)), aside)

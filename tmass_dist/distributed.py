@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tmass_dist.errors import UserError
 from tmass_dist.phase_timer import PHASE_TIMER
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -22,12 +23,12 @@ def check_environment() -> bool:
     """Is this process one of several? torchrun's variables are wholly set or wholly unset.
 
     Raises:
-        ValueError: some are set and others missing; it names both.
+        UserError: some are set and others missing; it names both.
     """
     missing = [name for name in _VARIABLES if name not in os.environ]
     if set(_VARIABLES) - set(missing) - {"LOCAL_RANK"} and missing:  # that one alone says nothing
         present = [name for name in _VARIABLES if name in os.environ]
-        raise ValueError(
+        raise UserError(
             f"the distributed environment is partly set: {', '.join(present)} given but {', '.join(missing)} missing; "
             "set all of them (torchrun does) or none"
         )
@@ -35,7 +36,7 @@ def check_environment() -> bool:
         return False
     rank, world = os.environ["RANK"], os.environ["WORLD_SIZE"]
     if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
-        raise ValueError(f"RANK={rank} and WORLD_SIZE={world} do not fit: 0 <= RANK < WORLD_SIZE")
+        raise UserError(f"RANK={rank} and WORLD_SIZE={world} do not fit: 0 <= RANK < WORLD_SIZE")
     return True
 
 
@@ -204,4 +205,4 @@ def share_failure(error: Exception | None) -> None:
     """Raise on every rank when any rank failed, so that none waits for a peer that is gone."""
     messages = [message for message in gather_objects(None if error is None else str(error)) if message]
     if messages:
-        raise ValueError(messages[0]) from error
+        raise UserError(messages[0]) from error

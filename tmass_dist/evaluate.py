@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tmass_dist.cli import run_command, share_of, writable_dir
 from tmass_dist.config import load_config
+from tmass_dist.errors import UserError
 
 
 def main() -> None:
@@ -41,7 +42,7 @@ def main() -> None:
 
         saved = Path(arguments.run) / "config.yaml"
         if not saved.is_file():
-            raise ValueError(f"{arguments.run} is no run directory: it has no config.yaml")
+            raise UserError(f"{arguments.run} is no run directory: it has no config.yaml")
         config = dataclasses.replace(load_config(str(saved), arguments.overrides), run_dir=arguments.run)
         evaluate(config, only=arguments.checkpoint, store=arguments.features, out=arguments.out)
     elif arguments.features:
@@ -55,7 +56,7 @@ def main() -> None:
             stored.tiles.compute(*share)
             print(f"share {arguments.shard} is done: {stored.tiles.directory}")
     else:
-        raise ValueError("say what to evaluate: --run RUN, --features DIR or --similarities S.npy")
+        raise UserError("say what to evaluate: --run RUN, --features DIR or --similarities S.npy")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tmass_dist.cli import run_command, writable_dir
 from tmass_dist.config import load_config
+from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
     from tmass_dist.models.tmass import RetrievalModel
@@ -41,11 +42,11 @@ def export(run: Path, out: Path) -> None:
     """Write ``model.safetensors``, ``config.yaml`` (and the tower description) and ``README.md`` into ``out``.
 
     Raises:
-        ValueError: ``run`` is no run directory, or has no best checkpoint yet.
+        UserError: ``run`` is no run directory, or has no best checkpoint yet.
     """
     weights = run / "checkpoints" / "best.safetensors"
     if not (run / "config.yaml").is_file() or not weights.is_file():
-        raise ValueError(f"{run} has no config.yaml with checkpoints/best.safetensors; train it first")
+        raise UserError(f"{run} has no config.yaml with checkpoints/best.safetensors; train it first")
     config = load_config(str(run / "config.yaml"))
     best = json.loads((run / "checkpoints" / "best.json").read_text(encoding="utf-8"))
     metrics = run / "evaluation" / "metrics.json"
@@ -74,7 +75,7 @@ def load(directory: str | Path) -> tuple[RetrievalModel, Any]:
     """The exported model, in evaluation mode on the CPU, and its tokenizer.
 
     Raises:
-        ValueError: the directory holds no export, or one that is torn.
+        UserError: the directory holds no export, or one that is torn.
     """
     from dataclasses import replace
 
@@ -94,7 +95,7 @@ def load(directory: str | Path) -> tuple[RetrievalModel, Any]:
     try:
         load_weights(model, load_file(path), str(path))
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is missing or torn: {error}") from error
+        raise UserError(f"{path} is missing or torn: {error}") from error
     return model, build_tokenizer(architecture)
 
 

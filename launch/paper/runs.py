@@ -12,6 +12,7 @@ from pathlib import Path
 from launch.cluster import num_gpus
 from launch.paper.layout import Layout
 from tmass_dist.cli import writable_dir
+from tmass_dist.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,12 +43,12 @@ def _run(*arguments: str, threads: int | None = None) -> None:
     """``python`` with ``arguments``, its progress shown.
 
     Raises:
-        ValueError: it failed.
+        UserError: it failed.
     """
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
     if done.returncode:
-        raise ValueError(f"{arguments[0]} failed; its words are above")
+        raise UserError(f"{arguments[0]} failed; its words are above")
 
 
 def train_missing(layout: Layout, systems: list[str], cluster: str, submit: list[str]) -> dict[Path, str]:

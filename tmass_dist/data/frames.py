@@ -6,12 +6,14 @@ from itertools import pairwise
 
 import numpy as np
 
+from tmass_dist.errors import UserError
+
 
 def _segments(start: float, end: float, num_frames: int) -> list[tuple[int, int]]:
     """First frame and the one after the last of each equal segment; a short video has one segment a frame."""
     number = min(num_frames, int(end - start))
     if number < 1:
-        raise ValueError("the video has no frame there")
+        raise UserError("the video has no frame there")
     # numpy.linspace(start, end, number + 1) truncated: the step is rounded before it is multiplied.
     step = (end - start) / number
     return list(pairwise([*(int(start + k * step) for k in range(number)), int(end)]))
@@ -49,7 +51,7 @@ def window_frame_indices(length: int, fps: float, start_s: float, end_s: float, 
         num_frames: frames wanted; a short window repeats its last frame, where the published code fails.
 
     Raises:
-        ValueError: the video ends before the window starts.
+        UserError: the video ends before the window starts.
 
     Source: the authors' windowed sampling.
     """

@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 
 from tmass_dist.data.remote import fetch, is_remote
+from tmass_dist.errors import UserError
 
 VERSION, NAME = 2, "index.safetensors"
 COLUMNS = {"shard": np.int32, "num_captions": np.int32, "offset": np.int64, "size": np.int64, "crc32": np.uint32}
 
 
-class DamagedError(ValueError):
+class DamagedError(UserError):
     """A sample whose bytes are not those that were packed; it names the shard and the sample."""
 
 
@@ -106,11 +107,11 @@ class Index:
                 split's directory if it is not found as given.
 
         Raises:
-            ValueError: no such file, a line that is wrong, or no id of this split in it.
+            UserError: no such file, a line that is wrong, or no id of this split in it.
         """
         file = next((p for p in (Path(path), Path(self.directory) / path) if p.is_file()), None)
         if file is None:
-            raise ValueError(f"no captions {path}, neither here nor in {self.directory}")
+            raise UserError(f"no captions {path}, neither here nor in {self.directory}")
         known = {sample_id: number for number, sample_id in enumerate(self.ids)}
         further, counts = {key: list(texts) for key, texts in self.further.items()}, self.num_captions.copy()
         matched = 0
@@ -119,13 +120,13 @@ class Index:
                 entry = json.loads(line)
                 sample_id, texts = entry["id"], [str(text) for text in entry["captions"]]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{file} line {number} is not an object with id and captions: {error}") from error
+                raise UserError(f"{file} line {number} is not an object with id and captions: {error}") from error
             if sample_id in known:
                 further.setdefault(sample_id, []).extend(texts)
                 counts[known[sample_id]] += len(texts)
                 matched += 1
         if not matched:
-            raise ValueError(f"{file} has no caption for any video of {self.directory}")
+            raise UserError(f"{file} has no caption for any video of {self.directory}")
         return replace(self, further=further, columns=self.columns | {"num_captions": counts})
 
     def take(self, numbers: Sequence[int] | np.ndarray) -> Index:
@@ -138,10 +139,10 @@ class Index:
         """What is left, and ``number`` samples chosen by their ids alone: the same ones in every run.
 
         Raises:
-            ValueError: it would leave nothing to train on.
+            UserError: it would leave nothing to train on.
         """
         if number >= len(self):
-            raise ValueError(f"data.holdout is {number} and {self.directory} has {len(self)} videos")
+            raise UserError(f"data.holdout is {number} and {self.directory} has {len(self)} videos")
         hashes = [hashlib.sha256(sample_id.encode()).hexdigest() for sample_id in self.ids]
         by_hash = sorted(range(len(self)), key=hashes.__getitem__)
         return self.take(sorted(by_hash[number:])), self.take(sorted(by_hash[:number]))
@@ -178,26 +179,26 @@ def load_index(directory: str | Path, cache: str | None = None) -> Index:
         cache: a local directory.
 
     Raises:
-        ValueError: in one line, what is missing and what is there instead.
+        UserError: in one line, what is missing and what is there instead.
     """
     from safetensors import SafetensorError, safe_open
 
     directory = str(directory).rstrip("/")
     path = fetch(f"{directory}/{NAME}", cache) if is_remote(directory) else Path(directory) / NAME
     if not path.is_file():
-        raise ValueError(_nothing_there(Path(directory)))
+        raise UserError(_nothing_there(Path(directory)))
     try:
         with safe_open(path, framework="numpy") as file:
             about: dict[str, Any] = json.loads((file.metadata() or {})["index"])
             columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if about["version"] > VERSION:
-            raise ValueError(f"{path} was written by a newer version ({about['version']}); this one reads {VERSION}")
+            raise UserError(f"{path} was written by a newer version ({about['version']}); this one reads {VERSION}")
         shards = tuple(Shard(**shard) for shard in about["shards"])
         settings = (about["split"], about["num_frames"], about["image_size"], about["store"])
         known = {name: columns[name] for name in (*COLUMNS, "id_bytes", "id_end")}
         index = Index(directory, *settings, shards, known, cache)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); pack the split again with shards/make_shards.py") from error
+        raise UserError(f"{path} is damaged ({error}); pack the split again with shards/make_shards.py") from error
     if not is_remote(directory):
         _check_shards(Path(directory), shards)
     return index
@@ -216,9 +217,9 @@ def _check_shards(directory: Path, shards: tuple[Shard, ...]) -> None:
     for shard in shards:
         if shard.name not in sizes:
             there = ", ".join(sorted(sizes)[:8]) or "no tar"
-            raise ValueError(f"shard {directory / shard.name} is missing; {directory} holds {there}")
+            raise UserError(f"shard {directory / shard.name} is missing; {directory} holds {there}")
         if sizes[shard.name] != shard.bytes:
-            raise ValueError(
+            raise UserError(
                 f"shard {directory / shard.name} has {sizes[shard.name]} bytes and its index says {shard.bytes}; "
                 "pack it again"
             )
@@ -242,11 +243,11 @@ def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]
         raw = os.pread(shard.fileno(), sample.size, sample.offset)
     try:
         if zlib.crc32(raw) != sample.crc32:
-            raise ValueError("its checksum differs from the index")
+            raise UserError("its checksum differs from the index")
         (name, meta), *rest = _members(raw)
         key = safe_key(sample.id)
         if name != f"{key}.json" or not all(other.startswith(f"{key}.") for other, _ in rest):
-            raise ValueError(f"its members are {name} ...")
+            raise UserError(f"its members are {name} ...")
         about = json.loads(meta)
         about["captions"] += index.further.get(sample.id, [])
         return about, [content for _, content in rest]
@@ -261,6 +262,6 @@ def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
         header = raw[at : at + 512]
         size = int(header[124:135], 8)
         if header[156:157] not in (b"0", b"\0") or at + 512 + size > len(raw):
-            raise ValueError(f"no whole file at byte {at}")
+            raise UserError(f"no whole file at byte {at}")
         yield header[:100].rstrip(b"\0").decode(), raw[at + 512 : at + 512 + size]
         at += 512 + -(-size // 512) * 512

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from tmass_dist.cli import PeerLostError
 from tmass_dist.data.frames import random_frame_indices, uniform_frame_indices
 from tmass_dist.data.index import DamagedError, Index, read_sample
 from tmass_dist.data.order import epoch_batches, substitutes
+from tmass_dist.errors import PeerLostError, UserError
 from tmass_dist.noise import text_key
 
 Tokenize = Callable[[list[str]], Tensor]
@@ -158,7 +158,7 @@ class _Steps(Dataset):
                     )
                     following = next(stand_ins, None)
                     if following is None:
-                        raise ValueError(f"{error}; and no video is left to stand in for it") from error
+                        raise UserError(f"{error}; and no video is left to stand in for it") from error
                     pair = following
             captions.append(meta["captions"][pair[1]])
             ids.append(meta["id"])
@@ -204,7 +204,7 @@ class TrainLoader:
         timeout_s: how long a worker may take for a batch.
 
     Raises:
-        ValueError: the batch does not divide by the ranks, or there are fewer pairs than one batch.
+        UserError: the batch does not divide by the ranks, or there are fewer pairs than one batch.
     """
 
     def __init__(
@@ -222,10 +222,10 @@ class TrainLoader:
         timeout_s: float = 600,
     ) -> None:
         if batch_size % world_size:
-            raise ValueError(f"data.batch_size={batch_size} is not divisible by {world_size} ranks")
+            raise UserError(f"data.batch_size={batch_size} is not divisible by {world_size} ranks")
         num_pairs = int(index.num_captions.sum())
         if num_pairs < batch_size:
-            raise ValueError(f"{index.directory} has {num_pairs} pairs, fewer than one batch of {batch_size}")
+            raise UserError(f"{index.directory} has {num_pairs} pairs, fewer than one batch of {batch_size}")
         self._steps = _Steps(
             index, batch_size, rank, world_size, seed, tokenize, num_frames, random_frames, num_workers
         )
@@ -241,7 +241,7 @@ class TrainLoader:
         """Batches ``start_step``, ``start_step + 1``, ... without an end; close it to end the workers.
 
         Raises:
-            ValueError: a batch cannot be read; it names the shard.
+            UserError: a batch cannot be read; it names the shard.
             PeerLostError: a worker was killed, or took longer than ``timeout_s``; it names what was being read.
         """
         batches = iter(
@@ -265,7 +265,7 @@ class TrainLoader:
                     if isinstance(error, ConnectionError):
                         raise PeerLostError(f"a decoding process ended{self._reading()}: {error}") from error
                     # A worker's error comes with its whole traceback; its last line is what it said.
-                    raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+                    raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
                 except (RuntimeError, EOFError) as error:
                     if self._num_workers == 0:
                         raise

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from tmass_dist import distributed
+from tmass_dist.errors import UserError
 
 
 class Quarantine:
@@ -33,7 +34,7 @@ class Quarantine:
         """Take in what this rank found new; every rank calls it together. Returns a line for each of all ranks.
 
         Raises:
-            ValueError: more videos are damaged than may be; it names them.
+            UserError: more videos are damaged than may be; it names them.
         """
         found = dict(pair for part in distributed.gather_objects(self.unknown(damaged)) for pair in part)
         self.reasons |= found
@@ -42,7 +43,7 @@ class Quarantine:
                 file.writelines(json.dumps({"id": v, "reason": r}, ensure_ascii=False) + "\n" for v, r in found.items())
         if len(self.reasons) > self.limit:
             names = "; ".join(list(self.reasons.values())[:5])
-            raise ValueError(
+            raise UserError(
                 f"{len(self.reasons)} damaged videos are more than data.max_bad allows: {names}. See {self.path}; "
                 "pack their shards again, or raise data.max_bad"
             )

@@ -7,6 +7,8 @@ import os
 import time
 from pathlib import Path
 
+from tmass_dist.errors import UserError
+
 TRIES = 3
 
 
@@ -23,12 +25,12 @@ def fetch(url: str, cache: str | None, size: int | None = None, sha256: str | No
         size, sha256: what the file must be; without them it is downloaded each time, as an index may have changed.
 
     Raises:
-        ValueError: in one line: it cannot be had, or is not what its index says.
+        UserError: in one line: it cannot be had, or is not what its index says.
     """
     import filelock
 
     if cache is None:
-        raise ValueError(f"{url} is a URL: data.cache must say where its shards are kept")
+        raise UserError(f"{url} is a URL: data.cache must say where its shards are kept")
     directory, name = url.rsplit("/", 1)
     path = Path(cache).expanduser() / hashlib.sha256(directory.encode()).hexdigest()[:16] / name
     if size is not None and path.is_file() and path.stat().st_size == size:
@@ -41,7 +43,7 @@ def fetch(url: str, cache: str | None, size: int | None = None, sha256: str | No
         try:
             _download(url, aside)
             if sha256 is not None and sha256_of(aside) != sha256:
-                raise ValueError(f"{url} is not the file that its index describes; upload the split again, whole")
+                raise UserError(f"{url} is not the file that its index describes; upload the split again, whole")
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
@@ -58,11 +60,11 @@ def _download(url: str, path: Path) -> None:
             system.get_file(inside, str(path))
             return
         except FileNotFoundError as error:
-            raise ValueError(f"{url} is not there") from error
+            raise UserError(f"{url} is not there") from error
         except Exception as error:
             if attempt == TRIES:
                 reason = f"{type(error).__name__}: {error}"
-                raise ValueError(f"{url} cannot be had, after {TRIES} tries: {reason}") from error
+                raise UserError(f"{url} cannot be had, after {TRIES} tries: {reason}") from error
             time.sleep(attempt)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmass_dist.config import Config, to_yaml
+from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -93,7 +94,7 @@ def encode_run(config: Config, *, only: str | None = None, store: Path | None = 
         The store; its index also holds the scores before training.
 
     Raises:
-        ValueError: no checkpoint, weights of another model, or a ``store`` that holds something else.
+        UserError: no checkpoint, weights of another model, or a ``store`` that holds something else.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
@@ -110,7 +111,7 @@ def encode_run(config: Config, *, only: str | None = None, store: Path | None = 
 
     weights = Path(only) if only else Path(config.run_dir) / "checkpoints" / "best.safetensors"
     if not weights.is_file():
-        raise ValueError(f"no checkpoint {weights}; train first, or name one with --checkpoint")
+        raise UserError(f"no checkpoint {weights}; train first, or name one with --checkpoint")
     device, index = initialise(config.engine.timeout_s), load_index(config.data.test, config.data.cache)
     given, store = store, store or Path(config.run_dir) / "evaluation" / "features"
     made_from = feature_store.fingerprint(
@@ -120,7 +121,7 @@ def encode_run(config: Config, *, only: str | None = None, store: Path | None = 
     if there == made_from:
         return store
     if there is not None and given is not None:
-        raise ValueError(
+        raise UserError(
             f"{store} holds features of another model or split (fingerprint {there}, asked for {made_from}); "
             "give another directory, or remove it"
         )
@@ -134,7 +135,7 @@ def encode_run(config: Config, *, only: str | None = None, store: Path | None = 
     try:
         loaded = load_file(weights)
     except SafetensorError as error:
-        raise ValueError(f"{weights} is torn, or not a file of weights: {error}") from error
+        raise UserError(f"{weights} is torn, or not a file of weights: {error}") from error
     load_weights(model, loaded, str(weights))
     if is_main():
         (store / "index.json").unlink(missing_ok=True)

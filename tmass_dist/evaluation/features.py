@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tmass_dist.data.remote import sha256_of
+from tmass_dist.errors import UserError
 
 VERSION = 1
 
@@ -47,7 +48,7 @@ def merge(parts: Iterable[Part], video_ids: list[str]) -> Features:
     """Put the parts together in the order of ``video_ids``; a video that came twice counts once.
 
     Raises:
-        ValueError: videos that no part holds, videos without a caption, captions of unknown videos: counted and named.
+        UserError: videos that no part holds, videos without a caption, captions of unknown videos: counted and named.
     """
     frames: dict[str, Tensor] = {}
     texts: dict[str, dict[int, tuple[Tensor, str]]] = {}
@@ -62,9 +63,9 @@ def merge(parts: Iterable[Part], video_ids: list[str]) -> Features:
         ("captioned videos are not in the gallery", [v for v in texts if v not in wanted]),
     ):
         if ids:
-            raise ValueError(f"{len(ids)} {what}: {', '.join(ids[:5])}")
+            raise UserError(f"{len(ids)} {what}: {', '.join(ids[:5])}")
     if not video_ids:
-        raise ValueError("the gallery is empty: there is no video to retrieve")
+        raise UserError("the gallery is empty: there is no video to retrieve")
     rows = [(n, v, slot, *texts[v][slot]) for n, v in enumerate(video_ids) for slot in sorted(texts[v])]
     return Features(
         video_ids=list(video_ids),
@@ -120,20 +121,20 @@ def read_index(directory: Path) -> dict[str, Any]:
     """The index of a store.
 
     Raises:
-        ValueError: there is none, it is damaged, or of a newer version.
+        UserError: there is none, it is damaged, or of a newer version.
     """
     path = directory / "index.json"
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"no features in {directory}: index.json is missing; encode with --run RUN --features {directory}"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["version"] > VERSION:
-            raise ValueError(f"{path} was written by a newer version ({content['version']}); this one reads {VERSION}")
+            raise UserError(f"{path} was written by a newer version ({content['version']}); this one reads {VERSION}")
         return content | {"parts": dict(content["parts"]), "video_ids": list(content["video_ids"])}
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); encode again") from error
+        raise UserError(f"{path} is damaged ({error}); encode again") from error
 
 
 def fingerprint_of(directory: Path) -> str | None:
@@ -148,7 +149,7 @@ def load_features(directory: Path) -> Features:
     """Read every part, check it, and put the split together.
 
     Raises:
-        ValueError: a part that is missing or damaged, ids that no part holds, features that are not numbers.
+        UserError: a part that is missing or damaged, ids that no part holds, features that are not numbers.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -158,13 +159,13 @@ def load_features(directory: Path) -> Features:
         path = directory / name
         if not path.is_file() or sha256_of(path) != checksum:
             state = "damaged" if path.is_file() else "missing"
-            raise ValueError(f"{path} is {state}; remove {directory / 'index.json'} and encode again")
+            raise UserError(f"{path} is {state}; remove {directory / 'index.json'} and encode again")
         try:
             with safe_open(path, "pt") as file:
                 ids = json.loads(file.metadata()["ids"])
                 frames_VFD, text_TD = file.get_tensor("frames_VFD"), file.get_tensor("text_TD")
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is no part of a feature store: {error}") from error
+            raise UserError(f"{path} is no part of a feature store: {error}") from error
         caption_ids = [(video_id, slot) for video_id, slot in ids["caption_ids"]]
         parts.append(Part(ids["video_ids"], frames_VFD, caption_ids, ids["captions"], text_TD))
     features = merge(parts, index["video_ids"])
@@ -173,5 +174,5 @@ def load_features(directory: Path) -> Features:
     bad = torch.isnan(features.text_TD).any(dim=1).nonzero().flatten().tolist()
     ids += [f"{features.caption_ids[i][0]} caption {features.caption_ids[i][1]}" for i in bad]
     if ids:
-        raise ValueError(f"{len(ids)} features are not numbers: {', '.join(ids[:5])}")
+        raise UserError(f"{len(ids)} features are not numbers: {', '.join(ids[:5])}")
     return features

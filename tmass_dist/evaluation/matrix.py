@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from tmass_dist.errors import UserError
 from tmass_dist.evaluation import ranking
 from tmass_dist.evaluation.report import Report, summary
 
@@ -19,33 +20,31 @@ def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> 
     """Rank a similarity matrix from anywhere; its protocol is whatever its maker did, and is labelled so.
 
     Raises:
-        ValueError: no matrix of numbers, or a truth that does not fit it.
+        UserError: no matrix of numbers, or a truth that does not fit it.
     """
     if not path.is_file():
-        raise ValueError(f"no file {path}")
+        raise UserError(f"no file {path}")
     if post == "qbnorm":
-        raise ValueError("qbnorm needs features of training queries; a matrix of the test alone does not hold them")
+        raise UserError("qbnorm needs features of training queries; a matrix of the test alone does not hold them")
     try:
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise ValueError(f"{path} is not a matrix of numbers (.npy): {error}") from error
+        raise UserError(f"{path} is not a matrix of numbers (.npy): {error}") from error
     if matrix.ndim != 2 or matrix.dtype.kind != "f" or 0 in matrix.shape:
-        raise ValueError(f"{path} holds {matrix.dtype} of shape {matrix.shape}; wanted: floats, texts x videos")
+        raise UserError(f"{path} holds {matrix.dtype} of shape {matrix.shape}; wanted: floats, texts x videos")
     num_texts, num_videos = matrix.shape
     if truth is None:
         if num_texts != num_videos:
-            raise ValueError(
-                f"{path} is {num_texts} x {num_videos}: the truth is on no diagonal; give --truth IDS.json"
-            )
+            raise UserError(f"{path} is {num_texts} x {num_videos}: the truth is on no diagonal; give --truth IDS.json")
         owners = list(range(num_texts))
     else:
         try:
             owners = json.loads(truth.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"{truth} cannot be read: {error}") from error
+            raise UserError(f"{truth} cannot be read: {error}") from error
         fits = isinstance(owners, list) and len(owners) == num_texts
         if not fits or not all(isinstance(o, int) and 0 <= o < num_videos for o in owners):
-            raise ValueError(f"{truth} must be a list of {num_texts} column numbers from 0 to {num_videos - 1}")
+            raise UserError(f"{truth} must be a list of {num_texts} column numbers from 0 to {num_videos - 1}")
     order = np.argsort(owners, kind="stable")
     owner_T = torch.tensor(owners)[torch.from_numpy(order)]
 

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tmass_dist.errors import UserError
+
 Blocks = Callable[[], Iterable[Tensor]]
 """Gives the rows from the first to the last, in blocks of any size, every time it is called."""
 
@@ -46,16 +48,16 @@ def rank(
         bank: what ``qbnorm`` needs.
 
     Raises:
-        ValueError: a similarity that is not a number (rows named), a video without a caption, or too few rows.
+        UserError: a similarity that is not a number (rows named), a video without a caption, or too few rows.
     """
     if (owner_T.diff() < 0).any():
-        raise ValueError("texts must come in the order of their videos")
+        raise UserError("texts must come in the order of their videos")
     captioned = torch.bincount(owner_T, minlength=num_videos) > 0
     if not captioned.all():
         bad = (~captioned).nonzero().flatten().tolist()
-        raise ValueError(f"{len(bad)} videos have no caption: {bad[:5]}")
+        raise UserError(f"{len(bad)} videos have no caption: {bad[:5]}")
     if post == "qbnorm" and bank is None:
-        raise ValueError("qbnorm needs a bank of training queries: give --bank FEATURES")
+        raise UserError("qbnorm needs a bank of training queries: give --bank FEATURES")
     over_texts = _log_sum_exp_of_columns(blocks, num_videos) if post == "dsl" else None
 
     def processed() -> Iterable[tuple[int, Tensor, Tensor]]:
@@ -64,7 +66,7 @@ def rank(
             bad = torch.isnan(block).any(dim=1).nonzero().flatten()
             if len(bad):
                 rows = (bad + start).tolist()
-                raise ValueError(
+                raise UserError(
                     f"{len(rows)} texts have a similarity that is not a number; the first rows are {rows[:5]}"
                 )
             t2v = v2t = block
@@ -76,7 +78,7 @@ def rank(
             yield start, t2v, v2t
             start += len(block)
         if start != len(owner_T):
-            raise ValueError(f"there are {start} rows of similarities and {len(owner_T)} texts")
+            raise UserError(f"there are {start} rows of similarities and {len(owner_T)} texts")
 
     t2v_ranks, own_best_V = [], torch.full((num_videos,), -torch.inf, dtype=torch.float64)
     for start, t2v, v2t in processed():
@@ -137,7 +139,7 @@ def rank_texts(similarity_TV: Tensor, owner_T: Tensor) -> Tensor:
     """Text to video from a whole matrix; see :func:`rank`. Videos need no caption."""
     bad = torch.isnan(similarity_TV).any(dim=1).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"{len(bad)} texts have a similarity that is not a number; the first rows are {bad[:5]}")
+        raise UserError(f"{len(bad)} texts have a similarity that is not a number; the first rows are {bad[:5]}")
     return (similarity_TV >= similarity_TV.gather(1, owner_T[:, None])).sum(dim=1)
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tmass_dist.errors import UserError
 from tmass_dist.models.head import RetrievalHead
 from tmass_dist.models.pooling import XPool
 
@@ -31,7 +32,7 @@ class Gallery:
             tile_videos: videos in hand at a time; it bounds the memory and changes no score beyond rounding.
 
         Raises:
-            ValueError: no videos, or features that are not numbers (rows named).
+            UserError: no videos, or features that are not numbers (rows named).
         """
         _check("videos", frames_VFD)
         self.head, self.num_videos, self.tile_videos = head, len(frames_VFD), tile_videos
@@ -67,16 +68,16 @@ class Gallery:
             tile_texts: texts in hand at a time.
 
         Raises:
-            ValueError: no texts, features that are not numbers (rows named), or no trials.
+            UserError: no texts, features that are not numbers (rows named), or no trials.
         """
         _check("texts", text_TD)
         noise = noise_TMD if pair_noise_VMTD is None else pair_noise_VMTD
         if noise is not None and noise.shape[1] == 0:
-            raise ValueError("stochastic.num_trials is 0; a pair needs at least one sample")
+            raise UserError("stochastic.num_trials is 0; a pair needs at least one sample")
         own = None
         if protocol == "published_code":
             if caption_owner_T is None:
-                raise ValueError("the published_code protocol needs the video of every caption")
+                raise UserError("the published_code protocol needs the video of every caption")
             own = _own_captions(caption_owner_T, self.num_videos)
         sampled = noise is not None and self.head.mass is not None
         similarity_TV = text_TD.new_empty(len(text_TD), self.num_videos)
@@ -136,10 +137,10 @@ def score(
 
 def _check(name: str, features: Tensor) -> None:
     if len(features) == 0:
-        raise ValueError(f"there are no {name} to score")
+        raise UserError(f"there are no {name} to score")
     bad = torch.isnan(features).flatten(1).any(dim=1).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"{len(bad)} {name} have features that are not numbers; the first are {bad[:5]}")
+        raise UserError(f"{len(bad)} {name} have features that are not numbers; the first are {bad[:5]}")
 
 
 def _own_captions(owner_T: Tensor, num_videos: int) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tmass_dist.errors import UserError
+
 if TYPE_CHECKING:
     from tmass_dist.evaluation.blocks import Scorer
 
@@ -22,14 +24,14 @@ def candidates(text_TD: Tensor, frames_VFD: Tensor, num_candidates: int) -> Tens
     """Numbers ``(T, K)`` of the videos nearest by the mean of their normalised frames, nearest first.
 
     Raises:
-        ValueError: more candidates than videos, or usearch is not installed.
+        UserError: more candidates than videos, or usearch is not installed.
     """
     if not 1 <= num_candidates <= len(frames_VFD):
-        raise ValueError(f"--search is {num_candidates}; the gallery has {len(frames_VFD)} videos")
+        raise UserError(f"--search is {num_candidates}; the gallery has {len(frames_VFD)} videos")
     try:
         from usearch.index import Index
     except ModuleNotFoundError as error:
-        raise ValueError("the search needs usearch: pip install -e '.[search]'") from error
+        raise UserError("the search needs usearch: pip install -e '.[search]'") from error
     import numpy as np
 
     mean_VD = F.normalize(F.normalize(frames_VFD, dim=-1).mean(dim=1), dim=-1)

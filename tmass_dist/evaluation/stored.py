@@ -12,6 +12,7 @@ from typing import Any
 from tmass_dist.cli import write_json
 from tmass_dist.config import Config, load_config
 from tmass_dist.data.index import Index, load_index
+from tmass_dist.errors import UserError
 from tmass_dist.evaluation import ranking
 from tmass_dist.evaluation.blocks import Scorer, Tiles
 from tmass_dist.evaluation.features import Features, fingerprint, load_features, read_index
@@ -31,7 +32,7 @@ def _config(store: Path, index: dict[str, Any], overrides: list[str]) -> Config:
     for field in dataclasses.fields(saved.model):
         one, other = getattr(saved.model, field.name), getattr(given.model, field.name)
         if one != other:
-            raise ValueError(f"model.{field.name} is {other!r} and {store} was encoded with {one!r}; encode again")
+            raise UserError(f"model.{field.name} is {other!r} and {store} was encoded with {one!r}; encode again")
     return given
 
 
@@ -46,7 +47,7 @@ def _head(store: Path, config: Config, width: int) -> RetrievalHead:
     try:
         load_weights(head, load_file(path), str(path))
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is missing or torn ({error}); encode again") from error
+        raise UserError(f"{path} is missing or torn ({error}); encode again") from error
     return head
 
 
@@ -62,7 +63,7 @@ class Stored:
         out: where blocks and report go; by default beside the store.
 
     Raises:
-        ValueError: the store is missing or damaged, or an override asks for another model than encoded it.
+        UserError: the store is missing or damaged, or an override asks for another model than encoded it.
     """
 
     def __init__(self, store: Path, overrides: list[str], out: Path | None = None) -> None:
@@ -89,16 +90,16 @@ class Stored:
             num_candidates: also try the two-stage search with so many candidates.
 
         Raises:
-            ValueError: what was asked for does not go together, or a share of it is missing.
+            UserError: what was asked for does not go together, or a share of it is missing.
         """
         evaluation, num_videos = self.config.evaluation, len(self.features.video_ids)
         if bank is None and evaluation.post_processing == "qbnorm":
-            raise ValueError("qbnorm needs a bank of training queries: give --bank FEATURES")
+            raise UserError("qbnorm needs a bank of training queries: give --bank FEATURES")
         plain = evaluation.post_processing == "none" and evaluation.protocol == "query_conditioned"
         if num_candidates is not None and not plain:
-            raise ValueError("--search has no post-processing and no published_code protocol; leave them out")
+            raise UserError("--search has no post-processing and no published_code protocol; leave them out")
         if num_candidates is not None and not 1 <= num_candidates <= num_videos:
-            raise ValueError(f"--search is {num_candidates}; the gallery has {num_videos} videos")
+            raise UserError(f"--search is {num_candidates}; the gallery has {num_videos} videos")
         found = _bank(bank, self.index, self.features, self.scorer) if bank else None
         self.tiles.compute(0, 1)
         ranks = ranking.rank(self.tiles.blocks, self.features.owner_T, num_videos, evaluation.post_processing, found)
@@ -139,7 +140,7 @@ def _compare_search(scorer: Scorer, num: int, exact: ranking.Ranks, result: dict
     """Print the two-stage search beside the exact one and keep its metrics.
 
     Raises:
-        ValueError: post-processing or the published protocol, which the search does not have.
+        UserError: post-processing or the published protocol, which the search does not have.
     """
     from tmass_dist.evaluation.search import search_ranks
 
@@ -154,11 +155,11 @@ def _bank(bank: Path, index: dict[str, Any], features: Features, scorer: Scorer)
     """The bank's queries against this gallery.
 
     Raises:
-        ValueError: the bank was encoded by another model.
+        UserError: the bank was encoded by another model.
     """
     other = read_index(bank)
     if other["checkpoint"] != index["checkpoint"]:
-        raise ValueError(f"{bank} was encoded by {other['checkpoint']} and the gallery by {index['checkpoint']}")
+        raise UserError(f"{bank} was encoded by {other['checkpoint']} and the gallery by {index['checkpoint']}")
     queries = load_features(bank)
     asked = dataclasses.replace(
         features, text_TD=queries.text_TD, caption_ids=queries.caption_ids, captions=queries.captions

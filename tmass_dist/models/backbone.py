@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tmass_dist.errors import UserError
+
 _CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 _kept_libraries: list[Any] = []
 
@@ -41,7 +43,7 @@ def find_file(path: str) -> Path:
     for candidate in (Path(path), _CONFIG_DIR / path):
         if candidate.is_file():
             return candidate
-    raise ValueError(f"no file {path}, neither here nor in configs/")
+    raise UserError(f"no file {path}, neither here nor in configs/")
 
 
 def _description(architecture: str) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def _description(architecture: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not a tower description: {error}") from error
+        raise UserError(f"{path} is not a tower description: {error}") from error
 
 
 class Towers(nn.Module):
@@ -105,7 +107,7 @@ def build_towers(architecture: str, pretrained: str | None) -> Towers:
         pretrained: None, an open_clip tag such as ``openai``, or a weights file (.safetensors, .pt).
 
     Raises:
-        ValueError: an unknown architecture (nearest names), or a file that is missing, torn or of another shape.
+        UserError: an unknown architecture (nearest names), or a file that is missing, torn or of another shape.
     """
     open_clip, normalisation = _open_clip(), {}
     if architecture.endswith(".json"):
@@ -121,20 +123,20 @@ def build_towers(architecture: str, pretrained: str | None) -> Towers:
     else:
         if architecture not in open_clip.list_models():
             near = difflib.get_close_matches(architecture, open_clip.list_models(), n=3, cutoff=0.3)
-            raise ValueError(f"open_clip knows no architecture {architecture!r}; the nearest are {', '.join(near)}")
+            raise UserError(f"open_clip knows no architecture {architecture!r}; the nearest are {', '.join(near)}")
         tag = pretrained if pretrained and not pretrained.endswith((".safetensors", ".pt")) else None
         known = open_clip.list_pretrained_tags_by_model(architecture)
         if known:
             normalisation = open_clip.get_pretrained_cfg(architecture, tag if tag in known else known[0]) or {}
         if tag and tag not in known:
-            raise ValueError(f"open_clip has no weights {tag!r} of {architecture}; it has {', '.join(known) or 'none'}")
+            raise UserError(f"open_clip has no weights {tag!r} of {architecture}; it has {', '.join(known) or 'none'}")
         try:
             clip = open_clip.create_model(architecture, pretrained=tag)
         except Exception as error:
             if tag is None:
                 raise
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ValueError(f"the weights {tag} of {architecture} cannot be had: {line}; name a local file") from error
+            raise UserError(f"the weights {tag} of {architecture} cannot be had: {line}; name a local file") from error
         # Published scalars are 0-dim; DeepSpeed wants [1].
         clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
         embed_dim, context_length = open_clip.get_model_config(architecture)["embed_dim"], clip.context_length
@@ -157,7 +159,7 @@ def _load(clip: nn.Module, path: Path) -> None:
             weights = _tensors(path)
         weights = {name: tensor.float() for name, tensor in weights.items()}
     except Exception as error:
-        raise ValueError(f"{path} is torn, or not a file of weights: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is torn, or not a file of weights: {str(error).splitlines()[0]}") from error
     for name in ("logit_scale", "logit_bias"):
         if name in weights:
             weights[name] = weights[name].reshape(1)
@@ -181,7 +183,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     """``load_state_dict`` that says what differs, and which settings the weights ask for.
 
     Raises:
-        ValueError: names or shapes differ.
+        UserError: names or shapes differ.
     """
     own = module.state_dict()
     differing = [
@@ -195,7 +197,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     ]
     if differing:
         asks = _settings(weights)
-        raise ValueError(
+        raise UserError(
             f"{source} is of another architecture in {len(differing)} names: {'; '.join(differing[:3])}"
             + (f". It asks for {', '.join(asks)}" if asks else "")
         )
@@ -274,4 +276,4 @@ def build_tokenizer(architecture: str) -> Callable[[list[str]], Tensor]:
         tokenize = _open_clip().get_tokenizer(architecture)
         return Trimmed(tokenize) if _is_plain_clip(_open_clip().get_model_config(architecture)) else tokenize
     except ModuleNotFoundError as error:
-        raise ValueError(f"the tokenizer of {architecture} needs {error.name}: pip install -e '.[towers]'") from error
+        raise UserError(f"the tokenizer of {architecture} needs {error.name}: pip install -e '.[towers]'") from error

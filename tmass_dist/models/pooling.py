@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmass_dist.errors import UserError
 from tmass_dist.noise import keyed_mask
 
 
@@ -43,7 +44,7 @@ class XPool(nn.Module):
     def __init__(self, embed_dim: int, num_heads: int = 1, dropout: float = 0.3) -> None:
         super().__init__()
         if embed_dim % num_heads:
-            raise ValueError(f"model.num_heads is {num_heads}: it must divide the embedding width {embed_dim}")
+            raise UserError(f"model.num_heads is {num_heads}: it must divide the embedding width {embed_dim}")
         self.num_heads = num_heads
         self.query, self.key, self.value, self.out, self.linear = (nn.Linear(embed_dim, embed_dim) for _ in range(5))
         self.norm_in, self.norm_attended, self.norm_out = (nn.LayerNorm(embed_dim) for _ in range(3))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tmass_dist.errors import UserError
+
 RadiusKind = Literal["exp_linear", "exp_mean", "linear", "scaled_exp_mean", "variational"]
 
 
@@ -48,10 +50,10 @@ class TextMass(nn.Module):
         """Radius ``(..., D)`` (or ``(..., 1)`` for the kinds without a linear layer) of frame cosines and texts.
 
         Raises:
-            ValueError: another number of frames than this radius was built for.
+            UserError: another number of frames than this radius was built for.
         """
         if cosine_PF.shape[-1] != self.num_frames:
-            raise ValueError(
+            raise UserError(
                 f"videos have {cosine_PF.shape[-1]} frames and the radius was built for {self.num_frames}; "
                 "set model.num_frames, or pack the shards again"
             )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tmass_dist.cli import write_json
 from tmass_dist.data.remote import sha256_of
 from tmass_dist.distributed import barrier, gather_objects, is_main, rank, share_failure, world_size
+from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,7 +91,7 @@ class Saver:
         """Wait for every rank's share and give the checkpoint its name.
 
         Raises:
-            ValueError: a rank could not write; the checkpoint before is still there, and is named.
+            UserError: a rank could not write; the checkpoint before is still there, and is named.
         """
         if self._thread is None:
             return
@@ -101,7 +102,7 @@ class Saver:
         if self._failure is not None:
             before = saved_steps(self.directory)
             left = f"the last complete checkpoint is of step {before[0]}" if before else "there is no checkpoint yet"
-            failure = ValueError(
+            failure = UserError(
                 f"rank {rank()} cannot save step {self._step} in {self.directory}: {self._failure}; {left}"
             )
         try:
@@ -141,7 +142,7 @@ def resume(engine: Engine, directory: Path, log: logging.Logger | None = None) -
     """Load the newest checkpoint that is whole; returns the number of steps done, 0 when there is none.
 
     Raises:
-        ValueError: checkpoints are there but none is whole, or it is of another model.
+        UserError: checkpoints are there but none is whole, or it is of another model.
     """
     log = log or logging.getLogger("tmass_dist")
     # One rank looks, or two could see different folders while a third is cleaning up.
@@ -155,7 +156,7 @@ def resume(engine: Engine, directory: Path, log: logging.Logger | None = None) -
             return step
         log.warning("%s: going back to the checkpoint before it", damage)
     if steps:
-        raise ValueError(f"no checkpoint in {directory} is whole; remove it to start from the beginning")
+        raise UserError(f"no checkpoint in {directory} is whole; remove it to start from the beginning")
     return 0
 
 
@@ -174,7 +175,7 @@ def _load(engine: Engine, folder: Path) -> None:
                 label = f"{key}:{name}"
                 shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
                 if label not in where or tuple(where[label].get_slice(label).get_shape()) != shape:
-                    raise ValueError(f"{folder} is of another model or optimiser: it has no {label} of shape {shape}")
+                    raise UserError(f"{folder} is of another model or optimiser: it has no {label} of shape {shape}")
                 engine.set_state(key, name, where[label].get_tensor(label))
     # A count of steps is not a tensor of any parameter: the caller sets it.
 

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 
 from tmass_dist.cli import writable_dir
 from tmass_dist.config import Config, differing_keys, load_config
+from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
     from tmass_dist.data.index import Index
 
 
 def check_batch(config: Config, world: int) -> None:
-    """Raises: ValueError: the global batch does not divide by the ranks."""
+    """Raises: UserError: the global batch does not divide by the ranks."""
     if config.data.batch_size % world:
         fitting = [n for n in range(1, config.data.batch_size + 1) if config.data.batch_size % n == 0]
-        raise ValueError(
+        raise UserError(
             f"data.batch_size={config.data.batch_size} is not divisible by {world} ranks; use one of {fitting} ranks"
         )
 
@@ -58,7 +59,7 @@ def check(config: Config, world: int) -> None:
     """What can be known to be wrong before any rank starts.
 
     Raises:
-        ValueError: in one line, what is wrong and what to do.
+        UserError: in one line, what is wrong and what to do.
     """
     check_batch(config, world)
     load_splits(config)
@@ -67,7 +68,7 @@ def check(config: Config, world: int) -> None:
     if saved.is_file():
         differing = differing_keys(load_config(str(saved)), config)
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{config.run_dir} holds a run with another config ({'; '.join(differing)}); "
                 "give the same settings to resume, or another run_dir"
             )

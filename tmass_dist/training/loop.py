@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmass_dist.config import Config, to_yaml
+from tmass_dist.errors import UserError
 from tmass_dist.training.checks import check, load_splits, validation_steps
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def report_broken(
     """A loss or gradient is not a number: write down whose, and stop or go on as the config says; every rank calls it.
 
     Raises:
-        ValueError: with ``engine.nonfinite=stop``.
+        UserError: with ``engine.nonfinite=stop``.
     """
     from tmass_dist import distributed
     from tmass_dist.cli import write_json
@@ -73,7 +74,7 @@ def report_broken(
         f"step {step}: the loss or a gradient of rank {ranks} is not a number; no rank updated; the pairs are in {path}"
     )
     if config.engine.nonfinite == "stop":
-        raise ValueError(f"{line}; lower optim.lr, look at the pairs, or set engine.nonfinite=skip")
+        raise UserError(f"{line}; lower optim.lr, look at the pairs, or set engine.nonfinite=skip")
     log.warning("%s; skipped", line)
 
 

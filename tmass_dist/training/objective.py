@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tmass_dist.config import Config, OptimConfig, StochasticConfig
 from tmass_dist.distributed import gather_rows
+from tmass_dist.errors import UserError
 from tmass_dist.models.head import RetrievalHead
 from tmass_dist.models.pooling import Seen
 from tmass_dist.models.tmass import RetrievalModel, build_model
@@ -233,7 +234,7 @@ def build_objective(config: Config) -> Objective:
     """The model of ``config`` with its loss; what the loss does not see, or the config freezes, takes no gradient.
 
     Raises:
-        ValueError: ``optim.frozen`` names a parameter that does not exist.
+        UserError: ``optim.frozen`` names a parameter that does not exist.
     """
     model = build_model(config.model)
     if config.stochastic.training == "mean" and model.head.mass is not None:
@@ -241,7 +242,7 @@ def build_objective(config: Config) -> Objective:
     names = [name for name, _ in model.named_parameters()]
     for prefix in config.optim.frozen:
         if not any(name.startswith(prefix) for name in names):
-            raise ValueError(f"optim.frozen names {prefix!r}, and no parameter begins so; the first is {names[0]}")
+            raise UserError(f"optim.frozen names {prefix!r}, and no parameter begins so; the first is {names[0]}")
     for name, parameter in model.named_parameters():
         if name.startswith(tuple(config.optim.frozen)):
             parameter.requires_grad_(False)

@@ -10,8 +10,8 @@ import time
 from types import TracebackType
 from typing import Any
 
-from tmass_dist.cli import PeerLostError
 from tmass_dist.distributed import collectives_entered, gather_objects, is_main, open_store, rank, world_size
+from tmass_dist.errors import PeerLostError
 
 _OF_A_COLLECTIVE = re.compile(r"gloo|nccl|tcpstore|connection|socket|broken pipe|timed out waiting", re.IGNORECASE)
 
