@@ -13,6 +13,7 @@ OUTSIDE = {
     "submitit": {"launch/cluster.py", "launch/job.py"},
     "torch.utils.tensorboard": {"tmass_dist/training/monitor.py"},
     "omegaconf": {"tmass_dist/config.py"},
+    "jinja2": {"tmass_dist/pages.py", "launch/paper/page.py"},
 }
 """The modules that may import a library."""
 
@@ -22,6 +23,7 @@ ORDER = (
         "tmass_dist.cli",
         "tmass_dist.config",
         "tmass_dist.noise",
+        "tmass_dist.pages",
         "tmass_dist.pictures",
         "tmass_dist.phase_timer",
     },

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tmass_dist.evaluation import radii
 from tmass_dist.evaluation.ranking import Ranks, chance, intervals, metrics
+from tmass_dist.pages import render_page
 from tmass_dist.pictures import figure, png
 
 if TYPE_CHECKING:
@@ -136,20 +137,21 @@ class Report:
 
     def html(self) -> str:
         """The page; every text in it is escaped."""
-        from jinja2 import Environment
-
-        template = Environment(autoescape=True).from_string(_PAGE)
         # A picture travels without its page: it carries the label too.
         said = f"{self.result['protocol']}, {_precision(self.result)}post-processing {self.result['post_processing']}"
         pictures = [
             ("Recall", _recall_curve(self.ranks, said)),
             ("Ranks of the right video", _histogram(self.ranks, said)),
         ]
-        return template.render(
+        intervals = self.result["intervals_95"]
+        return render_page(
+            "report.html",
             label=label(self.result),
             columns=COLUMNS,
-            tables={"Text to video": self.rows("t2v"), "Video to text": self.rows("v2t")},
-            intervals=self.result["intervals_95"],
+            tables={
+                name: {"rows": self.rows(direction), "intervals": intervals[direction]}
+                for direction, name in (("t2v", "Text to video"), ("v2t", "Video to text"))
+            },
             pictures=[(name, _as_url(png, "png")) for name, png in pictures],
             queries=self._queries() if self.scorer is not None else [],
         )
@@ -226,28 +228,3 @@ def _histogram(ranks: Ranks, title: str) -> bytes:
     axes.hist(ranks.t2v_T.numpy(), bins=edges)
     axes.set(xscale="log", xlabel="rank (text to video)", ylabel="texts", title=title)
     return png(drawn)
-
-
-_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>tmass-dist evaluation</title>
-<style>
-body{font:15px/1.45 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:.5rem 0 1.5rem}
-td,th{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #ddd}
-td:first-child,th:first-child{text-align:left}.label{background:#f3f3e7;padding:.5rem .8rem;border-radius:4px}
-.query{border-top:1px solid #ccc;padding:.8rem 0}.query img{max-width:100%}.frames img{height:64px;margin-right:3px}
-.right{color:#067506}.video{display:inline-block;vertical-align:top;margin:.3rem 1rem .3rem 0}
-</style>
-<h1>Evaluation</h1><p class="label">{{ label }}</p>
-{% for name, rows in tables.items() %}<h2>{{ name }}</h2><table><tr><th>system</th>
-{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
-{% for system, row in rows.items() %}<tr><td>{{ system }}</td>{% for c in columns %}<td>{{ "%.1f"|format(row[c]) }}</td>
-{% endfor %}</tr>{% endfor %}<tr><td>95 % interval</td>
-{% for c in columns %}{% set i = intervals["t2v" if name == "Text to video" else "v2t"][c] %}
-<td>{{ "%.1f"|format(i[0]) }} to {{ "%.1f"|format(i[1]) }}</td>{% endfor %}</tr></table>{% endfor %}
-{% for name, url in pictures %}<h2>{{ name }}</h2><img alt="{{ name }}" src="{{ url }}">{% endfor %}
-{% if queries %}<h2>Queries</h2>{% endif %}
-{% for q in queries %}<div class="query"><b>{{ q.kind }}</b>, rank {{ q.rank }}: <q>{{ q.caption }}</q><div>
-{% for v in q.videos %}<div class="video {{ v.role }}">{{ v.role }}: {{ v.id }} ({{ "%.3f"|format(v.score) }})
-<div class="frames">{% for f in v.frames %}<img alt="frame" src="{{ f }}">{% endfor %}</div></div>{% endfor %}</div>
-{% for url in q.pictures %}<img alt="radius" src="{{ url }}">{% endfor %}</div>{% endfor %}</html>
-"""
