@@ -1,6 +1,7 @@
-"""The paper's supplementary, table by table: lay out the runs, train what is missing, and write one page.
+"""Reproduce the paper's supplementary: train the missing runs, and write one page of published and measured numbers.
 
-``python launch/reproduce.py --all --data demo --cluster local --size ci``. Start it again to go on: finished runs stay.
+``python launch/reproduce.py --all --data demo --cluster local --size ci``. Running the command again resumes: finished
+runs are kept.
 """
 
 from __future__ import annotations
@@ -19,14 +20,19 @@ from tmass_dist.cli import run_command, writable_dir  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
 
-def _parts(arguments: argparse.Namespace) -> list[str]:
+def _chosen_parts(arguments: argparse.Namespace) -> list[str]:
+    """Keys of ``PARTS`` that the options choose.
+
+    Raises:
+        UserError: none.
+    """
     if arguments.all:
         return list(PARTS)
     chosen = [f"table {number}" for number in arguments.table]
     chosen += [f"figure {min(number, 3)}" for number in arguments.figure]
     chosen += [f"section {number}" for number in arguments.section] + (["gain"] if arguments.gain else [])
     if not chosen:
-        raise UserError("nothing is asked for: give --all, --table N, --figure N, --section N or --gain")
+        raise UserError("nothing to reproduce: give --all, --table N, --figure N, --section N or --gain")
     return list(dict.fromkeys(chosen))
 
 
@@ -37,20 +43,23 @@ def main() -> None:
     parser.add_argument("--figure", type=int, action="append", default=[], choices=range(1, 11), metavar="1-10")
     parser.add_argument("--section", type=int, action="append", default=[], choices=(2, 3), metavar="2|3")
     parser.add_argument(
-        "--gain", action="store_true", help="T-MASS against X-Pool under query_conditioned, and variants"
+        "--gain", action="store_true", help="T-MASS and its variants against X-Pool under query_conditioned"
     )
     parser.add_argument("--data", choices=DATA, default="demo", help="the embedded benchmark, or a real data set")
     parser.add_argument("--cluster", choices=("slurm", "local"), default="local")
     parser.add_argument(
-        "--submit", default="", metavar="OPTIONS", help="of launch/submit.py, as '--nodes 4 --time 6:00:00'"
+        "--submit",
+        default="",
+        metavar="OPTIONS",
+        help="options of launch/submit.py, as '--nodes 4 --gpus 8'",
     )
-    parser.add_argument("--seeds", type=int, help="of towers and training (ci: 1, full: 3)")
+    parser.add_argument("--seeds", type=int, help="number of seeds (ci: 1, full: 3)")
     parser.add_argument("--size", choices=sorted(SIZES), default="ci")
-    parser.add_argument("--steps", type=int, help="training steps of batch 32, in place of the size's")
+    parser.add_argument("--steps", type=int, help="training steps at batch 32; default: those of the size")
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"))
-    parser.add_argument("--page-only", action="store_true", help="train nothing; write what is there")
+    parser.add_argument("--page-only", action="store_true", help="train nothing; write the page from the finished runs")
     arguments = parser.parse_args()
-    parts, size = _parts(arguments), SIZES[arguments.size]
+    parts, size = _chosen_parts(arguments), SIZES[arguments.size]
     for name in ("seeds", "steps"):
         if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise UserError(f"--{name} is {getattr(arguments, name)}; at least 1")
@@ -61,21 +70,21 @@ def main() -> None:
     systems = systems_of(parts, arguments.data, size.largest_batch)
     from launch.paper.runs import prepare_demo, train_missing
 
-    absent = layout.missing_data()
+    missing_data = layout.missing_data()
     failed: dict[Path, str] = {}
-    if absent is None and not arguments.page_only:
+    if missing_data is None and not arguments.page_only:
         if arguments.data == "demo":
             prepare_demo(layout)
         failed = train_missing(layout, systems, arguments.cluster, shlex.split(arguments.submit))
     from launch.paper.page import write_page
 
-    page = write_page(layout, parts, absent)
+    page = write_page(layout, parts, missing_data)
     print(f"{page}\n{page.with_suffix('.md')}")
     if failed:
-        run, words = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} runs failed; the first, {run}: {words}")
-    if arguments.cluster == "slurm" and absent is None:
-        print("what was submitted is trained by the cluster; the same command collects it")
+        run, message = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} runs failed; the first, {run}: {message}")
+    if arguments.cluster == "slurm" and missing_data is None:
+        print("the missing runs are submitted; run the same command again to collect them")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""launch/reproduce.py: runs laid out, trained, collected, and published figures beside what was measured."""
+"""launch/reproduce.py trains the missing runs and writes published and measured numbers on one page."""
 
 import json
 from pathlib import Path
@@ -84,10 +84,10 @@ def test_data_that_is_not_there_is_said_and_bad_arguments_are_one_line(tmp_path:
     assert "no data: no shards in data/vatex/train" in text and "63.0" in text
     for more, said in (
         (["--seeds", "0"], "--seeds is 0"),
-        ([], "nothing is asked for"),
+        ([], "nothing to reproduce"),
         (["--table", "7"], "choose from"),
     ):
-        if said != "nothing is asked for":
+        if said != "nothing to reproduce":
             more = [*more, "--all"]
         done = run("launch/reproduce.py", "--out", str(tmp_path), *more)
         assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr

@@ -1,22 +1,59 @@
-"""The supplementary's figures from finished runs, as PNG."""
-
-# Shapes: T texts, V videos, F frames, D embedding width.
+"""The supplementary's figures from finished runs, as PNG, and the sections that show them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from tmass_dist.evaluation import radii
-from tmass_dist.evaluation.stored import Stored
+from launch.paper.results import PUBLISHED, Results, Row, Section
+from launch.paper.systems import SYSTEMS
+from tmass_dist.evaluation.report import COLUMNS
 from tmass_dist.pictures import figure, png
 
 
+def figure_1(results: Results) -> Section:
+    """Training curves of T-MASS and its KL variant."""
+    tmass, kl = results.finished("tmass"), results.finished("kl")
+    pictures = [("Figure 1", training_curves(tmass, kl))] if tmass and kl else []
+    rows = results.measured_rows("T-MASS", "tmass") + results.measured_rows(SYSTEMS["kl"].title, "kl")
+    bound = f"below {results.published['figure_1']['kl_below']:.0f}"
+    rows.append(Row(["KL, MSR-VTT", PUBLISHED, bound, "", "", "", ""], "published"))
+    note = "R@1 on the validation split and the KL term during training, weight 1, prior N(0, I)."
+    return Section("Figure 1", note, ["row", "source", *COLUMNS], rows, pictures)
+
+
+def figure_2(results: Results) -> Section:
+    """Radii of one query."""
+    pictures = []
+    if results.radii is not None:
+        kind, text = results.radii.example_queries()[0]
+        pictures.append((f"“{results.radii.features.captions[text]}” ({kind})", results.radii.vectors_picture(text)))
+    note = "Radius of the right pair in red, of the five next best videos in blue; the first query of Figures 3 to 10."
+    return Section("Figure 2", note, pictures=pictures)
+
+
+def figure_3(results: Results) -> Section:
+    """Norms of the radii of eight queries, and how often the paper's observation holds."""
+    radii = results.radii
+    pictures, rows = [], []
+    if radii is not None:
+        for kind, text in radii.example_queries():
+            pictures.append((f"“{radii.features.captions[text]}” ({kind})", radii.norms_picture(text)))
+        smallest = float((radii.norm_rank_T == 1).float().mean()) * 100
+        smaller_half = float((radii.norm_rank_T <= radii.norm_TV.shape[1] / 2).float().mean()) * 100
+        rows = [
+            Row(["the right video has the smallest |R|_1", f"{smallest:.1f} %"]),
+            Row(["the right video is in the smaller half", f"{smaller_half:.1f} %"]),
+        ]
+    note = (
+        "|R|_1 of a query with every video. The queries are chosen by rule: seven evenly spaced ones among those whose "
+        "right video is at rank 1, then the failing one whose right video has the largest place in |R|_1. The paper "
+        "says that the right video has the smallest; the table counts it over all queries (seed 0)."
+    )
+    return Section("Figures 3 to 10", note, ["of all queries", "share"] if rows else [], rows, pictures)
+
+
 def training_curves(tmass: list[Path], kl: list[Path]) -> bytes:
-    """Figure 1: validation R@1 and the KL term over training, the KL variant next to T-MASS, a line a seed."""
+    """Figure 1: validation R@1 and the KL term over training, T-MASS and the KL variant, a line for each seed."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     drawn, (left, right) = figure(2)
@@ -35,72 +72,17 @@ def training_curves(tmass: list[Path], kl: list[Path]) -> bytes:
     return png(drawn)
 
 
-class Radii:
-    """``|R|_1`` and R of every text with every video of a run's test split."""
-
-    def __init__(self, run: Path) -> None:
-        self.stored = Stored(run / "evaluation" / "features", [])
-        self.features, mass = self.stored.features, self.stored.scorer.head.mass
-        assert mass is not None
-        self.mass = mass
-        with torch.inference_mode():
-            score_TV = torch.cat([self.stored.scorer.score(start) for start in self.stored.scorer.starts])
-            norm_TV = torch.stack([self.of(text).abs().sum(dim=1) for text in range(len(score_TV))])
-        owner_T = self.features.owner_T
-        self.norm_TV, self.score_TV = norm_TV, score_TV
-        true_T = score_TV[torch.arange(len(owner_T)), owner_T]
-        self.rank_T = (score_TV >= true_T[:, None]).sum(dim=1)
-        own_T = norm_TV[torch.arange(len(owner_T)), owner_T]
-        self.place_T = (norm_TV <= own_T[:, None]).sum(dim=1)
-        """1 where the right video has the smallest ``|R|_1`` of all."""
-
-    def of(self, text: int) -> Tensor:
-        """R ``(V, D)`` of one text with every video."""
-        return radii.radii_of(self.mass, self.features, text)
-
-    def chosen(self) -> list[tuple[str, int]]:
-        """The queries of Figures 3 to 10, by rule: seven evenly spaced among those found at rank 1, in the order of
-        the split; then the failing one whose right video has the largest place in ``|R|_1``."""
-        found = (self.rank_T == 1).nonzero().flatten().tolist()
-        spaced = [found[i] for i in np.linspace(0, len(found) - 1, min(7, len(found))).astype(int)] if found else []
-        failed = (self.rank_T > 1).nonzero().flatten()
-        picked = [("found", int(text)) for text in spaced]
-        if len(failed):
-            picked.append(("failing", int(failed[self.place_T[failed].argmax()])))
-        return picked
-
-    def vectors(self, text: int) -> bytes:
-        """Figure 2: R of the right video in red, of the five next best in blue."""
-        truth = int(self.features.owner_T[text])
-        others = [v for v in self.score_TV[text].argsort(descending=True).tolist() if v != truth][:5]
-        return radii.vectors(self.of(text), truth, others)
-
-    def dynamics(self, text: int) -> bytes:
-        """Figures 3 to 10: ``|R|_1`` of a query with every video, the right one marked, its frames beside."""
-        norm_V, truth = self.norm_TV[text], int(self.features.owner_T[text])
-        place = f"place {int(self.place_T[text])} of {len(norm_V)} in |R|_1, rank {int(self.rank_T[text])}"
-        return radii.norms(norm_V, truth, place, self._frames(truth))
-
-    def _frames(self, video: int) -> np.ndarray | None:
-        index = self.stored.shards()
-        if index is None:
-            return None
-        from tmass_dist.data.loader import read_into
-
-        pictures = np.empty((12, index.image_size, index.image_size, 3), np.uint8)
-        read_into(pictures, index, index.ids.index(self.features.video_ids[video]))
-        return np.concatenate(
-            [np.concatenate(list(row), axis=1) for row in pictures.reshape(3, 4, *pictures.shape[1:])]
-        )
-
-
 def scores_against_trials(points: list[tuple[int, list[float], float]]) -> bytes:
-    """Section 2: ``(M, R@1 of each seed, seconds)``."""
+    """Section 2: R@1 and seconds against M.
+
+    Args:
+        points: ``(M, R@1 of each seed, seconds)``.
+    """
     drawn, (left, right) = figure(2)
     trials = [m for m, _, _ in points]
     for values in zip(*(r1 for _, r1, _ in points)):
         left.plot(trials, values, marker="o")
-    left.set(xlabel="M (0: the text itself)", ylabel="R@1, a line a seed")
+    left.set(xlabel="M (0: the text itself)", ylabel="R@1, a line for each seed")
     right.plot(trials, [seconds for _, _, seconds in points], marker="o")
     right.set(xlabel="M", ylabel="seconds of scoring", ylim=(0, None), xlim=(0, None))
     return png(drawn)

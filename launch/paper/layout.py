@@ -1,4 +1,4 @@
-"""Where the runs, data and towers of one reproduction lie."""
+"""Paths and settings of the runs, data and towers of one reproduction."""
 
 from __future__ import annotations
 
@@ -10,17 +10,22 @@ from launch.paper.systems import PUBLISHED_NOISE, SIZES, SYSTEMS, Size
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything of one reproduction lies."""
+    """Paths and settings of one reproduction."""
 
     data: str
+    """Data set, one of ``systems.DATA``."""
     size_name: str
+    """A key of ``systems.SIZES``."""
     seeds: int
+    """Runs of each system, with seeds 0, 1, ..."""
     steps: int | None
+    """Training steps at batch 32; None keeps those of the data set's page."""
     out: Path
+    """Output directory of all data sets and sizes."""
 
     @property
     def size(self) -> Size:
-        """How much of everything."""
+        """Steps, videos and seeds."""
         return SIZES[self.size_name]
 
     @property
@@ -29,39 +34,43 @@ class Layout:
         return self.out / f"{self.data}-{self.size_name}"
 
     def runs(self, system: str) -> list[Path]:
-        """A system's run directories, one a seed."""
+        """A system's run directories, one for each seed."""
         return [self.base / system / f"seed-{seed}" for seed in range(self.seeds)]
 
     def towers(self, seed: int) -> Path:
-        """Towers of the embedded benchmark that a seed starts from; seed 0 has the committed ones."""
+        """Directory of the embedded benchmark's pretrained towers for a seed."""
         return self.base / f"towers-{seed if self.size.own_towers else 0}"
 
-    def of(self, data: str) -> Layout:
-        """The same of another data set, beside this one."""
+    def for_data(self, data: str) -> Layout:
+        """The layout of another data set in the same output directory."""
         return replace(self, data=data)
 
     def overrides(self, system: str, seed: int) -> list[str]:
-        """What a run differs in from its data set's page."""
-        one = SYSTEMS[system]
-        found = [f"seed={seed}", f"run_dir={self.base / system / f'seed-{seed}'}", f"data.batch_size={one.batch_size}"]
+        """Overrides of a run on its data set's page."""
+        spec = SYSTEMS[system]
+        run_dir = self.base / system / f"seed-{seed}"
+        settings = [f"seed={seed}", f"run_dir={run_dir}", f"data.batch_size={spec.batch_size}"]
         if self.data == "demo":
-            found += PUBLISHED_NOISE
+            settings += PUBLISHED_NOISE
             towers = self.towers(seed)
-            found += [f"data.{split}={self.base / 'data' / split}" for split in ("train", "val", "test")]
-            found += [f"model.architecture={towers / 'demo.json'}", f"model.pretrained={towers / 'demo.safetensors'}"]
+            settings += [f"data.{split}={self.base / 'data' / split}" for split in ("train", "val", "test")]
+            settings += [
+                f"model.architecture={towers / 'demo.json'}",
+                f"model.pretrained={towers / 'demo.safetensors'}",
+            ]
         if self.steps is not None:
-            steps = self.steps if one.as_many_steps else max(1, self.steps * 32 // one.batch_size)
-            found += [f"max_steps={steps}", f"eval_every={max(1, steps // 6)}"]
-        if one.captions:
-            found.append(f"data.captions=[{self.captions()}]")
-        return [*found, *one.overrides]
+            steps = self.steps if spec.as_many_steps else max(1, self.steps * 32 // spec.batch_size)
+            settings += [f"max_steps={steps}", f"eval_every={max(1, steps // 6)}"]
+        if spec.captions:
+            settings.append(f"data.captions=[{self.captions()}]")
+        return [*settings, *spec.overrides]
 
     def captions(self) -> Path:
-        """What a captioner said of the training videos."""
+        """File of a captioner's captions for the training videos."""
         return self.base / "data" / "captioner.jsonl" if self.data == "demo" else Path("captions.jsonl")
 
     def missing_data(self) -> str | None:
-        """Why this data set cannot be run here, if so."""
+        """Why this data set cannot be run on this machine; None if it can."""
         from tmass_dist.config import load_config
         from tmass_dist.training.checks import load_splits
 

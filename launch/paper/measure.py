@@ -1,4 +1,4 @@
-"""A finished run, measured under any protocol from its feature store; what was measured is kept beside it."""
+"""Measure a finished run under any protocol from its stored features; each measurement is cached in the run."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ from tmass_dist.models.head import RetrievalHead
 
 
 def is_finished(run: Path) -> bool:
-    """Whether a run was trained and evaluated to its end."""
+    """Whether a run is trained and evaluated."""
     return (run / "evaluation" / "metrics.json").is_file()
 
 
 def measure(run: Path, *, protocol: str = "query_conditioned", post: str = "none", trials: int = 20) -> dict[str, Any]:
-    """Metrics of both directions, ``t2v_ranks`` of every caption, ``seconds`` of scoring, and the labels they carry.
+    """Score a run's stored features, or read the cached measurement.
 
     Args:
         run: a finished run directory.
         protocol, post: as ``evaluation.protocol`` and ``evaluation.post_processing``.
         trials: samples of each text (M); 0 scores the text itself.
+
+    Returns:
+        Metrics of both directions (``t2v``, ``v2t``), ``t2v_ranks`` and ``owners`` (video number) of every caption,
+        ``seconds`` of scoring, and the labels: protocol, post-processing, M, selection split.
     """
-    kept = run / "measured" / f"{protocol},{post},{trials}.json"
+    cached = run / "measured" / f"{protocol},{post},{trials}.json"
     evaluated = run / "evaluation" / "features" / "index.json"
-    if kept.is_file() and kept.stat().st_mtime >= evaluated.stat().st_mtime:
-        return json.loads(kept.read_text(encoding="utf-8"))
+    if cached.is_file() and cached.stat().st_mtime >= evaluated.stat().st_mtime:
+        return json.loads(cached.read_text(encoding="utf-8"))
     overrides = [f"evaluation.protocol={protocol}", f"evaluation.post_processing={post}"]
     overrides += ["evaluation.precision=float32", f"stochastic.num_trials={max(trials, 1)}"]
     stored = Stored(run / "evaluation" / "features", overrides)
@@ -48,7 +52,7 @@ def measure(run: Path, *, protocol: str = "query_conditioned", post: str = "none
     seconds = time.perf_counter() - began
     processing = stored.config.evaluation.post_processing
     ranks = ranking.rank(lambda: blocks, stored.features.owner_T, len(stored.features.video_ids), processing)
-    found = {
+    measured = {
         "protocol": protocol,
         "post_processing": post,
         "trials": trials,
@@ -60,17 +64,19 @@ def measure(run: Path, *, protocol: str = "query_conditioned", post: str = "none
         "t2v_ranks": ranks.t2v_T.tolist(),
         "owners": stored.features.owner_T.tolist(),
     }
-    kept.parent.mkdir(exist_ok=True)
-    write_json(kept, found)
-    return found
+    cached.parent.mkdir(exist_ok=True)
+    write_json(cached, measured)
+    return measured
 
 
-def gain_of(pairs: list[tuple[dict[str, Any], dict[str, Any]]], draws: int = 2000) -> tuple[list[float], float, float]:
-    """What the second of each pair of measurements has more of R@1 than the first, which saw the same seed and split.
+def gain_over_seeds(
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]], draws: int = 2000
+) -> tuple[list[float], float, float]:
+    """R@1 of the second measurement of each pair minus R@1 of the first; a pair shares its seed and its split.
 
     Returns:
-        The gain of each seed, in points, and a bootstrap 95 % interval of their mean that draws seeds and, with all
-        their captions, videos: what other seeds and other videos might have given.
+        The gain of each seed, in points, and the limits of a bootstrap 95 % interval of their mean. The bootstrap
+        resamples seeds, and videos with all their captions.
     """
     gains_SV, weights_V = [], None
     for first, second in pairs:
@@ -90,13 +96,13 @@ def gain_of(pairs: list[tuple[dict[str, Any], dict[str, Any]]], draws: int = 200
     return (100 * gain_SV.sum(axis=1) / weights_V.sum()).tolist(), float(low), float(high)
 
 
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation over seeds."""
+def mean_and_deviation(values: list[float]) -> str:
+    """``mean ± standard deviation`` over seeds; the mean alone for one seed."""
     mean = f"{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
-def numbers(runs: list[Path], direction: str = "t2v", **options: Any) -> list[str]:
-    """The five columns over a system's finished runs, one at least."""
-    found = [measure(run, **options)[direction] for run in runs]
-    return [spread([one[column] for one in found]) for column in COLUMNS]
+def columns_over_seeds(runs: list[Path], direction: str = "t2v", **options: Any) -> list[str]:
+    """R@1, R@5, R@10, MdR and MnR over a system's finished runs (at least one); ``options`` go to ``measure``."""
+    measured = [measure(run, **options)[direction] for run in runs]
+    return [mean_and_deviation([one[column] for one in measured]) for column in COLUMNS]

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def prepare_demo(layout: Layout) -> None:
-    """Generate, pack and pretrain what is not there yet."""
+    """Generate and pack the videos and pretrain the towers, where that is not done yet."""
     data = writable_dir(layout.base / "data")
     train, val, test = layout.size.videos
     if not (data / "captioner.jsonl").is_file():
@@ -34,35 +34,36 @@ def prepare_demo(layout: Layout) -> None:
         shutil.copytree(ROOT / "configs" / "towers", layout.towers(0), dirs_exist_ok=True)
     seeds = [seed for seed in range(layout.seeds) if not (layout.towers(seed) / "demo.safetensors").is_file()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # One thread each: side by side, more would only wait for each other.
+        # They run at the same time, so each gets one thread.
         pretrain = ("shards/demo_towers.py", "--out")
         list(pool.map(lambda seed: _run(*pretrain, str(layout.towers(seed)), "--seed", str(seed), threads=1), seeds))
 
 
 def _run(*arguments: str, threads: int | None = None) -> None:
-    """``python`` with ``arguments``, its progress shown.
+    """Run ``python`` with ``arguments``; its progress goes to stderr.
 
     Raises:
-        UserError: it failed.
+        UserError: the command failed.
     """
     env = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
     if done.returncode:
-        raise UserError(f"{arguments[0]} failed; its words are above")
+        raise UserError(f"{arguments[0]} failed; its message is above")
 
 
 def train_missing(layout: Layout, systems: list[str], cluster: str, submit: list[str]) -> dict[Path, str]:
-    """Submit every run that is neither finished nor under way; local ones side by side, to their ends.
+    """Submit every run that is neither finished nor submitted already. Local runs are waited for; on a machine without
+    GPUs as many run at a time as it has CPUs.
 
     Returns:
-        Run directories that failed, with their last words.
+        Run directories that failed, with the last line of their output.
     """
     from tqdm import tqdm
 
     from launch.paper.measure import is_finished
     from launch.submitted import live_job
 
-    def is_under_way(run: Path) -> bool:
+    def is_submitted(run: Path) -> bool:
         return cluster == "slurm" and live_job(run) is not None
 
     jobs = [
@@ -70,12 +71,12 @@ def train_missing(layout: Layout, systems: list[str], cluster: str, submit: list
         for seed in range(layout.seeds)
         for system in systems
         for run in [layout.runs(system)[seed]]
-        if not is_finished(run) and not is_under_way(run)
+        if not is_finished(run) and not is_submitted(run)
     ]
     options = ["--cluster", cluster, *(["--procs", "1"] if cluster == "local" and not submit else []), *submit]
     failed: dict[Path, str] = {}
-    side_by_side = (os.cpu_count() or 1) if cluster == "local" and num_gpus() == 0 else 1
-    with ThreadPoolExecutor(side_by_side) as pool, tqdm(total=len(jobs), desc="runs", unit="run") as bar:
+    num_parallel = (os.cpu_count() or 1) if cluster == "local" and num_gpus() == 0 else 1
+    with ThreadPoolExecutor(num_parallel) as pool, tqdm(total=len(jobs), desc="runs", unit="run") as bar:
 
         def start(job: tuple[Path, list[str]]) -> None:
             run, (page, *overrides) = job

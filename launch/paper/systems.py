@@ -1,4 +1,4 @@
-"""What the supplementary's tables and figures are made of: systems, sizes, and which part needs which system."""
+"""The systems that the supplementary compares, the sizes of a reproduction, and the systems that each part needs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ DATA = ("demo", "msrvtt", "lsmdc", "didemo", "vatex", "charades")
 
 @dataclass(frozen=True)
 class System:
-    """One way to train; ``overrides`` on a data set's page."""
+    """One way to train: overrides on a data set's page."""
 
     title: str
     overrides: tuple[str, ...] = ()
     batch_size: int = 32
     captions: bool = False
-    """With the captioner's captions beside the annotators'."""
+    """Train on the captioner's captions too, not only the annotators'."""
     as_many_steps: bool = False
-    """As many steps as batch 32 takes, and so more pairs; else as many pairs."""
+    """Take as many steps as batch 32, and so see more pairs; otherwise see as many pairs in fewer steps."""
 
 
 PUBLISHED_NOISE = ("stochastic.prior=uniform",)
-"""[0, 1), the published code's; the embedded benchmark's page has another, the real data sets' pages say their own."""
+"""[0, 1), as in the published code. The embedded benchmark's page sets another prior; the real data sets' pages set
+their own."""
 _CENTRED = ("stochastic.prior=normal", "stochastic.prior_std=0.29")
 _BEST_OF_4 = ("stochastic.samples=4", "stochastic.trials=best", "stochastic.training_radius=pair")
 SYSTEMS = {
@@ -49,7 +50,7 @@ SYSTEMS = {
     "batch-256": System("T-MASS, batch 256", (), 256),
     "xpool-captions": System("X-Pool, more captions", ("model.radius=none",), captions=True),
     "tmass-captions": System("T-MASS, more captions", captions=True),
-    # What might make the gain real under the honest protocol, and what the parts of T-MASS do; docs/findings.md.
+    # Variants and ablations, compared under query_conditioned; see docs/findings.md.
     "no-support": System("T-MASS without support text", ("stochastic.support_weight=0",)),
     "linear-radius": System("radius linear, not its exponential", ("model.radius=linear",)),
     "scaled-radius": System("radius a learnt multiple of exp(mean)", ("model.radius=scaled_exp_mean",)),
@@ -99,32 +100,34 @@ PARTS = {
         "centred-falling",
     ),
 }
-"""Systems of each part; "figure 3" is Figures 3 to 10, "gain" what the honest protocol asks for."""
+"""Systems of each part; "figure 3" is Figures 3 to 10, "gain" compares all variants under query_conditioned."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything; ``steps`` are of batch 32."""
+    """Steps, videos and seeds of a reproduction."""
 
     steps: int | None
+    """Training steps at batch 32; None keeps those of the data set's page."""
     videos: tuple[int, int, int]
-    """Of the embedded benchmark: train, val, test."""
+    """Videos of the embedded benchmark: train, val, test."""
     seeds: int
     largest_batch: int
+    """Systems with larger batches are left out."""
     own_towers: bool
-    """Pretrain towers for each seed, in place of the committed ones."""
+    """Pretrain towers for each seed instead of using the committed ones."""
 
 
 SIZES = {
     "ci": Size(steps=40, videos=(400, 20, 60), seeds=1, largest_batch=128, own_towers=False),
     "full": Size(steps=200, videos=(1500, 60, 240), seeds=3, largest_batch=256, own_towers=True),
 }
-"""Of other data sets than the embedded one, ``full`` is their page as it is."""
+"""On a real data set, ``full`` uses its page unchanged."""
 
 
 def systems_of(parts: list[str], data: str, largest_batch: int) -> list[str]:
-    """Every system that ``parts`` need on a data set, once, in order."""
+    """Every system that ``parts`` need on a data set, without repetition, in order."""
     names = dict.fromkeys(name for part in parts for name in PARTS[part])
-    if data == "demo":  # it has one size of towers
+    if data == "demo":  # the embedded benchmark has one size of towers
         names.pop("tmass-b16", None)
     return [name for name in names if SYSTEMS[name].batch_size <= largest_batch]
