@@ -12,12 +12,12 @@ sys.path.insert(0, str(ROOT))
 
 from launch import cluster  # noqa: E402
 from launch.submitted import jobs_of  # noqa: E402
-from tmass_dist.cli import run_command  # noqa: E402
+from tmass_dist.cli import program, run_command  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python launch/cancel.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python launch/cancel.py"), description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     arguments = parser.parse_args()
     jobs = jobs_of(arguments.run)

@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tmass_dist.cli import run_command  # noqa: E402
+from tmass_dist.cli import program, run_command  # noqa: E402
 from tmass_dist.config import flat, load_config  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
@@ -50,7 +50,7 @@ def compare(runs: list[Path]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python launch/compare.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python launch/compare.py"), description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories, or one directory that holds them")
     parser.add_argument("--out", type=Path, help="also write comparison.md there")
     arguments = parser.parse_args()

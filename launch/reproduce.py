@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from launch.paper.layout import Layout  # noqa: E402
 from launch.paper.systems import DATA, PARTS, SIZES, systems_of  # noqa: E402
-from tmass_dist.cli import run_command, writable_dir  # noqa: E402
+from tmass_dist.cli import program, run_command, writable_dir  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
 
@@ -37,7 +37,7 @@ def _chosen_parts(arguments: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python launch/reproduce.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python launch/reproduce.py"), description=__doc__)
     parser.add_argument("--all", action="store_true", help="everything")
     parser.add_argument("--table", type=int, action="append", default=[], choices=range(1, 6), metavar="1-5")
     parser.add_argument("--figure", type=int, action="append", default=[], choices=range(1, 11), metavar="1-10")

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from launch import cluster  # noqa: E402
 from launch.submitted import jobs_of  # noqa: E402
-from tmass_dist.cli import run_command  # noqa: E402
+from tmass_dist.cli import program, run_command  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
 _STEP = re.compile(r"step (\d+)/(\d+) loss ([\d.nan]+), ([\d.]+) videos/s(?:, ETA (\S+))?")
@@ -55,7 +55,7 @@ def describe(run: Path) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python launch/status.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python launch/status.py"), description=__doc__)
     parser.add_argument("run", nargs="?", type=Path, help="a run directory")
     arguments = parser.parse_args()
     runs = [arguments.run] if arguments.run else sorted(path.parent for path in Path("runs").glob("**/jobs"))

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 from launch import cluster, plan  # noqa: E402
 from launch.job import CommandJob  # noqa: E402
 from launch.submitted import refuse_live  # noqa: E402
-from tmass_dist.cli import run_command, write_json  # noqa: E402
+from tmass_dist.cli import program, run_command, write_json  # noqa: E402
 from tmass_dist.config import Config, load_config, to_yaml  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
@@ -26,7 +26,7 @@ FLAGS = ("partition", "account", "qos", "constraint", "exclude", "mem")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python launch/submit.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python launch/submit.py"), description=__doc__)
     parser.add_argument("--config", help="a page of configs/, or a path")
     parser.add_argument(
         "--job",
@@ -239,5 +239,9 @@ def _show_plan(steps: list[plan.Step], runs: list[Config], folder: Path, name: s
         print(to_yaml(run), end="")
 
 
+def main() -> None:
+    submit(parse())
+
+
 if __name__ == "__main__":
-    run_command(lambda: submit(parse()))
+    run_command(main)

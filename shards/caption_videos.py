@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tmass_dist.cli import run_command, share_of  # noqa: E402
+from tmass_dist.cli import program, run_command, share_of  # noqa: E402
 from tmass_dist.data.index import Index, load_index  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
@@ -134,7 +134,7 @@ def merge(index: Index, path: Path, parts: list[Path]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python shards/caption_videos.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python shards/caption_videos.py"), description=__doc__)
     parser.add_argument("directory", type=Path, help="a packed split")
     parser.add_argument("--model", default=MODEL, help=f"of transformers, or a directory ({MODEL})")
     parser.add_argument("--prompt", default=PROMPT)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tmass_dist.cli import run_command, writable_dir  # noqa: E402
+from tmass_dist.cli import program, run_command, writable_dir  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def generate(out: Path, sizes: dict[str, int], seed: int, difficulty: str = "eas
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python shards/demo_data.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python shards/demo_data.py"), description=__doc__)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--train", type=int, default=1000, help="training videos")
     parser.add_argument("--val", type=int, default=100, help="validation videos")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from shards.demo_data import SCENES, VOCABULARY, caption, render  # noqa: E402
-from tmass_dist.cli import run_command, writable_dir  # noqa: E402
+from tmass_dist.cli import program, run_command, writable_dir  # noqa: E402
 
 WIDTH = 96
 DESCRIPTION = {
@@ -68,7 +68,7 @@ def pretrain(out: Path, steps: int, batch_size: int, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python shards/demo_towers.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python shards/demo_towers.py"), description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "configs" / "towers")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=128)

@@ -12,13 +12,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tmass_dist.cli import run_command  # noqa: E402
+from tmass_dist.cli import program, run_command  # noqa: E402
 from tmass_dist.data.index import load_index  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python shards/inspect_shards.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python shards/inspect_shards.py"), description=__doc__)
     parser.add_argument("directory", help="a split: a directory, or a URL with --cache")
     parser.add_argument("--shard", metavar="NAME", help="only this tar (default: spread over all)")
     parser.add_argument("--videos", type=int, default=12, help="rows of the sheet")

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from shards.sources import SOURCES, Row, read_rows  # noqa: E402
-from tmass_dist.cli import run_command, share_of, writable_dir, write_json  # noqa: E402
+from tmass_dist.cli import program, run_command, share_of, writable_dir, write_json  # noqa: E402
 from tmass_dist.data.index import NAME as INDEX  # noqa: E402
 from tmass_dist.data.index import Index, Sample, Shard, make_columns, safe_key  # noqa: E402
 from tmass_dist.data.remote import sha256_of  # noqa: E402
@@ -233,7 +233,7 @@ def _share(text: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python shards/make_shards.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python shards/make_shards.py"), description=__doc__)
     parser.add_argument("--source", choices=sorted(SOURCES), required=True)
     parser.add_argument("--annotations", type=Path, help="the data set's own files; a folder may bring its captions")
     parser.add_argument("--videos", type=Path, required=True)

@@ -9,14 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tmass_dist.cli import run_command  # noqa: E402
+from tmass_dist.cli import program, run_command  # noqa: E402
 from tmass_dist.data.index import load_index, read_sample  # noqa: E402
 from tmass_dist.data.remote import sha256_of  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python shards/verify_shards.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python shards/verify_shards.py"), description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--decode", type=int, metavar="N", help="decode N videos spread over the split (default: all)")
     arguments = parser.parse_args()

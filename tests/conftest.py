@@ -1,4 +1,4 @@
-"""What several test files share: commands as a person calls them, and a small generated data set."""
+"""Shared by several test files: commands as a user runs them, and a small generated data set."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments: str, timeout_s: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``python`` with ``arguments``: our commands in processes that have their imports, ``-c CODE`` in a fresh one."""
+    """Run ``python`` with ``arguments``: a command in a process that has the imports already, ``-c CODE`` in a new one."""
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= environment
     if arguments[0] != "-c":

@@ -1,7 +1,7 @@
-"""Processes that start with everything heavy imported: forked from one server, which a fresh interpreter would not be.
+"""Start commands quickly: each process is forked from a server that has imported torch and the other libraries.
 
-What an import brings along is tested with fresh interpreters (``tests/test_cli.py``); so is, with every start of a job,
-the whole road (``tests/test_train.py``, ``tests/slurm``).
+Tests of what a command imports use new interpreters (``tests/test_cli.py``), and jobs always do (``tests/test_train.py``,
+``tests/slurm``).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _command(
         prepare()
     if arguments[0] == "-m":
         sys.argv = list(arguments[1:])
-        sys.modules.pop(arguments[1], None)  # imported by another module before; runpy would warn
+        sys.modules.pop(arguments[1], None)  # runpy warns if the module is imported already
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
@@ -56,14 +56,14 @@ def start(
     stderr: Path,
     prepare: Callable[[], None] | None = None,
 ) -> BaseProcess:
-    """``python`` with ``arguments`` (a file, ``-m`` and a module, or ``-c`` and code), its words in files.
+    """Start ``python`` with ``arguments`` (a file, ``-m`` and a module, or ``-c`` and code).
 
     Args:
         arguments: of the command line.
-        environment: the whole of it.
-        cwd: where it starts.
-        stdout: file, continued.
-        stderr: file, continued.
+        environment: all environment variables of the process.
+        cwd: its working directory.
+        stdout: file to which its output is appended.
+        stderr: file to which its errors are appended.
         prepare: called in the process before the command; importable by name.
     """
     whole = (arguments, environment, cwd, (stdout, stderr), prepare)
@@ -73,10 +73,10 @@ def start(
 
 
 def forked(*arguments: str, environment: dict[str, str], cwd: Path, timeout_s: float) -> CompletedProcess[str]:
-    """The same to its end.
+    """Run a command as :func:`start` does, and wait for its end.
 
     Raises:
-        TimeoutExpired: it was killed after ``timeout_s``.
+        TimeoutExpired: it did not end within ``timeout_s`` and was killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")

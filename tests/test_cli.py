@@ -1,45 +1,77 @@
-"""Every entry point: --help in under a second, and a person's mistake is one line without a traceback."""
+"""Every command: ``--help`` imports nothing heavy, and a user error is one line without a traceback."""
 
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import run
+from tmass_dist.__main__ import COMMANDS
 
-ENTRY_POINTS = [
-    ["-m", "tmass_dist.train"],
-    ["-m", "tmass_dist.evaluate"],
-    ["-m", "tmass_dist.export"],
-    ["-m", "tmass_dist.convert"],
-    ["launch/submit.py"],
-    ["launch/reproduce.py"],
-    ["launch/compare.py"],
-    ["shards/caption_videos.py"],
-    ["shards/inspect_shards.py"],
-    ["launch/status.py"],
-    ["launch/cancel.py"],
-    ["shards/make_shards.py"],
-    ["shards/verify_shards.py"],
-    ["shards/demo_data.py"],
-    ["shards/demo_towers.py"],
+OF_TMASS = [
+    module if module.startswith("tmass_dist.") else module.replace(".", "/") + ".py" for module, _ in COMMANDS.values()
 ]
+ENTRY_POINTS = [*OF_TMASS, "shards/demo_data.py", "shards/demo_towers.py"]
+HEAVY = {"torch", "deepspeed", "open_clip", "webdataset", "tensorboard", "av", "usearch", "starlette", "transformers"}
 
 
-@pytest.mark.parametrize("entry", ENTRY_POINTS, ids=lambda e: e[-1])
-def test_help_imports_nothing_heavy(entry: list[str]) -> None:
-    # What makes help slow is importing torch and its kin: that is what is tested, a clock would only be noise.
-    code = (
-        "import sys, runpy; sys.argv = sys.argv[1:] + ['--help']\n"
-        "try:\n    (runpy.run_module if sys.argv[0].count('.') == 1 and '/' not in sys.argv[0] else runpy.run_path)"
-        "(sys.argv[0], run_name='__main__')\n"
+def _help(code: str, *arguments: str) -> str:
+    """What ``code`` prints for ``--help`` in a fresh interpreter, which imports none of ``HEAVY``."""
+    # Importing torch and the like is what makes --help slow. The imports are tested; a time limit would be flaky.
+    whole = (
+        f"import sys, runpy\nsys.argv = [*sys.argv[1:], '--help']\ntry:\n    {code}\n"
         "except SystemExit as stop:\n    assert stop.code in (0, None), stop.code\n"
-        "heavy = {'torch', 'deepspeed', 'open_clip', 'webdataset', 'tensorboard', 'av'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        f"heavy = {HEAVY} & set(sys.modules)\nassert not heavy, heavy"
     )
-    done = run("-c", code, entry[-1])
+    done = run("-c", whole, *arguments)
     assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_help_imports_nothing_heavy(entry: str) -> None:
+    runner = "run_path" if "/" in entry else "run_module"
+    printed = _help(f"runpy.{runner}(sys.argv[0], run_name='__main__')", entry)
+    usual = f"python {entry}" if "/" in entry else f"python -m {entry}"
+    assert f"usage: {usual} " in " ".join(printed.split())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_tmass_runs_every_command(name: str) -> None:
+    assert _help("import tmass_dist.__main__ as t; t.main()", "tmass", name).startswith(f"usage: tmass {name} ")
+
+
+def test_tmass_help_lists_every_command_and_imports_none() -> None:
+    printed = run("-c", "import sys, tmass_dist.__main__ as t; t.main(); print(sorted(sys.modules))", "--help").stdout
+    for name, (module, description) in COMMANDS.items():
+        assert f"  {name} " in printed and description in printed and f"'{module}'" not in printed
+
+
+def test_tmass_names_the_nearest_command() -> None:
+    assert "did you mean submit?" in _fails_in_one_line(run("-m", "tmass_dist", "submt"))
+
+
+def test_config_lists_settings_or_the_one_that_is_named() -> None:
+    everything = run("-m", "tmass_dist", "config").stdout
+    for line in (
+        "optim.lr=3e-05    (float)",
+        "data.val=data/val    (str or null)",
+        "prior=uniform    (uniform or normal)",
+    ):
+        assert line in everything
+    one = run("-m", "tmass_dist", "config", "data.batch_size").stdout
+    assert one.startswith("data.batch_size=32    (int)\n    (video, caption) pairs") and one.count("=") == 1
+    assert "did you mean data.batch_size?" in _fails_in_one_line(run("-m", "tmass_dist", "config", "batch_siz"))
+
+
+def test_every_setting_has_a_meaning() -> None:
+    from tmass_dist.config import Config, flat
+    from tmass_dist.settings import all_settings
+
+    settings = list(all_settings())
+    assert [setting.key for setting in settings] == list(flat(asdict(Config())))
+    assert all(len(setting.meaning) > 10 for setting in settings)
 
 
 def _fails_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
@@ -58,7 +90,7 @@ def _fails_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
         ("data.train=/nowhere/shards", "/nowhere/shards"),
         ("optim.lr=fast", "fast"),
         ("model.radius=round", "round"),
-        ("model={radius: linear, radius_start: falling}", "has no start to choose"),
+        ("model={radius: linear, radius_start: falling}", "it applies to exp_linear"),
     ],
 )
 def test_bad_setting_is_one_line(override: str, said: str) -> None:

@@ -1,4 +1,4 @@
-"""How every command ends: a person's mistake is one line on stderr and exit code 2, never a traceback."""
+"""What every command shares: errors in one line, output directories, atomic JSON files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tmass_dist.errors import PeerLostError, UserError
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run ``command`` and exit; ``ValueError`` and file errors speak to the person who ran it."""
+    """Run ``command``; a user error or a file error is printed in one line without a traceback, with exit code 2."""
     try:
         command()
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except PeerLostError as error:
-        # Threads of a broken collective may never end.
+        # Threads of a broken collective may never end, so the process does not wait for them.
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         os._exit(1)
     except KeyboardInterrupt:
@@ -29,11 +29,16 @@ def run_command(command: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
+def program(usual: str) -> str:
+    """Name of the running command for its usage line: ``usual``, or ``tmass NAME`` if ``tmass`` started it."""
+    return sys.argv[0] if sys.argv[0].startswith("tmass ") else usual
+
+
 def writable_dir(path: str | Path) -> Path:
-    """Make the directory and prove that it can be written.
+    """Create the directory, and check that files can be written there.
 
     Raises:
-        UserError: in one line, when it cannot.
+        UserError: they cannot.
     """
     directory = Path(path)
     try:
@@ -47,19 +52,19 @@ def writable_dir(path: str | Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write aside and rename, so that a reader sees the old file or the new one."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    """Write a temporary file and rename it, so that a reader sees either the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def share_of(text: str, option: str) -> tuple[int, int]:
-    """``I/N`` as numbers.
+    """Both numbers of ``I/N``, as given to ``option``.
 
     Raises:
-        UserError: it is no share.
+        UserError: not of this form, or I is not below N.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not int(found[1]) < int(found[2]):
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not match or not int(match[1]) < int(match[2]):
         raise UserError(f"{option} {text} is no share; write I/N with I from 0 to N - 1, as 3/8")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])

@@ -1,4 +1,8 @@
-"""Every setting of a run: the dataclasses are the manual, a page holds what differs, an override has the last word."""
+"""Every setting of a run, with its default and its meaning.
+
+A YAML file of ``configs/`` holds the settings that differ from the defaults; ``key=value`` on the command line takes
+precedence over both. ``tmass config`` prints this list.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ from typing import Any, Literal
 
 from tmass_dist.errors import UserError
 
-CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+_HERE = Path(__file__).resolve()
+CONFIG_DIR = next(path for path in (_HERE.parent / "configs", _HERE.parents[1] / "configs") if path.is_dir())
+"""``configs/`` of the repository; an installed wheel has its own copy, ``tmass_dist/configs``."""
 
 
 def _require(condition: bool, key: str, value: object, reason: str) -> None:
@@ -20,40 +26,40 @@ def _require(condition: bool, key: str, value: object, reason: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the shards lie and how they are read."""
+    """The splits and how they are read."""
 
     train: str = "data/train"
-    """Directory of training shards, as written by ``shards/make_shards.py``."""
+    """Directory (or URL) of the training shards, written by ``shards/make_shards.py``."""
     val: str | None = "data/val"
-    """Directory of the split that chooses the checkpoint; null holds out ``holdout`` of the training videos."""
+    """Split on which the best checkpoint is selected; null: ``holdout`` training videos are used instead."""
     holdout: int = 0
-    """Training videos kept out of training to choose the checkpoint, where ``val`` is null; a fixed choice by id."""
+    """If ``val`` is null: training videos held out to select the checkpoint, chosen by a hash of their ids."""
     captions: tuple[str, ...] = ()
-    """Files of further captions for training (``shards/caption_videos.py``), beside the packed ones."""
+    """Optional files of extra training captions, as written by ``shards/caption_videos.py``."""
     test: str = "data/test"
-    """Directory of the split that is reported."""
+    """Split on which results are reported."""
     batch_size: int = 32
-    """Pairs in one global batch, over all ranks: the negatives of the loss."""
+    """(video, caption) pairs of the global batch, summed over all ranks. All others of the batch serve as negatives."""
     num_workers: int = 2
-    """Decoding processes of each rank; 0 decodes in the training process."""
+    """Decoding processes per rank; 0: the training process decodes."""
     augment: bool = True
-    """Train on a random crop (half to all of the area) and flip of each video, one for all its frames."""
+    """Apply a random crop (50 to 100 % of the area) and flip to each training video, the same to all its frames."""
     frames: Literal["uniform", "random"] = "uniform"
-    """Which of more packed frames than ``model.num_frames`` training takes from each segment: its middle, or any."""
+    """If more frames than ``model.num_frames`` were packed: train on the middle frame of each segment, or any."""
     max_bad: float = 0.01
-    """Share of the training videos that may be damaged, each replaced by another; more end the run. 0: the first."""
+    """Largest share of damaged training videos tolerated, each replaced by another video; 0 stops at the first."""
     cache: str | None = None
-    """A local directory that keeps the shards of a split given as a URL (``https://``, ``s3://``)."""
+    """Local directory in which shards downloaded from a URL (``https://``, ``s3://``) are kept."""
     eval_batch_size: int = 16
-    """Videos encoded at a time by one rank during evaluation."""
+    """Videos that each rank encodes at a time during evaluation."""
 
     def __post_init__(self) -> None:
         _require(self.batch_size >= 2, "data.batch_size", self.batch_size, "a contrastive loss needs at least 2 pairs")
-        _require(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "it is a share, from 0 to 1")
+        _require(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "it is a share between 0 and 1")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "it cannot be negative")
         _require(self.eval_batch_size >= 1, "data.eval_batch_size", self.eval_batch_size, "at least 1")
         needed = self.val is None and self.holdout < 1
-        _require(not needed, "data.holdout", self.holdout, "with data.val null it says how many videos to hold out")
+        _require(not needed, "data.holdout", self.holdout, "data.val is null, so some training videos must be held out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,62 +67,68 @@ class ModelConfig:
     """The towers and the text-conditioned head."""
 
     architecture: str = "ViT-B-32-quickgelu"
-    """An open_clip name, or a tower description (.json) of one's own."""
+    """Name of an open_clip model, or a JSON file that describes the towers."""
     pretrained: str | None = "openai"
-    """An open_clip tag, a local weights file, or null for random weights."""
+    """Tag of open_clip weights, a local weights file, or null for random weights."""
     num_frames: int = 12
-    """Frames of a video; the radius is built for this number."""
+    """Frames per video. The radius layer is built for this number."""
     pooling: Literal["xpool", "mean"] = "xpool"
-    """``xpool`` pools the frames upon the text; ``mean`` ignores it."""
+    """``xpool``: text-conditioned attention over the frames; ``mean``: mean of the frames, independent of the text."""
     num_heads: int = 1
-    """Attention heads of the pooling."""
+    """Number of attention heads of the pooling."""
     dropout: float = 0.3
-    """Dropout inside the pooling; the paper uses 0.4 on DiDeMo."""
+    """Dropout probability in the pooling. The paper uses 0.4 on DiDeMo."""
     radius: Literal["none", "exp_linear", "exp_mean", "linear", "scaled_exp_mean", "variational"] = "exp_linear"
-    """How the mass's radius follows the cosines; ``none`` is X-Pool itself, without stochastic text; ``variational``
-    is a function of the text alone, to be held by ``stochastic.kl_weight``."""
+    """How the radius of the text mass is computed from the cosines of text and frames. ``none``: no text mass, which is
+    X-Pool. ``variational``: from the text alone, regularised by ``stochastic.kl_weight``."""
     radius_start: Literal["rising", "falling"] = "rising"
-    """Whether an untrained ``exp_linear`` rises with the match, as the authors start it, or falls with it."""
+    """Initial weights of ``exp_linear``: the radius rises with the cosine, as the authors' does, or falls."""
     pooled_by: Literal["text", "sample"] = "text"
-    """What asks the frames: the text, or its sample (the supplementary's worse alternative)."""
+    """Attention query of the pooling: the text embedding, or its sample (ablation of the supplementary, worse)."""
 
     def __post_init__(self) -> None:
         _require(self.num_frames >= 1, "model.num_frames", self.num_frames, "a video needs at least one frame")
-        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "it must lie in [0, 1)")
+        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "it must be in [0, 1)")
         _require(self.num_heads >= 1, "model.num_heads", self.num_heads, "at least 1")
         learnt = self.radius == "exp_linear" or self.radius_start == "rising"
-        _require(learnt, "model.radius_start", self.radius_start, f"model.radius={self.radius} has no start to choose")
+        _require(
+            learnt,
+            "model.radius_start",
+            self.radius_start,
+            f"it applies to exp_linear, not to model.radius={self.radius}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StochasticConfig:
-    """The noise of the text mass."""
+    """Sampling from the text mass."""
 
     prior: Literal["uniform", "normal"] = "uniform"
-    """``uniform`` draws from [0, 1), as the published code does; ``normal`` is centred on zero."""
+    """Distribution of the noise. ``uniform``: on [0, 1), as in the published code; ``normal``: with mean zero."""
     prior_std: float = 1.0
-    """Standard deviation of the normal prior, in radii. The authors use 3e-3 on LSMDC."""
+    """Standard deviation of the normal noise, in units of the radius. The authors use 3e-3 on LSMDC."""
     support_weight: float = 0.8
-    """Weight of the support-text loss (0.8 on MSR-VTT; 0 switches it off)."""
+    """Weight of the support-text loss. The authors use 0.8 on MSR-VTT; 0 disables it."""
     training: Literal["sampled", "mean"] = "sampled"
-    """What the loss sees: a sample of the mass; ``mean`` trains on the text itself and samples at evaluation only."""
+    """``sampled``: the loss uses samples of the text mass; ``mean``: the text embedding itself, so that only evaluation
+    draws samples."""
     samples: int = 1
-    """Samples of each text in a training step; the paper draws one."""
+    """Samples per text in a training step. The paper draws one."""
     trials: Literal["mean", "best"] = "mean"
-    """Of several samples: the mean of their losses, or the loss of each pair's closest one, as evaluation scores."""
+    """With several samples: average their losses, or use the best sample of each pair, as evaluation does."""
     training_radius: Literal["own", "pair"] = "own"
-    """``own`` meets every video with the radius of the text's own pair, as the paper trains; ``pair`` takes each
-    pair's, as evaluation does."""
+    """``own``: one radius per text, that of its matching video, as in the paper; ``pair``: one radius per (text, video)
+    pair, as in evaluation."""
     kl_weight: float = 0.0
-    """Weight of the divergence of the mass from N(0, I), mean over dimensions (supplementary, section 4)."""
+    """Weight of the KL divergence of the text mass from N(0, I), mean over dimensions (supplementary, section 4)."""
     num_trials: int = 20
-    """Samples of each text at evaluation; the closest one scores the pair (the paper's M)."""
+    """Samples per text at evaluation (the paper's M). The score of a pair is the cosine of its best sample."""
 
     def __post_init__(self) -> None:
         _require(self.num_trials >= 1, "stochastic.num_trials", self.num_trials, "a pair needs at least one sample")
         _require(self.samples >= 1, "stochastic.samples", self.samples, "at least 1")
         fits = self.trials == "mean" or self.samples > 1
-        _require(fits, "stochastic.trials", self.trials, "the best of one sample is no choice; set stochastic.samples")
+        _require(fits, "stochastic.trials", self.trials, "it needs stochastic.samples of 2 or more")
         _require(self.prior_std > 0, "stochastic.prior_std", self.prior_std, "it must be positive")
         for key in ("support_weight", "kl_weight"):
             _require(getattr(self, key) >= 0, f"stochastic.{key}", getattr(self, key), "it cannot be negative")
@@ -124,30 +136,30 @@ class StochasticConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with a warmed-up half cosine, stepped per batch."""
+    """AdamW, and a cosine learning-rate schedule with linear warm-up."""
 
     kind: Literal["authors", "torch"] = "authors"
-    """``authors`` adds eps before the bias correction, as the published optimiser; ``torch`` is torch.optim.AdamW."""
+    """``authors``: eps is added before the bias correction, as in the published code; ``torch``: torch.optim.AdamW."""
     clip_lr: float = 1e-6
     """Peak learning rate of the pretrained towers."""
     lr: float = 3e-5
-    """Peak learning rate of the head (3e-5 on MSR-VTT, 1e-5 on the others)."""
+    """Peak learning rate of the head. The authors use 3e-5 on MSR-VTT and 1e-5 elsewhere."""
     weight_decay: float = 0.2
-    """Decoupled decay, on every parameter."""
+    """Decoupled weight decay, applied to every parameter."""
     warmup: float = 0.1
-    """Share of all steps spent warming up."""
+    """Share of all steps used for the warm-up."""
     max_grad_norm: float = 1.0
-    """Gradients are clipped at this global norm."""
+    """Gradients are clipped to this global norm."""
     ema: float = 0.0
-    """Decay of a running mean of the weights, which is validated and kept as the best in their place; 0: none."""
+    """Decay of an exponential moving average of the weights. If above 0, the average is validated and saved."""
     frozen: tuple[str, ...] = ()
-    """Parameters that stay as they are, by the beginning of their names, as ``towers.clip.visual``."""
+    """Prefixes of parameter names that are not trained, such as ``towers.clip.visual``."""
 
     def __post_init__(self) -> None:
         _require(self.lr >= 0 and self.clip_lr >= 0, "optim.lr", (self.lr, self.clip_lr), "it cannot be negative")
         _require(0 <= self.warmup < 1, "optim.warmup", self.warmup, "it is a share of all steps, in [0, 1)")
         _require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "it must be positive")
-        _require(0 <= self.ema < 1, "optim.ema", self.ema, "it must lie in [0, 1)")
+        _require(0 <= self.ema < 1, "optim.ema", self.ema, "it must be in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,18 +197,19 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is scored, and how the result is labelled."""
+    """How scores are computed, and how the checkpoint is selected."""
 
     protocol: Literal["query_conditioned", "published_code"] = "query_conditioned"
-    """``published_code`` pools every video with its own caption, a leak; it exists for parity only."""
+    """``published_code`` pools each video with its own caption, which leaks the answer; use it only to compare with
+    published numbers."""
     selected_on: Literal["val", "test"] = "val"
-    """Split whose t2v R@1 chooses the checkpoint; ``test`` is printed in every result."""
+    """Split whose text-to-video R@1 selects the checkpoint. Every result states it."""
     window: int = 1
-    """Validations averaged for the choice of the checkpoint; the authors average 5."""
+    """Number of consecutive validations averaged to select the checkpoint. The authors average 5."""
     post_processing: Literal["none", "dsl", "qbnorm"] = "none"
-    """``dsl`` looks at all queries at once, ``qbnorm`` at a bank of training queries (both transductive)."""
+    """``dsl`` normalises by all test queries, ``qbnorm`` by a bank of training queries."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """``bfloat16`` multiplies radii and samples in half the bits: faster, with scores some 1e-3 off, and labelled."""
+    """Precision of the products with the samples. ``bfloat16`` is faster; its error is in docs/performance.md."""
 
     def __post_init__(self) -> None:
         _require(self.window >= 1, "evaluation.window", self.window, "at least 1")
@@ -204,22 +217,22 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run."""
+    """All settings of a run."""
 
     run_dir: str = "runs/default"
-    """Everything a run writes; starting again with the same directory resumes."""
+    """Directory for everything that the run writes. Running again with the same directory resumes."""
     seed: int = 0
-    """Seed of the data order, the noise and the initial weights."""
+    """Seed of the data order, the noise, augmentation, dropout and the initial weights."""
     epochs: int = 5
-    """Passes over the (video, caption) pairs."""
+    """Passes over all (video, caption) pairs."""
     max_steps: int | None = None
-    """Stop after this many steps, whatever the epochs; the schedule ends there."""
+    """If set, the number of steps, in place of ``epochs``; the learning-rate schedule ends there."""
     eval_every: int = 100
-    """Steps between a validation, each followed by a checkpoint."""
+    """Steps between validations. A checkpoint is saved after each."""
     evals_per_epoch: int | None = None
-    """Validations spread over each epoch, in place of ``eval_every``; the authors make 10."""
+    """If set, validations per epoch, in place of ``eval_every``. The authors use 10."""
     log_every: int = 10
-    """Steps between two points in TensorBoard and the log."""
+    """Steps between entries of TensorBoard and the log."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     stochastic: StochasticConfig = field(default_factory=StochasticConfig)
@@ -238,35 +251,37 @@ class Config:
         )
         by_sample = self.model.pooled_by == "sample"
         mean_only = self.stochastic.training == "mean" or self.model.radius == "none"
-        _require(not (by_sample and mean_only), "model.pooled_by", "sample", "without sampled training there is none")
+        _require(
+            not (by_sample and mean_only), "model.pooled_by", "sample", "training draws no samples with these settings"
+        )
         exact = by_sample or self.model.radius == "none" or self.evaluation.protocol == "published_code"
         _require(
             self.evaluation.precision == "float32" or not exact,
             "evaluation.precision",
             self.evaluation.precision,
-            "float32 for published_code, pooled_by sample and radius none: only samples of a text's own mass have it",
+            "published_code, model.pooled_by=sample and model.radius=none support float32 only",
         )
         _require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
 
 
 def find_config(name: str) -> Path:
-    """The page as given, else in ``configs/``.
+    """Path of a config file: ``name`` as a path, else a file of ``configs/``.
 
     Raises:
-        UserError: there is no such page; the pages that exist are listed.
+        UserError: there is no such file; the message lists those of ``configs/``.
     """
     for path in (Path(name), CONFIG_DIR / name):
         if path.is_file():
             return path
     pages = ", ".join(sorted(page.name for page in CONFIG_DIR.glob("*.yaml")))
-    raise UserError(f"No config {name!r}, neither here nor in configs/, which holds: {pages}")
+    raise UserError(f"no config file {name!r}, neither here nor in configs/, which has {pages}")
 
 
 def load_config(name: str, overrides: list[str] | None = None) -> Config:
-    """Defaults, then the page, then dotted overrides (``optim.lr=1e-5``).
+    """The defaults, changed by a config file, then by dotted overrides (``optim.lr=1e-5``).
 
     Raises:
-        UserError: in one line, for an unknown key (nearest name offered), a value of the wrong kind or out of range.
+        UserError: an unknown key (the nearest one is named), a value of the wrong type, or one out of range.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -274,11 +289,11 @@ def load_config(name: str, overrides: list[str] | None = None) -> Config:
 
     for override in overrides or []:
         if "=" not in override or override.startswith("-"):
-            raise UserError(f"{override!r} is not an override; write key=value, as in optim.lr=1e-5")
+            raise UserError(f"{override!r} is not an override; write key=value, for example optim.lr=1e-5")
     try:
-        given = OmegaConf.merge(OmegaConf.load(find_config(name)), OmegaConf.from_dotlist(overrides or []))
-        _check_keys(OmegaConf.to_container(given, resolve=True), Config)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
+        changes = OmegaConf.merge(OmegaConf.load(find_config(name)), OmegaConf.from_dotlist(overrides or []))
+        _check_keys(OmegaConf.to_container(changes, resolve=True), Config)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), changes)
         return _require_config(OmegaConf.to_object(merged))
     except (OmegaConfBaseException, OSError) as error:
         raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
@@ -291,15 +306,15 @@ def _require_config(value: object) -> Config:
     return value
 
 
-def _check_keys(given: Any, cls: type, prefix: str = "") -> None:
-    """Name an unknown key with its nearest known one before OmegaConf says it in its own, longer words."""
-    if not isinstance(given, dict):
+def _check_keys(settings: Any, cls: type, prefix: str = "") -> None:
+    """Raise an error that names the nearest key for an unknown one; OmegaConf's own message is longer and does not."""
+    if not isinstance(settings, dict):
         raise UserError(f"{prefix.rstrip('.') or 'the config'} must be a mapping of keys to values")
     known = {f.name: f for f in fields(cls)}
-    for key, value in given.items():
+    for key, value in settings.items():
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"the keys are {', '.join(known)}"
             raise UserError(f"unknown config key {prefix}{key}; {hint}")
         factory = known[key].default_factory
         if isinstance(factory, type) and is_dataclass(factory):
@@ -307,14 +322,14 @@ def _check_keys(given: Any, cls: type, prefix: str = "") -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved page: enough to run again."""
+    """All settings as YAML; :func:`load_config` reads it back."""
     import yaml
 
-    # PyYAML writes 1e-06, which YAML 1.1 readers take for a string: give it the dot that makes it a number.
+    # PyYAML writes 1e-06, which YAML 1.1 readers take for a string; with a dot (1.0e-06) they read a number.
     return re.sub(r"(?m)(: -?\d+)(e[-+]\d+)$", r"\1.0\2", yaml.safe_dump(asdict(config), sort_keys=False))
 
 
-# What a second start may change and still be the same run.
+# Settings that may change when a run is resumed: they do not change its result.
 _FREE_KEYS = (
     {"run_dir", "data.num_workers", "data.eval_batch_size", "data.max_bad", "data.cache", "log_every"}
     | {f"engine.{key}" for key in ("zero_stage", "micro_batch", "head_memory_mb", "checkpoint_activations", "compile")}
@@ -323,7 +338,7 @@ _FREE_KEYS = (
 
 
 def differing_keys(one: Config, other: Config) -> list[str]:
-    """Dotted keys in which two runs differ, but for those that do not change the result."""
+    """Settings in which two runs differ, except those that do not change the result; for an error message."""
     a, b = flat(asdict(one)), flat(asdict(other))
     return [
         f"{key}: saved {a.get(key)!r}, given {b.get(key)!r}"
@@ -333,8 +348,8 @@ def differing_keys(one: Config, other: Config) -> list[str]:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted keys of a tree of settings."""
-    found: dict[str, Any] = {}
+    """Nested settings as one dictionary with dotted keys."""
+    settings: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        settings |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return settings

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tmass_dist.cli import run_command
+from tmass_dist.cli import program, run_command
 from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def read_authors(path: Path) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tmass_dist.convert", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python -m tmass_dist.convert"), description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
     parser.add_argument("--back", action="store_true", help="from ours (.safetensors) to theirs (.pth)")

@@ -10,13 +10,13 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from tmass_dist.cli import run_command, share_of, writable_dir
+from tmass_dist.cli import program, run_command, share_of, writable_dir
 from tmass_dist.config import load_config
 from tmass_dist.errors import UserError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tmass_dist.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python -m tmass_dist.evaluate"), description=__doc__)
     parser.add_argument("--run", help="run directory, as train wrote it")
     parser.add_argument("--checkpoint", help="weights (.safetensors) to evaluate; the run's best by default")
     parser.add_argument("--features", type=Path, help="feature store to score again; with --run, where to keep it")

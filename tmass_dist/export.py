@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmass_dist.cli import run_command, writable_dir
+from tmass_dist.cli import program, run_command, writable_dir
 from tmass_dist.config import load_config
 from tmass_dist.errors import UserError
 
@@ -100,7 +100,7 @@ def load(directory: str | Path) -> tuple[RetrievalModel, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tmass_dist.export", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python -m tmass_dist.export"), description=__doc__)
     parser.add_argument("run", type=Path, help="a run directory")
     parser.add_argument("out", type=Path, help="where to write")
     arguments = parser.parse_args()

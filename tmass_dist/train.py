@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 
-from tmass_dist.cli import run_command
+from tmass_dist.cli import program, run_command
 from tmass_dist.config import load_config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tmass_dist.train", description=__doc__)
+    parser = argparse.ArgumentParser(prog=program("python -m tmass_dist.train"), description=__doc__)
     parser.add_argument("--config", required=True, help="a page of configs/, or a path")
     parser.add_argument("overrides", nargs="*", help="dotted overrides, as optim.lr=1e-5")
     arguments = parser.parse_intermixed_args()

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tmass_dist.config import CONFIG_DIR
 from tmass_dist.errors import UserError
 
-_CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 _kept_libraries: list[Any] = []
 
 
@@ -40,7 +40,7 @@ def _open_clip() -> Any:
 
 def find_file(path: str) -> Path:
     """As given, else below ``configs/``."""
-    for candidate in (Path(path), _CONFIG_DIR / path):
+    for candidate in (Path(path), CONFIG_DIR / path):
         if candidate.is_file():
             return candidate
     raise UserError(f"no file {path}, neither here nor in configs/")
