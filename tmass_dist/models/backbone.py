@@ -90,7 +90,8 @@ class Towers(nn.Module):
         cast = clip.transformer.get_cast_dtype()
         x_BLW = clip.token_embedding(tokens_BL).to(cast) + clip.positional_embedding[:length].to(cast)
         x_BLW = clip.ln_final(clip.transformer(x_BLW, attn_mask=clip.attn_mask[:length, :length]))
-        return x_BLW[torch.arange(len(tokens_BL)), tokens_BL.argmax(dim=-1)] @ clip.text_projection
+        rows_B = torch.arange(len(tokens_BL), device=tokens_BL.device)
+        return x_BLW[rows_B, tokens_BL.argmax(dim=-1)] @ clip.text_projection
 
     def encode_frames(self, pixels_BFHWC: Tensor) -> Tensor:
         """``frames_BFD`` of uint8 frames; normalised here, so that bytes travel to the device and not floats."""
