@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments: str, timeout_s: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run ``python`` with ``arguments``: a command in a process that has the imports already, ``-c CODE`` in a new one."""
+    """Run ``python`` with ``arguments``: commands in a process with all imports, ``-c CODE`` in a new one."""
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     env |= environment
     if arguments[0] != "-c":

@@ -1,7 +1,7 @@
 """Start commands quickly: each process is forked from a server that has imported torch and the other libraries.
 
-Tests of what a command imports use new interpreters (``tests/test_cli.py``), and jobs always do (``tests/test_train.py``,
-``tests/slurm``).
+Tests of what a command imports use new interpreters (``tests/test_cli.py``), as jobs always do
+(``tests/test_train.py``, ``tests/slurm``).
 """
 
 from __future__ import annotations
