@@ -78,7 +78,7 @@ class Gallery:
         if protocol == "published_code":
             if caption_owner_T is None:
                 raise UserError("the published_code protocol needs the video of every caption")
-            own = _own_captions(caption_owner_T, self.num_videos)
+            own = _own_captions(caption_owner_T, self.num_videos, text_TD.device)
         sampled = noise is not None and self.head.mass is not None
         similarity_TV = text_TD.new_empty(len(text_TD), self.num_videos)
         with torch.no_grad():
@@ -143,17 +143,15 @@ def _check(name: str, features: Tensor) -> None:
         raise UserError(f"{len(bad)} {name} have features that are not numbers; the first are {bad[:5]}")
 
 
-def _own_captions(owner_T: Tensor, num_videos: int) -> tuple[Tensor, Tensor]:
-    """``(V, slots)`` text number of each video's captions, -1 for none, and the slot of each text."""
-    counts = [0] * num_videos
-    slots = []
-    for owner in owner_T.tolist():
+def _own_captions(owner_T: Tensor, num_videos: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``(V, slots)`` text number of each video's captions, -1 for none, and the slot of each text; on ``device``."""
+    owners, counts, slots = owner_T.tolist(), [0] * num_videos, []
+    for owner in owners:
         slots.append(counts[owner])
         counts[owner] += 1
-    table = torch.full((num_videos, max(counts)), -1)
-    slot_T = torch.tensor(slots)
-    table[owner_T, slot_T] = torch.arange(len(owner_T))
-    return table, slot_T
+    table_VS, slot_T = torch.full((num_videos, max(counts)), -1), torch.tensor(slots)
+    table_VS[torch.tensor(owners), slot_T] = torch.arange(len(owners))
+    return table_VS.to(device), slot_T.to(device)
 
 
 class _Samples(NamedTuple):
@@ -229,11 +227,10 @@ class _Folded:
     def pooled_by_own(self, text_TD: Tensor, own_VS: Tensor) -> Tensor:
         """``(V, slots, D)`` each video pooled by its own captions; NaN where it has fewer."""
         rows = []
-        for number, captions in enumerate(own_VS.tolist()):
+        for number, captions_S in enumerate(own_VS):
             alone = _Folded(self.head, self.frames_VFD[number : number + 1])
-            pooled_SD = alone.pooled(text_TD[[max(c, 0) for c in captions]])[0].clone()
-            pooled_SD[[c < 0 for c in captions]] = torch.nan
-            rows.append(pooled_SD)
+            pooled_SD = alone.pooled(text_TD[captions_S.clamp_min(0)])[0]
+            rows.append(pooled_SD.masked_fill((captions_S < 0)[:, None], torch.nan))
         return torch.stack(rows)
 
     def radius(self, text_TD: Tensor) -> Tensor:
