@@ -1,13 +1,13 @@
-# Two commands do everything: `make demo` and `make test`. Both install first.
+# `make demo` and `make test` are the two commands to start with. Every target installs into .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS = 1
 DEMO := build/demo
 
-.PHONY: install demo demo-data demo-towers test test-all test-slurm lint bench
+.PHONY: install demo demo-data demo-towers test test-all test-slurm lint bench docs
 install: .venv/installed
 
-.venv/installed: pyproject.toml
+.venv/installed: pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
@@ -42,3 +42,7 @@ lint: install
 
 bench: install
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/pdoc --docformat google --output-directory build/docs ./tmass_dist '!tmass_dist.__main__'

@@ -1,6 +1,7 @@
 """The order of packages: imports go one way, and each wrapped library is imported only by the modules that wrap it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,13 @@ def test_there_is_no_circle() -> None:
     while leaves := {module for module, imports in graph.items() if not imports}:
         graph = {module: imports - leaves for module, imports in graph.items() if module not in leaves}
     assert not graph, f"circular imports: {sorted(graph)}"
+
+
+def test_the_picture_in_the_docs_has_this_order() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    [picture] = re.findall(r"```mermaid\n(.*?)```", text, flags=re.DOTALL)
+    nodes = {name: set(label.split(", ")) for name, label in re.findall(r'(\w+)\["(.+?)"\]', picture)}
+    arrows = re.findall(r"^ *(.* --> .*)$", picture, flags=re.MULTILINE)
+    chain = list(dict.fromkeys(name for line in arrows for name in line.split(" --> ")))
+    rooms = [{room.removeprefix("tmass_dist.") for room in place} for place in ORDER]
+    assert [nodes[name] for name in chain] == rooms
