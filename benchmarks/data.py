@@ -26,10 +26,12 @@ import simplejpeg  # noqa: E402
 import torch  # noqa: E402
 
 from shards.make_shards import Recipe, _packed, make_shards  # noqa: E402
+from tmass_dist.config import DataConfig  # noqa: E402
 from tmass_dist.data.frames import uniform_frame_indices  # noqa: E402
-from tmass_dist.data.index import Index, Sample, Shard, load_index, make_columns, read_sample  # noqa: E402
+from tmass_dist.data.index import Index, Sample, Shard, load_index, make_columns  # noqa: E402
 from tmass_dist.data.loader import TrainLoader  # noqa: E402
 from tmass_dist.data.order import epoch_batches  # noqa: E402
+from tmass_dist.data.samples import read_sample  # noqa: E402
 from tmass_dist.models.backbone import WordTokenizer  # noqa: E402
 
 FRAMES, SIDE = 12, 224
@@ -156,9 +158,8 @@ def main() -> None:
 
         # Loading, one core: the same JPEGs decoded and thrown away; then the published loader's seeks.
         jpegs = [jpeg for k in range(len(index)) for jpeg in read_sample(index, k)[1]]
-        loader = TrainLoader(
-            index, batch_size=16, rank=0, world_size=1, seed=0, tokenize=WordTokenizer(["a"], 32), num_workers=0
-        )
+        config = DataConfig(batch_size=16, num_workers=0)
+        loader = TrainLoader(index, config, rank=0, world_size=1, seed=0, tokenize=WordTokenizer(["a"], 32))
         steps = len(index) // 16
         batches = loader.batches(0)
         raw_s, ours_s = in_turn(

@@ -92,7 +92,7 @@ def describe(
     from PIL import Image
     from tqdm import tqdm
 
-    from tmass_dist.data.loader import read_into
+    from tmass_dist.data.samples import read_into
 
     done, whole = _done(path)
     numbers = [n for n in range(part[0], len(index), part[1]) if index.id_of(n) not in done]

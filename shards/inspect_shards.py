@@ -28,7 +28,7 @@ def main() -> None:
     arguments = parser.parse_args()
     import numpy as np
 
-    from tmass_dist.data.loader import read_into
+    from tmass_dist.data.samples import read_into
     from tmass_dist.pictures import sheet
 
     index = load_index(arguments.directory, arguments.cache)

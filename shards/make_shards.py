@@ -25,8 +25,9 @@ sys.path.insert(0, str(ROOT))
 from shards.sources import SOURCES, Row, read_rows  # noqa: E402
 from tmass_dist.cli import program, run_command, share_of, writable_dir, write_json  # noqa: E402
 from tmass_dist.data.index import NAME as INDEX  # noqa: E402
-from tmass_dist.data.index import Index, Sample, Shard, make_columns, safe_key  # noqa: E402
+from tmass_dist.data.index import Index, Sample, Shard, make_columns  # noqa: E402
 from tmass_dist.data.remote import sha256_of  # noqa: E402
+from tmass_dist.data.samples import safe_key  # noqa: E402
 from tmass_dist.data.video import BadVideoError, Choose, Timeline, at_rate, read_video, uniform  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from tmass_dist.cli import program, run_command  # noqa: E402
-from tmass_dist.data.index import load_index, read_sample  # noqa: E402
+from tmass_dist.data.index import load_index  # noqa: E402
 from tmass_dist.data.remote import sha256_of  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
@@ -23,7 +23,7 @@ def main() -> None:
     import numpy as np
     from tqdm import tqdm
 
-    from tmass_dist.data.loader import read_into
+    from tmass_dist.data.samples import read_into, read_sample
 
     index = load_index(arguments.directory)
     damaged = []

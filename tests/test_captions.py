@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from tests.conftest import run
-from tmass_dist.data.index import load_index, read_sample
+from tmass_dist.config import DataConfig
+from tmass_dist.data.index import load_index
 from tmass_dist.data.loader import TrainLoader
+from tmass_dist.data.samples import read_sample
 from tmass_dist.models.backbone import WordTokenizer, usable_torchvision
 
 
@@ -116,9 +118,8 @@ def test_training_uses_them_or_leaves_them(data: list[str], tmp_path: Path) -> N
     more = index.with_captions("captions.jsonl")
     assert more.num_captions.sum() == index.num_captions.sum() + 10
     assert read_sample(more, 2)[0]["captions"] == [*read_sample(index, 2)[0]["captions"], f"of {index.ids[2]}", "more"]
-    loader = TrainLoader(
-        more, batch_size=2, rank=0, world_size=1, seed=0, tokenize=WordTokenizer(["a"], 8), num_workers=0
-    )
+    config = DataConfig(batch_size=2, num_workers=0)
+    loader = TrainLoader(more, config, rank=0, world_size=1, seed=0, tokenize=WordTokenizer(["a"], 8))
     stream = loader.batches(0)
     seen = [caption for _ in range(loader.steps_per_epoch) for caption in next(stream).captions]
     assert {f"of {video}" for video in index.ids[:5]} - set(seen) == set() or len(seen) == more.num_captions.sum() - 1
@@ -130,7 +131,7 @@ def test_training_uses_them_or_leaves_them(data: list[str], tmp_path: Path) -> N
 
 def test_wrong_files_of_captions_are_one_line(data: list[str], tmp_path: Path) -> None:
     index = load_index(_split(data, tmp_path))
-    with pytest.raises(ValueError, match=r"no captions nowhere\.jsonl"):
+    with pytest.raises(ValueError, match=r"no file of captions nowhere\.jsonl"):
         index.with_captions("nowhere.jsonl")
     file = tmp_path / "c.jsonl"
     for content, said in (

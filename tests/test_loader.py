@@ -1,4 +1,4 @@
-"""Loading: exactly once, one order for any world size, resumed anywhere, damage replaced and named."""
+"""Loading: each pair once, the same order for every world size, resuming at any step, damaged samples replaced."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +16,11 @@ import pytest
 import torch
 
 from tests.conftest import run
-from tmass_dist.data.index import DamagedError, Index, Sample, Shard, load_index, make_columns, read_sample
+from tmass_dist.config import DataConfig
+from tmass_dist.data.index import Index, Sample, Shard, load_index, make_columns
 from tmass_dist.data.loader import Batch, TrainLoader, iterate_videos
 from tmass_dist.data.order import epoch_batches, rounds, substitutes
+from tmass_dist.data.samples import DamagedError, read_sample
 from tmass_dist.data.transforms import augment
 from tmass_dist.errors import PeerLostError
 from tmass_dist.models.backbone import WordTokenizer
@@ -32,15 +34,15 @@ def packed(data: list[str]) -> Path:
 
 
 def _by_pairs(counts: np.ndarray, seed: int, epoch: int, batch_size: int) -> list[list[tuple[int, int]]]:
-    """The order as its docstring says it, pair by pair."""
+    """The order that the docstring of ``epoch_batches`` describes, pair by pair."""
     queue = [tuple(pair) for part in rounds(counts, seed=seed, epoch=epoch) for pair in part.tolist()]
     assert len(set(queue)) == counts.sum()
     batches: list[list[tuple[int, int]]] = [[]]
     while queue:
-        seen = {video for video, _ in batches[-1]}
-        following = next((pair for pair in queue if pair[0] not in seen), queue[0])
-        queue.remove(following)
-        batches[-1].append(following)
+        videos_in_batch = {video for video, _ in batches[-1]}
+        pair = next((pair for pair in queue if pair[0] not in videos_in_batch), queue[0])
+        queue.remove(pair)
+        batches[-1].append(pair)
         if len(batches[-1]) == batch_size:
             batches.append([])
     return [batch for batch in batches if len(batch) == batch_size]
@@ -52,34 +54,37 @@ def _by_pairs(counts: np.ndarray, seed: int, epoch: int, batch_size: int) -> lis
 def test_every_pair_once_and_no_video_twice_in_a_batch(seed: int, counts: list[int], batch_size: int) -> None:
     plan = epoch_batches(np.array(counts), seed=seed, epoch=seed % 3, batch_size=batch_size)
     pairs = [tuple(pair) for pair in plan.reshape(-1, 2).tolist()]
-    assert plan.shape == (sum(counts) // batch_size, batch_size, 2)  # the remainder is what fills no batch
+    assert plan.shape == (sum(counts) // batch_size, batch_size, 2)  # only the last partial batch is dropped
     assert len(set(pairs)) == len(pairs) and all(slot < counts[video] for video, slot in pairs)
     oracle = _by_pairs(np.array(counts), seed, seed % 3, batch_size)
     repeats = [
         sum(len(set(b[:, 0])) < batch_size for b in plan),
         sum(len({v for v, _ in b}) < batch_size for b in oracle),
     ]
-    assert repeats[0] <= repeats[1]  # only where nothing else is left
+    assert repeats[0] <= repeats[1]  # a video repeats only if no other is left
     if repeats == [0, 0]:
         assert [[tuple(pair) for pair in batch] for batch in plan.tolist()] == oracle
 
 
 def _loaders(index: Index, world_size: int, **options) -> list[TrainLoader]:
-    settings = {"batch_size": 4, "seed": 1, "tokenize": TOKENIZE, "num_workers": 0} | options
-    return [TrainLoader(index, rank=rank, world_size=world_size, **settings) for rank in range(world_size)]
+    """A loader for each rank; ``options`` are fields of ``DataConfig`` or arguments of ``TrainLoader``."""
+    known = {field.name for field in fields(DataConfig)}
+    settings = {"batch_size": 4, "num_workers": 0} | {name: options.pop(name) for name in [*options] if name in known}
+    arguments = {"seed": 1, "tokenize": TOKENIZE, "world_size": world_size} | options
+    return [TrainLoader(index, DataConfig(**settings), rank=rank, **arguments) for rank in range(world_size)]
 
 
-def _kept(batch: Batch) -> Batch:
-    """The loader uses a batch's memory again."""
+def _copied(batch: Batch) -> Batch:
+    """The loader reuses the memory of a batch, so its pixels must be copied."""
     return replace(batch, pixels_BFHWC=batch.pixels_BFHWC.clone())
 
 
 def _global_batches(loaders: list[TrainLoader], start: int, steps: int) -> list[list[Batch]]:
     streams = [loader.batches(start) for loader in loaders]
-    found = [[_kept(next(stream)) for stream in streams] for _ in range(steps)]
+    steps_by_rank = [[_copied(next(stream)) for stream in streams] for _ in range(steps)]
     for stream in streams:
         stream.close()
-    return found
+    return steps_by_rank
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
@@ -92,10 +97,10 @@ def test_any_world_size_workers_and_start_give_the_same_batches(packed: Path, nu
         return [([p for b in step for p in zip(b.video_ids, b.captions)], x) for step, x in zip(batches, pixels)]
 
     number = int(index.num_captions.sum()) // 4 + 3  # more than an epoch
-    alone = content(1, 0, number)
-    for other in (content(2, 0, number), content(4, 5, number - 5)):
-        for (pairs, pixels), (expected, true) in zip(other[::-1], alone[::-1]):
-            assert pairs == expected and torch.equal(pixels, true)
+    one_rank = content(1, 0, number)
+    for several in (content(2, 0, number), content(4, 5, number - 5)):
+        for (pairs, pixels), (expected_pairs, expected_pixels) in zip(several[::-1], one_rank[::-1]):
+            assert pairs == expected_pairs and torch.equal(pixels, expected_pixels)
 
 
 def test_a_resume_reads_nothing_of_what_came_before(packed: Path, tmp_path: Path) -> None:
@@ -147,8 +152,8 @@ def test_augmentation_belongs_to_the_pair_and_is_one_crop_for_all_frames() -> No
 def test_more_packed_frames_than_the_model_takes(packed: Path) -> None:
     index = load_index(packed)
     whole, middle, anywhere = (
-        next(_loaders(index, 1, num_frames=n, random_frames=r)[0].batches(0)).pixels_BFHWC
-        for n, r in ((12, False), (4, False), (4, True))
+        next(_loaders(index, 1, num_frames=number, frames=choice)[0].batches(0)).pixels_BFHWC
+        for number, choice in ((12, "uniform"), (4, "uniform"), (4, "random"))
     )
     assert torch.equal(middle, whole[:, [1, 4, 7, 10]])
     assert anywhere.shape == middle.shape and not torch.equal(anywhere, middle)
@@ -163,7 +168,7 @@ def _damage(directory: Path, index: Index, number: int) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_damaged_sample_has_the_same_stand_in_on_any_world_size(
+def test_a_damaged_sample_has_the_same_substitute_on_any_world_size(
     packed: Path, tmp_path: Path, num_workers: int
 ) -> None:
     shutil.copytree(packed, tmp_path, dirs_exist_ok=True)
@@ -172,30 +177,30 @@ def test_a_damaged_sample_has_the_same_stand_in_on_any_world_size(
     bad = [int(plan[2, 0, 0]), int(plan[2, 3, 0])]  # two of one batch, on two ranks
     for number in bad:
         _damage(tmp_path, index, number)
-    found = {}
+    pairs = {}
     for world_size in (1, 2, 4):
         step = _global_batches(_loaders(index, world_size, num_workers=num_workers), 2, 1)[0]
-        found[world_size] = [pair for b in step for pair in zip(b.video_ids, b.caption_slots)]
+        pairs[world_size] = [pair for b in step for pair in zip(b.video_ids, b.caption_slots)]
         damaged = [entry for b in step for entry in b.damaged]
         assert [video for video, _ in damaged] == [index.id_of(number) for number in bad]
         assert all("checksum" in reason and ".tar" in reason for _, reason in damaged)
-    assert found[1] == found[2] == found[4]
-    assert len({video for video, _ in found[1]}) == 4 and not {index.id_of(n) for n in bad} & {v for v, _ in found[1]}
+    assert pairs[1] == pairs[2] == pairs[4]
+    assert len({video for video, _ in pairs[1]}) == 4 and not {index.id_of(n) for n in bad} & {v for v, _ in pairs[1]}
     with pytest.raises(DamagedError, match="checksum"):
         list(iterate_videos(index, rank=0, world_size=1, batch_size=4, tokenize=TOKENIZE))
 
 
-def test_stand_ins_hold_no_video_of_the_batch_and_are_disjoint() -> None:
+def test_substitutes_hold_no_video_of_the_batch_and_are_disjoint() -> None:
     counts = np.array([2] * 30)
     batch = epoch_batches(counts, seed=0, epoch=0, batch_size=8)[1]
     offered = [list(substitutes(counts, batch, position, seed=0, step=1)) for position in range(8)]
     videos = [video for pairs in offered for video, _ in pairs]
     assert sorted(videos) == sorted(set(range(30)) - set(batch[:, 0].tolist()))
-    nobody = list(substitutes(counts[:8], np.stack([np.arange(8), np.zeros(8, int)], 1), 0, seed=0, step=0))
-    assert nobody == []
+    none_left = list(substitutes(counts[:8], np.stack([np.arange(8), np.zeros(8, int)], 1), 0, seed=0, step=0))
+    assert none_left == []
 
 
-def test_training_goes_on_past_damage_and_counts_it_until_there_is_too_much(data: list[str], tmp_path: Path) -> None:
+def test_training_replaces_damaged_videos_and_stops_at_too_many(data: list[str], tmp_path: Path) -> None:
     train = Path(next(o for o in data if o.startswith("data.train=")).removeprefix("data.train="))
     shutil.copytree(train, tmp_path / "train")
     index = load_index(tmp_path / "train")
@@ -211,9 +216,9 @@ def test_training_goes_on_past_damage_and_counts_it_until_there_is_too_much(data
     command = ["-m", "tmass_dist.train", "--config", "demo.yaml", *more]
     done = run(*command, f"run_dir={tmp_path / 'run'}", "data.max_bad=0.1")
     assert done.returncode == 0, done.stderr
-    noted = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
-    assert [entry["id"] for entry in noted] == [index.id_of(5)]
-    assert "another video stands in for it" in (tmp_path / "run" / "train.log").read_text()
+    entries = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert [entry["id"] for entry in entries] == [index.id_of(5)]
+    assert "another video replaces it" in (tmp_path / "run" / "train.log").read_text()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
@@ -225,7 +230,7 @@ def test_training_goes_on_past_damage_and_counts_it_until_there_is_too_much(data
 
 
 def test_a_worker_that_hangs_is_named_with_its_shard(packed: Path, tmp_path: Path) -> None:
-    """A shard that never answers, as on a dead file server."""
+    """Reading the shard blocks for ever, as on a dead file server."""
     shutil.copytree(packed, tmp_path, dirs_exist_ok=True)
     index = load_index(tmp_path)
     loader = _loaders(index, 1, num_workers=1, timeout_s=4)[0]
@@ -235,7 +240,7 @@ def test_a_worker_that_hangs_is_named_with_its_shard(packed: Path, tmp_path: Pat
     stream = loader.batches(0)
     with pytest.raises(PeerLostError, match=r"hangs reading shard-000000\.tar of .*timed out"):
         next(stream)
-    for shard in index.shards:  # let the worker go: it ignores the signals that end others
+    for shard in index.shards:  # lets the worker end: it ignores the signals that end other processes
         os.close(os.open(tmp_path / shard.name, os.O_WRONLY | os.O_NONBLOCK))
 
 
@@ -274,24 +279,26 @@ def test_shards_behind_http_are_kept_whole(
     url, served = server
     cache = tmp_path / "cache"
     remote, local = load_index(url, str(cache)), load_index(packed)
-    found, expected = (_global_batches(_loaders(index, 2, num_workers=num_workers), 0, 5) for index in (remote, local))
-    for step, true in zip(found, expected):
-        assert all(torch.equal(a.pixels_BFHWC, b.pixels_BFHWC) for a, b in zip(step, true))
-    kept = sorted(path.name for path in cache.rglob("*.tar"))
-    assert kept == [shard.name for shard in local.shards] and not list(cache.rglob("*.tmp"))
-    for shard in local.shards:  # what is kept is not asked for again
+    batches, expected = (
+        _global_batches(_loaders(index, 2, num_workers=num_workers), 0, 5) for index in (remote, local)
+    )
+    for step, expected_step in zip(batches, expected):
+        assert all(torch.equal(a.pixels_BFHWC, b.pixels_BFHWC) for a, b in zip(step, expected_step))
+    cached = sorted(path.name for path in cache.rglob("*.tar"))
+    assert cached == [shard.name for shard in local.shards] and not list(cache.rglob("*.tmp"))
+    for shard in local.shards:  # a cached shard is not downloaded again
         (served / shard.name).unlink()
     assert _global_batches(_loaders(remote, 1), 3, 1)[0][0].video_ids
     shutil.rmtree(cache)
-    with pytest.raises(ValueError, match=r"shard-000000\.tar is not there"):
+    with pytest.raises(ValueError, match=r"shard-000000\.tar does not exist"):
         _global_batches(_loaders(remote, 1, num_workers=num_workers), 3, 1)
 
 
 def test_a_url_that_is_wrong_is_one_line(server: tuple[str, Path], tmp_path: Path) -> None:
     url, served = server
-    with pytest.raises(ValueError, match=r"data\.cache must say"):
+    with pytest.raises(ValueError, match=r"set data\.cache"):
         load_index(url)
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         load_index(f"{url}/nowhere", str(tmp_path / "cache"))
     index = load_index(url, str(tmp_path / "cache"))
     shard = served / index.shards[0].name
@@ -300,7 +307,7 @@ def test_a_url_that_is_wrong_is_one_line(server: tuple[str, Path], tmp_path: Pat
     shard.write_bytes(content)
     with pytest.raises(ValueError, match="is not the file that its index describes"):
         read_sample(index, 0)
-    with pytest.raises(ValueError, match="cannot be had, after 3 tries"):
+    with pytest.raises(ValueError, match="cannot be downloaded, after 3 tries"):
         load_index("http://127.0.0.1:9", str(tmp_path / "cache"))
 
 

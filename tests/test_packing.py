@@ -18,8 +18,8 @@ from shards.make_shards import Recipe, pack_video
 from shards.sources import read_rows
 from tests.conftest import ROOT, run
 from tmass_dist.data.frames import uniform_frame_indices
-from tmass_dist.data.index import load_index, read_sample, safe_key
-from tmass_dist.data.loader import read_into
+from tmass_dist.data.index import load_index
+from tmass_dist.data.samples import read_into, read_sample, safe_key
 from tmass_dist.data.video import BadVideoError, Timeline, at_rate, read_video, uniform
 
 SIZES = {"train": 10, "val": 4, "test": 4}

@@ -89,7 +89,7 @@ def gain(results: Results) -> Section:
 def _count_caption_tokens(run: Path) -> int:
     """Tokens of all training captions, start and end tokens included."""
     from tmass_dist.config import load_config
-    from tmass_dist.data.index import read_sample
+    from tmass_dist.data.samples import read_sample
     from tmass_dist.models.backbone import build_tokenizer
     from tmass_dist.training.checks import load_splits
 

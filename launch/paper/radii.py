@@ -73,7 +73,7 @@ class Radii:
         index = self.stored.shards()
         if index is None:
             return None
-        from tmass_dist.data.loader import read_into
+        from tmass_dist.data.samples import read_into
 
         frames = np.empty((12, index.image_size, index.image_size, 3), np.uint8)
         read_into(frames, index, index.ids.index(self.features.video_ids[video]))

@@ -1,6 +1,6 @@
-"""The index of a split: where every sample lies in its tar shard, so that one seek and one read fetch it.
+"""The index of a split: the position of every sample in its tar shard, so that one seek and one read fetch a sample.
 
-It is columns and not objects: a million samples are read in a moment, and loader processes share them without copies.
+The index is stored as columns, not objects: a million samples load quickly, and worker processes share the memory.
 """
 
 from __future__ import annotations
@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +23,9 @@ VERSION, NAME = 2, "index.safetensors"
 COLUMNS = {"shard": np.int32, "num_captions": np.int32, "offset": np.int64, "size": np.int64, "crc32": np.uint32}
 
 
-class DamagedError(UserError):
-    """A sample whose bytes are not those that were packed; it names the shard and the sample."""
-
-
 @dataclass(frozen=True)
 class Sample:
-    """One video with its captions; ``offset`` and ``size`` are the bytes of all its tar members, headers included."""
+    """One video with its captions. ``offset`` and ``size`` (bytes) span all its tar members, headers included."""
 
     id: str
     shard: int
@@ -43,7 +37,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar."""
+    """One tar file."""
 
     name: str
     bytes: int
@@ -52,94 +46,99 @@ class Shard:
 
 @dataclass(frozen=True)
 class Index:
-    """A split directory.
+    """The samples of a split directory.
 
-    ``columns`` are numpy arrays, a row a sample: those of ``COLUMNS``, and ``id_bytes`` with ``id_end``, the UTF-8
-    bytes of all ids and where each ends.
+    ``columns`` holds numpy arrays with one row for each sample: those of ``COLUMNS``, and ``id_end``, where each
+    sample's id ends in ``id_bytes``, the UTF-8 bytes of all ids.
     """
 
     directory: str
     split: str
     num_frames: int
-    """JPEG frames of a sample; 0 where they vary, or where the clips themselves are stored."""
+    """JPEG frames of each sample; 0 if the number varies, or if the clips themselves are stored."""
     image_size: int
+    """Side of the square frames, pixels."""
     store: str
     """``jpeg`` or ``clip``."""
     shards: tuple[Shard, ...]
     columns: dict[str, np.ndarray]
     cache: str | None = None
-    """Where shards of a URL are kept."""
-    further: dict[str, list[str]] = field(default_factory=dict)
-    """Captions beside the packed ones, by id; see :meth:`with_captions`."""
+    """Local directory for the shards of a split behind a URL."""
+    extra_captions: dict[str, list[str]] = field(default_factory=dict)
+    """Captions in addition to the packed ones, by id; see :meth:`with_captions`."""
 
     def __len__(self) -> int:
         return len(self.columns["size"])
 
     @property
     def num_captions(self) -> np.ndarray:
-        """Captions of each sample, int32."""
+        """Number of captions of each sample, int32."""
         return self.columns["num_captions"]
 
     def id_of(self, number: int) -> str:
+        """The id of sample ``number``, which counts from 0."""
         ends = self.columns["id_end"]
         return self.columns["id_bytes"][ends[number - 1] if number else 0 : ends[number]].tobytes().decode()
 
     @cached_property
     def ids(self) -> list[str]:
-        """Every sample's id, in order; its position is its number."""
+        """The ids of all samples, by number."""
         return [self.id_of(number) for number in range(len(self))]
 
     def sample(self, number: int) -> Sample:
         return Sample(self.id_of(number), *(int(self.columns[name][number]) for name in COLUMNS))
 
     def path(self, sample: Sample) -> Path:
-        """The sample's shard on this machine; fetched first where the split is a URL."""
+        """The local path of the sample's shard, which is downloaded first if the split is a URL."""
         shard = self.shards[sample.shard]
         if not is_remote(self.directory):
             return Path(self.directory) / shard.name
         return fetch(f"{self.directory}/{shard.name}", self.cache, shard.bytes, shard.sha256)
 
     def with_captions(self, path: str | Path) -> Index:
-        """The same samples with further captions, after their own.
+        """The same samples, with the captions of a file appended to their own.
 
         Args:
-            path: JSON lines with ``id`` and ``captions``, as ``shards/caption_videos.py`` writes them; below the
-                split's directory if it is not found as given.
+            path: JSON lines with ``id`` and ``captions``, as ``shards/caption_videos.py`` writes them. A path that
+                does not exist is looked for in the split's directory.
 
         Raises:
-            UserError: no such file, a line that is wrong, or no id of this split in it.
+            UserError: no such file, an invalid line, or no line with an id of this split.
         """
         file = next((p for p in (Path(path), Path(self.directory) / path) if p.is_file()), None)
         if file is None:
-            raise UserError(f"no captions {path}, neither here nor in {self.directory}")
-        known = {sample_id: number for number, sample_id in enumerate(self.ids)}
-        further, counts = {key: list(texts) for key, texts in self.further.items()}, self.num_captions.copy()
-        matched = 0
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            raise UserError(f"no file of captions {path}, neither as given nor in {self.directory}")
+        number_of = {sample_id: number for number, sample_id in enumerate(self.ids)}
+        captions = {sample_id: list(texts) for sample_id, texts in self.extra_captions.items()}
+        num_captions, num_matched = self.num_captions.copy(), 0
+        for line_number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 entry = json.loads(line)
                 sample_id, texts = entry["id"], [str(text) for text in entry["captions"]]
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(f"{file} line {number} is not an object with id and captions: {error}") from error
-            if sample_id in known:
-                further.setdefault(sample_id, []).extend(texts)
-                counts[known[sample_id]] += len(texts)
-                matched += 1
-        if not matched:
+                raise UserError(f"{file} line {line_number} is not an object with id and captions: {error}") from error
+            if sample_id in number_of:
+                captions.setdefault(sample_id, []).extend(texts)
+                num_captions[number_of[sample_id]] += len(texts)
+                num_matched += 1
+        if not num_matched:
             raise UserError(f"{file} has no caption for any video of {self.directory}")
-        return replace(self, further=further, columns=self.columns | {"num_captions": counts})
+        return replace(self, extra_captions=captions, columns=self.columns | {"num_captions": num_captions})
 
     def take(self, numbers: Sequence[int] | np.ndarray) -> Index:
-        """The same shards with these samples only, in this order."""
+        """An index of these samples only, in this order, over the same shards."""
         ids = [self.id_of(int(number)) for number in numbers]
         columns = {name: self.columns[name][np.asarray(numbers, dtype=np.int64)] for name in COLUMNS}
         return replace(self, columns=columns | _id_columns(ids))
 
     def hold_out(self, number: int) -> tuple[Index, Index]:
-        """What is left, and ``number`` samples chosen by their ids alone: the same ones in every run.
+        """Split off ``number`` samples, chosen by their ids alone, so every run chooses the same ones.
+
+        Returns:
+            The remaining samples and the samples that were split off, each in the order of this index.
 
         Raises:
-            UserError: it would leave nothing to train on.
+            UserError: no sample would remain.
         """
         if number >= len(self):
             raise UserError(f"data.holdout is {number} and {self.directory} has {len(self)} videos")
@@ -148,18 +147,18 @@ class Index:
         return self.take(sorted(by_hash[number:])), self.take(sorted(by_hash[:number]))
 
     def save(self) -> None:
-        """Write it aside and rename it."""
+        """Write the index into its directory: a temporary file, then renamed."""
         from safetensors.numpy import save_file
 
-        about = {name: getattr(self, name) for name in ("split", "num_frames", "image_size", "store")}
-        about |= {"version": VERSION, "shards": [asdict(shard) for shard in self.shards]}
-        aside = Path(self.directory) / f"{NAME}.tmp"
-        save_file(self.columns, aside, metadata={"index": json.dumps(about, ensure_ascii=False)})
-        os.replace(aside, Path(self.directory) / NAME)
+        header = {name: getattr(self, name) for name in ("split", "num_frames", "image_size", "store")}
+        header |= {"version": VERSION, "shards": [asdict(shard) for shard in self.shards]}
+        temporary = Path(self.directory) / f"{NAME}.tmp"
+        save_file(self.columns, temporary, metadata={"index": json.dumps(header, ensure_ascii=False)})
+        os.replace(temporary, Path(self.directory) / NAME)
 
 
 def make_columns(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
-    """The columns of an index, from samples in order."""
+    """The columns of an index of these samples, in this order."""
     columns = {name: np.array([getattr(s, name) for s in samples], dtype=kind) for name, kind in COLUMNS.items()}
     return columns | _id_columns([sample.id for sample in samples])
 
@@ -171,32 +170,31 @@ def _id_columns(ids: list[str]) -> dict[str, np.ndarray]:
 
 
 def load_index(directory: str | Path, cache: str | None = None) -> Index:
-    """Read the index and check that every shard is there, whole.
+    """Read the index of a split, and check that every local shard exists and has the right size.
 
     Args:
-        directory: of the split; or a URL that fsspec opens (``https://``, ``s3://`` ...), whose shards are fetched
-            into ``cache`` when they are needed.
-        cache: a local directory.
+        directory: the split's directory; or a URL that fsspec opens (``https://``, ``s3://`` ...), whose shards are
+            downloaded when they are needed.
+        cache: local directory for the shards of a URL.
 
     Raises:
-        UserError: in one line, what is missing and what is there instead.
+        UserError: one line that says what is missing or damaged, and what is there.
     """
     from safetensors import SafetensorError, safe_open
 
     directory = str(directory).rstrip("/")
     path = fetch(f"{directory}/{NAME}", cache) if is_remote(directory) else Path(directory) / NAME
     if not path.is_file():
-        raise UserError(_nothing_there(Path(directory)))
+        raise UserError(_no_index(Path(directory)))
     try:
         with safe_open(path, framework="numpy") as file:
-            about: dict[str, Any] = json.loads((file.metadata() or {})["index"])
-            columns = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if about["version"] > VERSION:
-            raise UserError(f"{path} was written by a newer version ({about['version']}); this one reads {VERSION}")
-        shards = tuple(Shard(**shard) for shard in about["shards"])
-        settings = (about["split"], about["num_frames"], about["image_size"], about["store"])
-        known = {name: columns[name] for name in (*COLUMNS, "id_bytes", "id_end")}
-        index = Index(directory, *settings, shards, known, cache)
+            header: dict[str, Any] = json.loads((file.metadata() or {})["index"])
+            columns = {name: file.get_tensor(name) for name in (*COLUMNS, "id_bytes", "id_end")}
+        if header["version"] > VERSION:
+            raise UserError(f"{path} was written by a newer version ({header['version']}); this one reads {VERSION}")
+        shards = tuple(Shard(**shard) for shard in header["shards"])
+        settings = (header["split"], header["num_frames"], header["image_size"], header["store"])
+        index = Index(directory, *settings, shards, columns, cache)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged ({error}); pack the split again with shards/make_shards.py") from error
     if not is_remote(directory):
@@ -204,64 +202,22 @@ def load_index(directory: str | Path, cache: str | None = None) -> Index:
     return index
 
 
-def _nothing_there(directory: Path) -> str:
+def _no_index(directory: Path) -> str:
     if (directory / "index.json").is_file():
         return f"{directory} was packed by an older version; pack it again with shards/make_shards.py"
     nearest = next((parent for parent in (directory, *directory.parents) if parent.is_dir()), Path("."))
-    there = ", ".join(sorted(entry.name for entry in nearest.iterdir())[:8]) or "nothing"
-    return f"no shards in {directory}: {NAME} is missing; {nearest} holds {there}. Pack with shards/make_shards.py"
+    content = ", ".join(sorted(entry.name for entry in nearest.iterdir())[:8]) or "nothing"
+    return f"no shards in {directory}: {NAME} is missing; {nearest} holds {content}. Pack with shards/make_shards.py"
 
 
 def _check_shards(directory: Path, shards: tuple[Shard, ...]) -> None:
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory) if entry.name.endswith(".tar")}
     for shard in shards:
         if shard.name not in sizes:
-            there = ", ".join(sorted(sizes)[:8]) or "no tar"
-            raise UserError(f"shard {directory / shard.name} is missing; {directory} holds {there}")
+            content = ", ".join(sorted(sizes)[:8]) or "no tar"
+            raise UserError(f"shard {directory / shard.name} is missing; {directory} holds {content}")
         if sizes[shard.name] != shard.bytes:
             raise UserError(
                 f"shard {directory / shard.name} has {sizes[shard.name]} bytes and its index says {shard.bytes}; "
                 "pack it again"
             )
-
-
-def safe_key(video_id: str) -> str:
-    """A WebDataset key: no dot or slash, since the library cuts a name at its first dot; two ids never share one."""
-    clean = re.sub(r"[^A-Za-z0-9_-]", "_", video_id)[:64]
-    return clean if clean == video_id else f"{clean}-{hashlib.sha256(video_id.encode()).hexdigest()[:8]}"
-
-
-def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]:
-    """The JSON of a sample, and its JPEG frames in time order, or its clip alone.
-
-    Raises:
-        DamagedError: the shard is damaged there.
-    """
-    sample = index.sample(number)
-    path = index.path(sample)
-    with path.open("rb") as shard:
-        raw = os.pread(shard.fileno(), sample.size, sample.offset)
-    try:
-        if zlib.crc32(raw) != sample.crc32:
-            raise UserError("its checksum differs from the index")
-        (name, meta), *rest = _members(raw)
-        key = safe_key(sample.id)
-        if name != f"{key}.json" or not all(other.startswith(f"{key}.") for other, _ in rest):
-            raise UserError(f"its members are {name} ...")
-        about = json.loads(meta)
-        about["captions"] += index.further.get(sample.id, [])
-        return about, [content for _, content in rest]
-    except ValueError as error:
-        raise DamagedError(f"shard {path} is damaged at sample {sample.id!r}: {error}") from error
-
-
-def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and content of regular files in a run of USTAR members; the library's reader takes longer than decoding."""
-    at = 0
-    while at < len(raw):
-        header = raw[at : at + 512]
-        size = int(header[124:135], 8)
-        if header[156:157] not in (b"0", b"\0") or at + 512 + size > len(raw):
-            raise UserError(f"no whole file at byte {at}")
-        yield header[:100].rstrip(b"\0").decode(), raw[at + 512 : at + 512 + size]
-        at += 512 + -(-size // 512) * 512

@@ -1,4 +1,4 @@
-"""Batches of one rank, decoded straight into the memory that the training process reads."""
+"""Batches of one rank, decoded straight into memory that the training process reads."""
 
 # Shapes: B pairs, F frames, H W pixels, C colours, L tokens, T texts.
 
@@ -8,38 +8,37 @@ import mmap
 import signal
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
-import simplejpeg
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from tmass_dist.data.frames import random_frame_indices, uniform_frame_indices
-from tmass_dist.data.index import DamagedError, Index, read_sample
+from tmass_dist.config import DataConfig
+from tmass_dist.data.index import Index
 from tmass_dist.data.order import epoch_batches, substitutes
+from tmass_dist.data.samples import DamagedError, read_into
 from tmass_dist.errors import PeerLostError, UserError
 from tmass_dist.noise import text_key
 
 Tokenize = Callable[[list[str]], Tensor]
 
 PREFETCH = 2
-"""Batches that each worker has in hand."""
+"""Batches that each worker prepares ahead."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Pairs of one rank: row ``i`` of every field is one (video, caption)."""
+    """Pairs of one rank: row ``i`` of every field belongs to the same (video, caption)."""
 
     pixels_BFHWC: Tensor
-    """In memory that is used again: it holds this batch until the next one is asked for."""
+    """uint8. The memory is reused: it holds this batch until the next one is requested."""
     tokens_BL: Tensor
     captions: list[str]
     video_ids: list[str]
     caption_slots: list[int]
     damaged: list[tuple[str, str]]
-    """Id and reason of every video that another stands in for."""
+    """Id and reason of every damaged video that was replaced by another."""
 
 
 @dataclass(frozen=True)
@@ -53,40 +52,9 @@ class VideoBatch:
     caption_ids: list[tuple[str, int]]
 
 
-def read_into(
-    out_FHWC: np.ndarray, index: Index, number: int, rng_of: Callable[[str], np.random.Generator] | None = None
-) -> dict:
-    """Decode a sample's frames into ``out_FHWC`` (uint8) and return its JSON.
-
-    Of more packed frames than fit, the middle of each segment is taken, or any of it when ``rng_of`` (the id) says
-    which; a clip is decoded here.
-
-    Raises:
-        DamagedError: its bytes, its JSON or a frame are not what was packed.
-    """
-    meta, payload = read_sample(index, number)
-    num_frames = len(out_FHWC)
-    pick = uniform_frame_indices if rng_of is None else partial(random_frame_indices, rng=rng_of(meta["id"]))
-    try:
-        if index.store == "clip":
-            from tmass_dist.data.video import read_video
-
-            start, end = (int(edge) for edge in meta["frame_window"])
-            chosen = [start + i for i in pick(end - start, num_frames)]
-            for frame_HWC, picture in zip(out_FHWC, read_video(payload[0], lambda _: chosen, index.image_size)[0]):
-                frame_HWC[:] = picture[..., :3]
-            return meta
-        chosen = range(num_frames) if len(payload) == num_frames else pick(len(payload), num_frames)
-        for frame_HWC, i in zip(out_FHWC, chosen):
-            simplejpeg.decode_jpeg(payload[i], buffer=frame_HWC)
-    except ValueError as error:
-        raise DamagedError(f"sample {meta['id']!r} of {index.directory} does not decode: {error}") from error
-    return meta
-
-
 @dataclass(frozen=True)
-class _Read:
-    """What a worker says of a batch; its pixels lie in the shared memory."""
+class _WorkerBatch:
+    """What a worker returns of a batch; the pixels are in shared memory."""
 
     tokens_BL: np.ndarray
     captions: list[str]
@@ -95,84 +63,86 @@ class _Read:
     damaged: list[tuple[str, str]]
 
 
-def _shared(shape: tuple[int, ...], kind: type) -> np.ndarray:
-    """Memory that this process and those it forks write and read; unlike /dev/shm, as large as the machine has."""
+def _shared_array(shape: tuple[int, ...], kind: type) -> np.ndarray:
+    """An array that this process shares with the processes it forks; unlike /dev/shm it may use all memory."""
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     return np.frombuffer(mmap.mmap(-1, size), dtype=kind).reshape(shape)
 
 
-class _Steps(Dataset):
+class _RankBatches(Dataset):
     """Item ``step`` is this rank's part of global batch ``step``; its pixels go to ``pixels[step % len(pixels)]``."""
 
     def __init__(
-        self,
-        index: Index,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        tokenize: Tokenize,
-        num_frames: int,
-        random_frames: bool,
-        num_workers: int,
+        self, index: Index, config: DataConfig, rank: int, world_size: int, seed: int, tokenize: Tokenize, frames: int
     ) -> None:
-        self.num_frames, self.random_frames = num_frames, random_frames
-        self.index, self.batch_size, self.seed, self.tokenize = index, batch_size, seed, tokenize
-        local = batch_size // world_size
-        self.mine = range(rank * local, (rank + 1) * local)
-        # Written again and again: fresh memory for every batch costs as much as half of the decoding. One batch is
-        # in use, a GPU may still fetch the one before, and each worker has PREFETCH in hand.
-        shape = (PREFETCH * num_workers + 2, local, num_frames, index.image_size, index.image_size, 3)
-        self.pixels = _shared(shape, np.uint8)
-        # Which sample each worker reads, for the words about one that hangs.
-        self.reading = _shared((max(1, num_workers),), np.int64)
+        self.index, self.config, self.seed, self.tokenize = index, config, seed, tokenize
+        local = config.batch_size // world_size
+        self.positions = range(rank * local, (rank + 1) * local)
+        # The memory is reused, because allocating it for each batch takes half as long as decoding. One batch is in
+        # use, a GPU may still copy the one before, and each worker prepares PREFETCH.
+        shape = (PREFETCH * config.num_workers + 2, local, frames, index.image_size, index.image_size, 3)
+        self.pixels = _shared_array(shape, np.uint8)
+        # The sample that each worker reads, for the message about a worker that hangs.
+        self.reading = _shared_array((max(1, config.num_workers),), np.int64)
         self.reading[:] = -1
-        self.epoch, self.plan = -1, np.empty((0, 0, 2), np.int32)
-        self.plan_of(0)
-        self.steps_per_epoch = len(self.plan)
+        self._epoch, self._batches = -1, np.empty((0, 0, 2), np.int32)
+        self.steps_per_epoch = len(self._epoch_batches(0))
 
-    def plan_of(self, epoch: int) -> np.ndarray:
-        if epoch != self.epoch:
-            self.plan = epoch_batches(self.index.num_captions, seed=self.seed, epoch=epoch, batch_size=self.batch_size)
-            self.epoch = epoch
-        return self.plan
+    def _epoch_batches(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            batch_size = self.config.batch_size
+            self._batches = epoch_batches(self.index.num_captions, seed=self.seed, epoch=epoch, batch_size=batch_size)
+            self._epoch = epoch
+        return self._batches
 
-    def __getitem__(self, step: int) -> _Read:
+    def __getitem__(self, step: int) -> _WorkerBatch:
         epoch, number = divmod(step, self.steps_per_epoch)
-        batch_B2 = self.plan_of(epoch)[number]
+        batch_B2 = self._epoch_batches(epoch)[number]
         pixels_BFHWC = self.pixels[step % len(self.pixels)]
-        worker = get_worker_info()
         captions, ids, slots, damaged = [], [], [], []
-        for row, position in enumerate(self.mine):
-            pair = (int(batch_B2[position, 0]), int(batch_B2[position, 1]))
-            stand_ins = None
-            while True:
-                self.reading[worker.id if worker else 0] = pair[0]
-                try:
-                    meta = read_into(pixels_BFHWC[row], self.index, pair[0], self._chance(step, pair[1]))
-                    break
-                except DamagedError as error:
-                    damaged.append((self.index.id_of(pair[0]), str(error)))
-                    stand_ins = stand_ins or substitutes(
-                        self.index.num_captions, batch_B2, position, seed=self.seed, step=step
-                    )
-                    following = next(stand_ins, None)
-                    if following is None:
-                        raise UserError(f"{error}; and no video is left to stand in for it") from error
-                    pair = following
-            captions.append(meta["captions"][pair[1]])
+        for row, position in enumerate(self.positions):
+            candidates = self._candidates(batch_B2, position, step)
+            meta, slot = self._read_first(candidates, pixels_BFHWC[row], step, damaged)
+            captions.append(meta["captions"][slot])
             ids.append(meta["id"])
-            slots.append(pair[1])
-        self.reading[worker.id if worker else 0] = -1
-        return _Read(self.tokenize(captions).numpy(), captions, ids, slots, damaged)
+            slots.append(slot)
+        self._note_reading(-1)
+        return _WorkerBatch(self.tokenize(captions).numpy(), captions, ids, slots, damaged)
 
-    def _chance(self, step: int, slot: int) -> Callable[[str], np.random.Generator] | None:
-        if not self.random_frames:
+    def _candidates(self, batch_B2: np.ndarray, position: int, step: int) -> Iterator[tuple[int, int]]:
+        """The pair at this position of the global batch, then the pairs that may replace it."""
+        yield int(batch_B2[position, 0]), int(batch_B2[position, 1])
+        yield from substitutes(self.index.num_captions, batch_B2, position, seed=self.seed, step=step)
+
+    def _read_first(
+        self, candidates: Iterator[tuple[int, int]], out_FHWC: np.ndarray, step: int, damaged: list[tuple[str, str]]
+    ) -> tuple[dict, int]:
+        """Decode the first candidate that is not damaged; return its JSON and caption slot. Adds to ``damaged``.
+
+        Raises:
+            UserError: all candidates are damaged.
+        """
+        for number, slot in candidates:
+            self._note_reading(number)
+            try:
+                return read_into(out_FHWC, self.index, number, self._random_frames(step, slot)), slot
+            except DamagedError as error:
+                damaged.append((self.index.id_of(number), str(error)))
+        raise UserError(f"{damaged[-1][1]}; and no video is left to replace it")
+
+    def _note_reading(self, number: int) -> None:
+        worker = get_worker_info()
+        self.reading[worker.id if worker else 0] = number
+
+    def _random_frames(self, step: int, slot: int) -> Callable[[str], np.random.Generator] | None:
+        if self.config.frames == "uniform":
             return None
         return lambda video_id: np.random.default_rng(text_key(self.seed, step, video_id, slot))
 
 
-class _From(Sampler):
+class _StepsFrom(Sampler):
+    """``start``, ``start + 1``, ... without end."""
+
     def __init__(self, start: int) -> None:
         self.start = start
 
@@ -184,61 +154,55 @@ class _From(Sampler):
 
 
 def _prepare_worker(_: int) -> None:
-    # The whole SLURM step is signalled; only the training process may answer.
+    # SLURM signals every process of a step; only the training process may act on it.
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 class TrainLoader:
-    """This rank's batches, from any step on, without reading what came before.
+    """The batches of one rank, from any step on, without reading earlier ones.
 
     Args:
         index: the training split.
-        batch_size: pairs of the global batch.
-        rank, world_size: which contiguous part of every global batch is ours.
-        seed: of the order.
+        config: batch size, workers and choice of frames.
+        rank, world_size: rank ``r`` holds the ``r``-th contiguous part of every global batch.
+        seed: seed of the order.
         tokenize: texts to token ids.
-        num_workers: decoding processes; 0 decodes here.
-        num_frames: frames of a video; of more packed ones, one from each segment.
-        random_frames: any frame of a segment, keyed by step and pair, in place of the middle one.
-        timeout_s: how long a worker may take for a batch.
+        num_frames: frames of a video; see :func:`~tmass_dist.data.samples.read_into`.
+        timeout_s: longest time that a worker may take for a batch.
 
     Raises:
-        UserError: the batch does not divide by the ranks, or there are fewer pairs than one batch.
+        UserError: the ranks do not divide the batch, or the split has fewer pairs than one batch.
     """
 
     def __init__(
         self,
         index: Index,
+        config: DataConfig,
         *,
-        batch_size: int,
         rank: int,
         world_size: int,
         seed: int,
         tokenize: Tokenize,
-        num_workers: int,
         num_frames: int = 12,
-        random_frames: bool = False,
         timeout_s: float = 600,
     ) -> None:
-        if batch_size % world_size:
-            raise UserError(f"data.batch_size={batch_size} is not divisible by {world_size} ranks")
+        if config.batch_size % world_size:
+            raise UserError(f"data.batch_size={config.batch_size} is not divisible by {world_size} ranks")
         num_pairs = int(index.num_captions.sum())
-        if num_pairs < batch_size:
-            raise UserError(f"{index.directory} has {num_pairs} pairs, fewer than one batch of {batch_size}")
-        self._steps = _Steps(
-            index, batch_size, rank, world_size, seed, tokenize, num_frames, random_frames, num_workers
-        )
-        self.steps_per_epoch = self._steps.steps_per_epoch
-        self._num_workers, self._timeout_s = num_workers, timeout_s
-        self._pixels = torch.from_numpy(self._steps.pixels)
-        if torch.cuda.is_available():  # pinned, so that a GPU fetches a batch while it works; a refusal costs only that
+        if num_pairs < config.batch_size:
+            raise UserError(f"{index.directory} has {num_pairs} pairs, fewer than one batch of {config.batch_size}")
+        self._dataset = _RankBatches(index, config, rank, world_size, seed, tokenize, num_frames)
+        self.steps_per_epoch = self._dataset.steps_per_epoch
+        self._num_workers, self._timeout_s = config.num_workers, timeout_s
+        self._pixels = torch.from_numpy(self._dataset.pixels)
+        if torch.cuda.is_available():  # pinned memory is copied to the GPU in the background; without it, it is slower
             torch.cuda.cudart().cudaHostRegister(  # pyright: ignore[reportOptionalMemberAccess]
                 self._pixels.data_ptr(), self._pixels.numel(), 0
             )
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
-        """Batches ``start_step``, ``start_step + 1``, ... without an end; close it to end the workers.
+        """Batches ``start_step``, ``start_step + 1``, ... without end. Closing the generator ends the workers.
 
         Raises:
             UserError: a batch cannot be read; it names the shard.
@@ -246,9 +210,9 @@ class TrainLoader:
         """
         batches = iter(
             DataLoader(
-                self._steps,
+                self._dataset,
                 batch_size=None,
-                sampler=_From(start_step),
+                sampler=_StepsFrom(start_step),
                 num_workers=self._num_workers,
                 worker_init_fn=_prepare_worker,
                 multiprocessing_context="fork" if self._num_workers else None,
@@ -259,34 +223,37 @@ class TrainLoader:
         step = start_step
         try:
             while True:
-                try:
-                    read: _Read = next(batches)
-                except (ValueError, OSError) as error:
-                    if isinstance(error, ConnectionError):
-                        raise PeerLostError(f"a decoding process ended{self._reading()}: {error}") from error
-                    # A worker's error comes with its whole traceback; its last line is what it said.
-                    raise UserError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-                except (RuntimeError, EOFError) as error:
-                    if self._num_workers == 0:
-                        raise
-                    words = " ".join(str(error).split()) or type(error).__name__
-                    raise PeerLostError(f"a decoding process ended or hangs{self._reading()}: {words}") from error
+                batch = self._next(batches)
                 yield Batch(
                     self._pixels[step % len(self._pixels)],
-                    torch.from_numpy(read.tokens_BL),
-                    read.captions,
-                    read.video_ids,
-                    read.caption_slots,
-                    read.damaged,
+                    torch.from_numpy(batch.tokens_BL),
+                    batch.captions,
+                    batch.video_ids,
+                    batch.caption_slots,
+                    batch.damaged,
                 )
                 step += 1
         finally:
-            # Workers ignore SIGTERM, and so would outlive the exit of a process that was not patient with them.
+            # Workers ignore SIGTERM, so they must be told to end before this process exits.
             getattr(batches, "_shutdown_workers", lambda: None)()
 
-    def _reading(self) -> str:
-        index = self._steps.index
-        numbers = [int(number) for number in self._steps.reading if number >= 0]
+    def _next(self, batches: Iterator[_WorkerBatch]) -> _WorkerBatch:
+        try:
+            return next(batches)
+        except UserError as error:
+            # A worker's error carries its traceback; the last line is the message.
+            raise UserError(str(error).strip().splitlines()[-1].removeprefix("tmass_dist.errors.UserError: ")) from None
+        except ConnectionError as error:
+            raise PeerLostError(f"a decoding process ended{self._being_read()}: {error}") from error
+        except (RuntimeError, EOFError) as error:
+            if self._num_workers == 0:
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            raise PeerLostError(f"a decoding process ended or hangs{self._being_read()}: {message}") from error
+
+    def _being_read(self) -> str:
+        index = self._dataset.index
+        numbers = [int(number) for number in self._dataset.reading if number >= 0]
         names = sorted({index.shards[index.sample(number).shard].name for number in numbers})
         return f" reading {', '.join(names)} of {index.directory}" if names else ""
 
@@ -294,12 +261,12 @@ class TrainLoader:
 def iterate_videos(
     index: Index, *, rank: int, world_size: int, batch_size: int, tokenize: Tokenize, num_frames: int = 12
 ) -> Iterator[VideoBatch]:
-    """Every video of the split once over all ranks, with all its captions; ranks take whole batches in turn.
+    """Every video of the split once over all ranks, with all its captions; the ranks take whole batches in turn.
 
-    Which videos share a batch does not depend on the ranks, so neither do the last bits of what they are encoded to.
+    The videos of a batch do not depend on the number of ranks, so neither does the rounding of their encodings.
 
     Raises:
-        DamagedError: a sample is damaged: nothing may stand in for it here.
+        DamagedError: a sample is damaged; evaluation replaces nothing.
     """
     for start in range(rank * batch_size, len(index), world_size * batch_size):
         numbers = range(start, min(start + batch_size, len(index)))

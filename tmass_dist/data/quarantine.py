@@ -1,4 +1,4 @@
-"""Videos that training found damaged: written down, counted, and too many of them end the run."""
+"""The list of damaged videos of a run. Too many of them end the run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tmass_dist.errors import UserError
 
 
 class Quarantine:
-    """``quarantine.jsonl`` of a run; every rank holds the same.
+    """``quarantine.jsonl`` of a run; every rank holds the same list.
 
     Args:
-        path: of the file; what it holds from an earlier start counts.
-        num_videos: of the training split.
-        max_bad: the share of them that may be damaged.
+        path: the file; entries from an earlier start count.
+        num_videos: videos of the training split.
+        max_bad: largest share of damaged videos that is tolerated.
     """
 
     def __init__(self, path: Path, num_videos: int, max_bad: float) -> None:
@@ -27,24 +27,27 @@ class Quarantine:
             self.reasons[entry["id"]] = entry["reason"]
 
     def unknown(self, damaged: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Those of this rank's (id, reason) that are new."""
+        """The pairs (id, reason) that are not in the list yet."""
         return [(video, reason) for video, reason in damaged if video not in self.reasons]
 
     def add(self, damaged: list[tuple[str, str]]) -> list[str]:
-        """Take in what this rank found new; every rank calls it together. Returns a line for each of all ranks.
+        """Add the damaged videos of all ranks; a collective. Returns one line for the log for each new video.
+
+        Args:
+            damaged: (id, reason) of this rank.
 
         Raises:
-            UserError: more videos are damaged than may be; it names them.
+            UserError: more videos are damaged than ``max_bad`` allows; it names them.
         """
-        found = dict(pair for part in distributed.gather_objects(self.unknown(damaged)) for pair in part)
-        self.reasons |= found
+        new = dict(pair for part in distributed.gather_objects(self.unknown(damaged)) for pair in part)
+        self.reasons |= new
         if distributed.is_main():
             with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"id": v, "reason": r}, ensure_ascii=False) + "\n" for v, r in found.items())
+                file.writelines(json.dumps({"id": v, "reason": r}, ensure_ascii=False) + "\n" for v, r in new.items())
         if len(self.reasons) > self.limit:
             names = "; ".join(list(self.reasons.values())[:5])
             raise UserError(
                 f"{len(self.reasons)} damaged videos are more than data.max_bad allows: {names}. See {self.path}; "
                 "pack their shards again, or raise data.max_bad"
             )
-        return [f"{reason}; another video stands in for it" for reason in found.values()]
+        return [f"{reason}; another video replaces it" for reason in new.values()]

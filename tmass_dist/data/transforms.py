@@ -1,4 +1,4 @@
-"""Frames to the size of the towers: exact resizing for evaluation, one random crop and flip a video for training."""
+"""Resize frames to the input size of the towers: a centre crop for evaluation, a random crop and flip for training."""
 
 # Shapes: B videos, F frames, H W pixels, C colours.
 
@@ -16,11 +16,11 @@ Box = tuple[int, int, int, int]
 
 
 def resize_centre_crop(pixels_BFHWC: Tensor, side: int) -> Tensor:
-    """The evaluation transform: short side to ``side`` (bicubic, antialiased), then the centre square.
+    """The evaluation transform: resize the short side to ``side`` (bicubic, antialiased), then crop the centre square.
 
-    Frames that already are ``side`` square come back untouched. Values keep their scale; others turn to float32.
+    Frames that already have this size are returned unchanged; all others become float32. Values keep their scale.
 
-    Source: the authors' test transform under torchvision of today.
+    Source: the authors' test transform, as current torchvision computes it.
     """
     height, width = pixels_BFHWC.shape[2:4]
     if height == width == side:
@@ -33,7 +33,7 @@ def resize_centre_crop(pixels_BFHWC: Tensor, side: int) -> Tensor:
 
 
 def crop_flip(pixels_FHWC: Tensor, box: Box, flip: bool, side: int) -> Tensor:
-    """The training transform of one video: the same crop and flip of all its frames, resized (bilinear) to ``side``."""
+    """The training transform of one video: one crop and flip for all its frames, resized (bilinear) to ``side``."""
     top, left, height, width = box
     crop = pixels_FHWC[None, :, top : top + height, left : left + width]
     crop = _interpolate(crop, (side, side), "bilinear")[0]
@@ -41,7 +41,7 @@ def crop_flip(pixels_FHWC: Tensor, box: Box, flip: bool, side: int) -> Tensor:
 
 
 def random_box(height: int, width: int, rng: np.random.Generator) -> Box:
-    """A crop of half to all of the area and of a shape between 3:4 and 4:3; the whole picture when none fits.
+    """A random crop: 0.5 to 1 of the area, aspect ratio between 3:4 and 4:3. If no crop fits: the whole frame.
 
     Source: torchvision's RandomResizedCrop with scale (0.5, 1), as the authors use it.
     """
@@ -55,7 +55,7 @@ def random_box(height: int, width: int, rng: np.random.Generator) -> Box:
 
 
 def augment(pixels_BFHWC: Tensor, keys: list[int], side: int) -> Tensor:
-    """Crop and flip every video, float32 ``(B, F, side, side, C)``; a video's draw depends on its key alone."""
+    """Crop and flip every video at random: float32 ``(B, F, side, side, C)``. Each crop depends on its key alone."""
     height, width = pixels_BFHWC.shape[2:4]
     videos = []
     for pixels_FHWC, key in zip(pixels_BFHWC, keys):

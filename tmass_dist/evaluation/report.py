@@ -188,7 +188,7 @@ class Report:
             import numpy as np
             import simplejpeg
 
-            from tmass_dist.data.loader import read_into
+            from tmass_dist.data.samples import read_into
 
             side = self.index.image_size
             frames_FHWC = np.empty((min(4, self.index.num_frames or 4), side, side, 3), np.uint8)

@@ -125,14 +125,12 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
     training, selection = load_splits(config)
     loader = TrainLoader(
         training,
-        batch_size=config.data.batch_size,
+        config.data,
         rank=rank,
         world_size=world,
         seed=config.seed,
         tokenize=tokenize,
-        num_workers=config.data.num_workers,
         num_frames=config.model.num_frames,
-        random_frames=config.data.frames == "random",
         timeout_s=config.engine.timeout_s,
     )
     num_steps = config.epochs * loader.steps_per_epoch

@@ -34,7 +34,7 @@ TAGS = {
     "optim/grad_norm_towers": "of the towers alone; optim/grad_norm_head: of the head",
     "optim/lr_towers": "learning rate of the towers; optim/lr_head: of the head",
     "progress/samples": "pairs seen since the beginning",
-    "progress/damaged_videos": "training videos that do not decode; another stands in for each (quarantine.jsonl)",
+    "progress/damaged_videos": "damaged training videos, each replaced by another (quarantine.jsonl)",
     "speed/data_s": "seconds of a step that wait for the loader",
     "speed/encode_s": "seconds of the logged step in the towers, both passes; ZeRO's messages meanwhile included",
     "speed/head_s": "seconds of the logged step in pooling, mass and loss, forward and backward",

@@ -14,7 +14,7 @@ import torch
 from tmass_dist.cli import write_json
 from tmass_dist.config import Config
 from tmass_dist.data.index import Index
-from tmass_dist.data.loader import read_into
+from tmass_dist.data.samples import read_into
 from tmass_dist.distributed import is_main
 from tmass_dist.evaluation.blocks import Scorer
 from tmass_dist.evaluation.encode import encode, ranks_of

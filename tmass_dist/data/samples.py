@@ -1,0 +1,121 @@
+"""Reading one sample: its bytes from a shard, checked, and its frames decoded."""
+
+# Shapes: F frames, H W pixels, C colours.
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import simplejpeg
+
+from tmass_dist.data.frames import random_frame_indices, uniform_frame_indices
+from tmass_dist.data.index import Index
+from tmass_dist.errors import UserError
+
+
+class DamagedError(UserError):
+    """The bytes of a sample are not those that were packed. The message names the shard and the sample."""
+
+
+def safe_key(video_id: str) -> str:
+    """The WebDataset key of an id: letters, digits, ``_`` and ``-``, unique for each id.
+
+    webdataset cuts a file name at its first dot, so a key holds no dot.
+    """
+    clean = re.sub(r"[^A-Za-z0-9_-]", "_", video_id)[:64]
+    return clean if clean == video_id else f"{clean}-{hashlib.sha256(video_id.encode()).hexdigest()[:8]}"
+
+
+def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]:
+    """The JSON of a sample, and its JPEG frames in time order, or its clip as the only item.
+
+    Raises:
+        DamagedError: the shard is damaged at this sample.
+    """
+    sample = index.sample(number)
+    path = index.path(sample)
+    with path.open("rb") as shard:
+        raw = os.pread(shard.fileno(), sample.size, sample.offset)
+    try:
+        if zlib.crc32(raw) != sample.crc32:
+            raise UserError("its checksum differs from the index")
+        (name, content), *frames = _members(raw)
+        key = safe_key(sample.id)
+        if name != f"{key}.json" or not all(other.startswith(f"{key}.") for other, _ in frames):
+            raise UserError(f"its first member is {name}, not {key}.json")
+        meta = json.loads(content)
+        meta["captions"] += index.extra_captions.get(sample.id, [])
+        return meta, [frame for _, frame in frames]
+    except ValueError as error:
+        raise DamagedError(f"shard {path} is damaged at sample {sample.id!r}: {error}") from error
+
+
+def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every file in a run of USTAR members; tarfile takes longer than decoding the frames."""
+    position = 0
+    while position < len(raw):
+        header = raw[position : position + 512]
+        size = int(header[124:135], 8)
+        if header[156:157] not in (b"0", b"\0") or position + 512 + size > len(raw):
+            raise UserError(f"no complete file at byte {position}")
+        yield header[:100].rstrip(b"\0").decode(), raw[position + 512 : position + 512 + size]
+        position += 512 + -(-size // 512) * 512
+
+
+def read_into(
+    out_FHWC: np.ndarray, index: Index, number: int, rng_of: Callable[[str], np.random.Generator] | None = None
+) -> dict[str, Any]:
+    """Decode a sample's frames into ``out_FHWC`` (uint8, RGB) and return the sample's JSON.
+
+    If more frames were packed than fit, one frame of each of F equal segments is taken: the middle one, or a random
+    one if ``rng_of`` is given, which maps the sample's id to a random generator. Clips are decoded here.
+
+    Raises:
+        DamagedError: the bytes, the JSON or a frame of the sample are not what was packed.
+    """
+    meta, payload = read_sample(index, number)
+    num_frames = len(out_FHWC)
+    pick = uniform_frame_indices if rng_of is None else partial(random_frame_indices, rng=rng_of(meta["id"]))
+    try:
+        if index.store == "clip":
+            _decode_clip(out_FHWC, payload[0], meta["frame_window"], pick)
+        else:
+            chosen = range(num_frames) if len(payload) == num_frames else pick(len(payload), num_frames)
+            for frame_HWC, position in zip(out_FHWC, chosen, strict=True):
+                decode_jpeg(payload[position], frame_HWC)
+    except ValueError as error:
+        raise DamagedError(f"sample {meta['id']!r} of {index.directory} does not decode: {error}") from error
+    return meta
+
+
+def decode_jpeg(jpeg: bytes, out_HWC: np.ndarray) -> None:
+    """Decode a JPEG into ``out_HWC`` (uint8, RGB).
+
+    Raises:
+        ValueError: it is not a JPEG of exactly this height and width.
+    """
+    # simplejpeg fills only a part of a larger buffer and says nothing: the rest would keep an older batch's pixels.
+    decoded_HWC = simplejpeg.decode_jpeg(jpeg, buffer=out_HWC)
+    if decoded_HWC.shape != out_HWC.shape:
+        height, width = decoded_HWC.shape[:2]
+        raise UserError(f"a frame has {width}x{height} pixels and the index says {out_HWC.shape[1]}x{out_HWC.shape[0]}")
+
+
+def _decode_clip(
+    out_FHWC: np.ndarray, clip: bytes, frame_window: list[int], pick: Callable[[int, int], list[int]]
+) -> None:
+    from tmass_dist.data.video import read_video
+
+    start, end = (int(edge) for edge in frame_window)
+    chosen = [start + position for position in pick(end - start, len(out_FHWC))]
+    frames, _ = read_video(clip, lambda _: chosen, out_FHWC.shape[1])
+    for out_HWC, frame in zip(out_FHWC, frames, strict=True):
+        out_HWC[:] = frame[..., :3]
