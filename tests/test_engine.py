@@ -208,7 +208,7 @@ def _peak_of_pooling(memory_mb: float | None) -> float:
     text = torch.randn(512, WIDTH, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         pooling = _Pooling(head, text, torch.randn(64, F, WIDTH, requires_grad=True), list(range(64)), memory_mb)
-        kept = pooling.map(lambda seen, _: seen.mean_VD)
+        kept = pooling.map(lambda pairs, _: pairs.mean_VD)
     assert kept.requires_grad
     return sum(size for _, size in held) / 2**20
 

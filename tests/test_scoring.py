@@ -6,8 +6,10 @@ import torch
 from tests import oracle
 from tmass_dist.config import ModelConfig
 from tmass_dist.evaluation.scoring import score
+from tmass_dist.models.folding import FoldedVideos
 from tmass_dist.models.head import build_head
-from tmass_dist.noise import keyed_noise, text_key
+from tmass_dist.models.stochastic import TextMass, frame_cosines, matching_frame_cosines
+from tmass_dist.noise import keyed_mask, keyed_noise, text_key
 
 T, V, F, M, D = 9, 7, 5, 3, 24
 
@@ -64,17 +66,76 @@ def test_bfloat16_is_within_1e_3_and_ranks_alike(radius: str, shared: bool) -> N
     assert int(((one - other).abs() > 1).sum()) <= 2
 
 
+def _mix(x: int) -> int:  # "lowbias32"
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) % 2**32
+    return x ^ (x >> 16)
+
+
+def _states(key: int, start: int) -> tuple[int, int]:
+    low, high = key % 2**32, key >> 32
+    first = _mix(low ^ _mix(high ^ _mix(start % 2**32)))
+    return first, _mix(high ^ first)
+
+
+KEYS = [0, 1, 2**31, 2**32 - 1, 2**63 - 1, text_key("evaluation", "v7", 3)]
+
+
 @pytest.mark.parametrize("seed", [0, 7, 2**31 + 5])
 def test_noise_is_that_of_plain_integers(seed: int) -> None:
-    def mix(x: int) -> int:  # "lowbias32"
-        x = ((x ^ (x >> 16)) * 0x7FEB352D) % 2**32
-        x = ((x ^ (x >> 15)) * 0x846CA68B) % 2**32
-        return x ^ (x >> 16)
-
-    keys = [0, 1, 2**31, 2**32 - 1, 2**63 - 1, text_key("evaluation", "v7", 3)]
     expected = []
-    for low, high in ((key % 2**32, key >> 32) for key in keys):
-        row = mix(low ^ mix(high ^ mix(2 * seed % 2**32)))
-        second = mix(high ^ row)
-        expected.append([(mix(mix(number ^ row) ^ second) >> 8) / 2**24 for number in range(50)])
-    assert keyed_noise(torch.tensor(keys), 50, seed=seed).tolist() == expected
+    for first, second in (_states(key, 2 * seed) for key in KEYS):
+        expected.append([(_mix(_mix(number ^ first) ^ second) >> 8) / 2**24 for number in range(50)])
+    assert keyed_noise(torch.tensor(KEYS), 50, seed=seed).tolist() == expected
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_dropout_mask_is_that_of_plain_integers(kind: torch.dtype) -> None:
+    texts, width = 4, 7
+    expected = []
+    for first, second in (_states(key, 0x6D61736B) for key in KEYS):
+        pairs = [_mix(_mix(text ^ first) ^ second) for text in range(3, 3 + texts)]
+        words = [[_mix(pair ^ _mix(number)) for number in range((width + 1) // 2)] for pair in pairs]
+        draws = [[half for word in row for half in (word % 2**16, word >> 16)][:width] for row in words]
+        signed = [[draw - 2**16 * (draw >= 2**15) for draw in row] for row in draws]
+        expected.append([[float(draw >= round(0.3 * 2**16) - 2**15) for draw in row] for row in signed])
+    found = keyed_mask(KEYS, torch.empty(len(KEYS), texts, width, dtype=kind), 0.3, first_text=3)
+    assert found.dtype == kind and found.tolist() == expected
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.3, 0.5])
+def test_a_dropout_mask_has_its_rate_whatever_the_tile(probability: float) -> None:
+    keys = [text_key("mask", number) for number in range(40)]
+    whole = keyed_mask(keys, torch.empty(40, 300, 512), probability)
+    part = keyed_mask(torch.tensor(keys[7:9]), torch.empty(2, 11, 512), probability, first_text=200)
+    assert torch.equal(part, whole[7:9, 200:211])
+    # Bits, texts and videos are independent: rates of every slice and of products of neighbours, to 5 deviations.
+    kept = 1 - probability
+    for dimensions, size in {(0, 1): 40 * 300, (0, 2): 40 * 512, (1, 2): 300 * 512}.items():
+        rates = whole.mean(dimensions)
+        assert (rates - kept).abs().max() < 5 * (kept * probability / size) ** 0.5
+    for one, other in ((whole[1:], whole[:-1]), (whole[:, 1:], whole[:, :-1]), (whole[..., 1:], whole[..., :-1])):
+        both = (one * other).mean()
+        assert abs(both - kept**2) < 5 * kept / one.numel() ** 0.5
+
+
+@torch.no_grad()
+def test_every_pair_of_twins_agrees() -> None:
+    """Functions that are written twice, once for training and once for speed in scoring."""
+    generator = torch.Generator().manual_seed(3)
+    text, frames = 3 * torch.randn(T, D, generator=generator), torch.randn(T, F, D, generator=generator)
+    cosines = frame_cosines(text, torch.nn.functional.normalize(frames, dim=-1))
+    torch.testing.assert_close(cosines.diagonal().T, matching_frame_cosines(text, frames), rtol=0, atol=1e-6)
+    for radius in ("exp_linear", "exp_mean", "linear", "scaled_exp_mean", "variational"):
+        for num_heads in (1, 4):
+            config = ModelConfig(num_frames=F, num_heads=num_heads, radius=radius)
+            head = build_head(config, D).eval()
+            assert isinstance(head.mass, TextMass)
+            for parameter in head.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+            written = torch.empty(T, T, D)
+            head.mass.radius_into(cosines, text.expand(T, T, D), written)
+            expected = head.mass.radius_of(cosines, text.expand(T, T, D)).expand(T, T, D)
+            torch.testing.assert_close(written, expected, rtol=1e-6, atol=1e-6)
+            folded = FoldedVideos(head.pooling, frames).pooled(text)
+            torch.testing.assert_close(folded, head.pooling(text, frames), rtol=0, atol=2e-6)

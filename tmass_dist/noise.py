@@ -1,11 +1,12 @@
-"""Noise keyed by what it is for, so that it depends on no world size, tiling or order."""
+"""Random numbers that are a function of a key, and so depend on no world size, tiling, order or device."""
 
-# Shapes: N keys.
+# Shapes: N keys, V videos, T texts, D values of a pair.
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -13,27 +14,33 @@ from torch import Tensor
 
 
 def text_key(*parts: str | int) -> int:
-    """A stable 63-bit key of names and numbers; the same on every machine."""
+    """A 63-bit key of names and numbers, the same on every machine."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A well-mixing permutation of 32-bit numbers ("lowbias32", Ellis 2018), held in int32."""
-    # Shifts of a negative int32 bring in ones, which the masks remove; products wrap, which is what is wanted.
-    x = (x ^ ((x >> 16) & 0xFFFF)) * 0x7FEB352D
-    x ^= (x >> 15) & 0x1FFFF
-    x *= 0x846CA68B - 2**32
-    x ^= (x >> 16) & 0xFFFF
+    """A hash of 32-bit numbers held in int32 ("lowbias32", Ellis 2018), written into ``x``; it is one to one."""
+    shifted = torch.empty_like(x)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32), (16, 1)):
+        # Shifting a negative int32 brings in ones, which the mask removes.
+        torch.bitwise_right_shift(x, shift, out=shifted)
+        x.bitwise_xor_(shifted.bitwise_and_(2 ** (32 - shift) - 1))
+        if factor != 1:
+            x.mul_(factor)  # it wraps around, as the hash requires
     return x
+
+
+def _states(keys: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """Two int32 numbers for each key, hashed with ``start``."""
+    low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)
+    first = _mix(low ^ _mix(high ^ _mix(torch.full_like(keys, start & 0xFFFFFFFF).to(torch.int32))))
+    return first, _mix(high ^ first)
 
 
 def _uniform(keys: Tensor, num_values: int, seed: int, stream: int) -> Tensor:
     counter = torch.arange(num_values, dtype=torch.int32, device=keys.device)
-    low, high = keys.to(torch.int32), (keys >> 32).to(torch.int32)
-    start = torch.full_like(keys, (seed * 2 + stream) & 0xFFFFFFFF).to(torch.int32)
-    row = _mix(low ^ _mix(high ^ _mix(start)))
-    second = _mix(high ^ row)
+    row, second = _states(keys, seed * 2 + stream)
     bits = _mix(_mix(counter[None] ^ row[:, None]) ^ second[:, None])
     return ((bits >> 8) & 0xFFFFFF).to(torch.float32) * 2.0**-24
 
@@ -41,7 +48,7 @@ def _uniform(keys: Tensor, num_values: int, seed: int, stream: int) -> Tensor:
 def keyed_noise(
     keys: Tensor, num_values: int, *, seed: int, prior: Literal["uniform", "normal"] = "uniform", std: float = 1.0
 ) -> Tensor:
-    """Noise of each key.
+    """Random numbers of each key.
 
     Args:
         keys: int64 ``(N,)``, as :func:`text_key` makes them.
@@ -51,8 +58,9 @@ def keyed_noise(
         std: standard deviation of the normal prior.
 
     Returns:
-        float32 ``(N, num_values)``; row ``i`` depends on ``keys[i]`` and ``seed`` alone. Uniform noise is whole numbers
-        until an exact last step, and so the same bits on every device; normal noise is that of its device to rounding.
+        float32 ``(N, num_values)``; row ``i`` depends on ``keys[i]`` and ``seed`` alone. Uniform noise has the same
+        bits on every device, since it is computed in whole numbers until an exact last step. Normal noise differs
+        between devices by rounding.
     """
     first = _uniform(keys, num_values, seed, 0)
     if prior == "uniform":
@@ -62,19 +70,35 @@ def keyed_noise(
     return std * (-2 * torch.log1p(-first)).sqrt() * torch.cos(2 * math.pi * second)
 
 
-def keyed_mask(keys: list[int], like: Tensor, probability: float) -> Tensor:
-    """What dropout keeps: one, or zero with ``probability`` (to 2^-17), of the shape and kind of ``like``.
+def keyed_mask(keys: Sequence[int] | Tensor, like: Tensor, probability: float, first_text: int = 0) -> Tensor:
+    """A dropout mask: zero with ``probability`` (to 2^-17), else one.
 
-    Row ``i`` is drawn from ``keys[i]`` alone, and so is the same whatever rank holds it; CPU and GPU draw different
-    ones.
+    Args:
+        keys: one whole number of up to 63 bits for each video.
+        like: ``(V, T, D)``; the mask has its shape, type and device.
+        probability: of a zero.
+        first_text: number of the first text in its batch, where ``like`` has only some of the texts.
+
+    Returns:
+        The mask. Row ``(i, t)`` depends on ``keys[i]`` and ``first_text + t`` alone, whichever rank or tile computes
+        it, and has the same bits on every device.
     """
-    size = like[0].numel()
-    # Four draws of 16 bits in each.
-    words = torch.empty(len(keys), -(-size // 4), dtype=torch.int64, device=like.device)
-    generator = torch.Generator(like.device)
-    for row, key in zip(words, keys):
-        row.random_(-(2**63), None, generator=generator.manual_seed(key))
-    # Written as numbers at once: truth values would be made into them at three times the price.
-    keep, drawn = torch.empty_like(like), words.view(torch.int16)[:, :size]
-    torch.ge(drawn, round(probability * 2**16) - 2**15, out=keep.flatten(1))
+    _, num_texts, width = like.shape
+    row_V, second_V = _states(torch.as_tensor(keys, dtype=torch.int64, device=like.device), _MASK)
+    text_T = torch.arange(first_text, first_text + num_texts, dtype=torch.int32, device=like.device)
+    pair_N1 = _mix(_mix(text_T ^ row_V[:, None]) ^ second_V[:, None]).view(-1, 1)
+    counter_C = _mix(torch.arange(-(-width // 2), dtype=torch.int32, device=like.device))
+    # Written as numbers of the type of ``like``: converting truth values later takes three times as long.
+    keep, threshold = torch.empty_like(like), round(probability * 2**16) - 2**15
+    rows = len(pair_N1)
+    if like.device.type == "cpu":  # a few pairs at a time: what the hash holds stays in the processor's cache
+        rows = max(1, 2**16 // len(counter_C))
+    for pair_n1, keep_nD in zip(pair_N1.split(rows), keep.view(-1, width).split(rows)):
+        # Each 32-bit number gives two draws of 16 bits.
+        draws = _mix(pair_n1 ^ counter_C).view(torch.int16)
+        torch.ge(draws[:, :width], threshold, out=keep_nD)
     return keep
+
+
+_MASK = 0x6D61736B
+"""Hashed with the keys of masks, so that they share no numbers with noise of the same keys."""

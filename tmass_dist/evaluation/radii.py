@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tmass_dist.evaluation.features import Features
-from tmass_dist.models.stochastic import TextMass
+from tmass_dist.models.stochastic import TextMass, frame_cosines
 from tmass_dist.pictures import figure, png
 
 
@@ -18,7 +18,7 @@ def radii_of(mass: TextMass, features: Features, text: int) -> Tensor:
     """R ``(V, D)``, on the CPU, of one text with every video."""
     with torch.no_grad():
         text_D = features.text_TD[text]
-        cosine_VF = F.normalize(features.frames_VFD, dim=-1) @ F.normalize(text_D, dim=-1)
+        cosine_VF = frame_cosines(text_D[None], F.normalize(features.frames_VFD, dim=-1))[:, 0]
         text_VD = text_D.expand(len(cosine_VF), -1)
         device = next(mass.parameters(), text_D).device  # the head's, after scoring
         return mass.radius_of(cosine_VF.to(device), text_VD.to(device)).expand_as(text_VD).cpu()

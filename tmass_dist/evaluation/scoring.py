@@ -1,10 +1,9 @@
-"""Exact scores of every text against every video, tile by tile; pure.
+"""Exact scores of every text against every video, tile by tile; pure functions of features and noise.
 
-The pooling is folded: its attention weights sum to one and its LayerNorms are affine but for one scalar a pair, so
-every pooled vector of a video lies in the span of H F + 2 vectors, and nothing of size D x D is done for a pair.
+The pooling is folded (:mod:`tmass_dist.models.folding`): nothing of size D x D is done for a pair.
 """
 
-# Shapes: T texts, V videos, F frames, H heads, K = H F, M trials, D embedding width.
+# Shapes: T texts, V videos, F frames, M trials, L vectors of a video's basis, D embedding width.
 
 from __future__ import annotations
 
@@ -16,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tmass_dist.errors import UserError
+from tmass_dist.models.folding import FoldedVideos
 from tmass_dist.models.head import RetrievalHead
-from tmass_dist.models.pooling import XPool
+from tmass_dist.models.stochastic import frame_cosines
 
 
 class Gallery:
@@ -38,7 +38,7 @@ class Gallery:
         self.head, self.num_videos, self.tile_videos = head, len(frames_VFD), tile_videos
         with torch.no_grad():
             self.tiles = [
-                (slice(v, v + tile_videos), _Folded(head, frames_VFD[v : v + tile_videos]))
+                (slice(v, v + tile_videos), _Tile(head, frames_VFD[v : v + tile_videos]))
                 for v in range(0, len(frames_VFD), tile_videos)
             ]
 
@@ -110,15 +110,14 @@ class Gallery:
         """Write the similarity of each text's best sample, its noise the same for every video."""
         room = min(tile_texts, len(text_TD)) * min(self.tile_videos, self.num_videos) * text_TD.shape[1]
         scratch = tuple(text_TD.new_empty(room) for _ in range(2))
-        pool = self.head.pooling
-        query_HTE = pool.queries(text_TD, _asks_frames(pool)) if isinstance(pool, XPool) else text_TD[None]
+        query_HTE = self.tiles[0][1].videos.queries(text_TD)
         for videos, folded in self.tiles:
             # Products with frames take all texts at once, the samples' so few that what they read stays in the caches.
-            weights_VTK, cosine_VTF = folded.coefficients(query_HTE), folded.cosine(text_TD)
+            weights_VTL, cosine_VTF = folded.videos.coefficients(query_HTE), frame_cosines(text_TD, folded.unit_VFD)
             for t in range(0, len(text_TD), tile_texts):
                 texts = slice(t, t + tile_texts)
                 out_TV[texts, videos] = folded.noise_of_text(
-                    text_TD[texts], weights_VTK[:, texts], cosine_VTF[:, texts], samples.rows(texts), scratch
+                    text_TD[texts], weights_VTL[:, texts], cosine_VTF[:, texts], samples.rows(texts), scratch
                 )
 
 
@@ -180,78 +179,38 @@ def _add_products(sum_TMV: Tensor, values_TMD: Tensor, vector_VTD: Tensor) -> Te
     return sum_TMV.add_(torch.bmm(values_TMD, vector_TVD.transpose(1, 2)))
 
 
-def _asks_frames(pool: XPool) -> bool:
-    """Whether queries are projected and not the frames, which are more; several heads would ask each frame D wide."""
-    return pool.num_heads == 1
-
-
-class _Folded:
-    """What a tile of videos contributes to any text."""
+class _Tile:
+    """Some videos, folded, and the similarities of any texts with them."""
 
     def __init__(self, head: RetrievalHead, frames_VFD: Tensor) -> None:
         self.head, self.frames_VFD = head, frames_VFD
         self.unit_VFD = F.normalize(frames_VFD, dim=-1)
-        pool = head.pooling
-        if not isinstance(pool, XPool):
-            self.basis = pool(frames_VFD[0, :1], frames_VFD)  # the same whatever asks
-            return
-        width = frames_VFD.shape[-1]
-        normed_VFD = pool.norm_in(frames_VFD)
-        self.keys = pool.keys(normed_VFD, _asks_frames(pool))
-        self.gram_in, attended, projected = pool.span(normed_VFD)
-        first, last = pool.norm_attended, pool.norm_out
-        constant_D = first.bias + pool.linear(first.bias)
-        basis = torch.cat([attended + projected, constant_D.expand(len(frames_VFD), 1, width)], dim=1)
-        basis = basis - basis.mean(-1, keepdim=True)
-        self.gram_out = basis @ basis.transpose(1, 2) / width
-        self.basis = torch.cat([basis * last.weight, last.bias.expand(len(frames_VFD), 1, width)], dim=1)
-
-    def coefficients(self, query_HTE: Tensor) -> Tensor:
-        """``(V, T, K + 2)``, or 1 where the text does not ask: what each pooled vector takes of its video's basis."""
-        pool = self.head.pooling
-        if not isinstance(pool, XPool):
-            return query_HTE.new_ones(len(self.basis), query_HTE.shape[1], 1)
-        weights = pool.attention(query_HTE, self.keys).flatten(1, 2)
-        weights = pool.normalised(weights, self.gram_in, pool.norm_attended.eps)
-        weights = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1)
-        weights = pool.normalised(weights, self.gram_out, pool.norm_out.eps)
-        return torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1).transpose(1, 2)
-
-    def pooled(self, text_TD: Tensor) -> Tensor:
-        """``(V, T, D)`` for the texts of one tile."""
-        pool = self.head.pooling
-        if not isinstance(pool, XPool):
-            return pool(text_TD, self.frames_VFD)
-        return self.coefficients(pool.queries(text_TD, _asks_frames(pool))) @ self.basis
+        self.videos = FoldedVideos(head.pooling, frames_VFD)
 
     def pooled_by_own(self, text_TD: Tensor, own_VS: Tensor) -> Tensor:
         """``(V, slots, D)`` each video pooled by its own captions; NaN where it has fewer."""
         rows = []
         for number, captions_S in enumerate(own_VS):
-            alone = _Folded(self.head, self.frames_VFD[number : number + 1])
-            pooled_SD = alone.pooled(text_TD[captions_S.clamp_min(0)])[0]
+            alone = _Tile(self.head, self.frames_VFD[number : number + 1])
+            pooled_SD = alone.videos.pooled(text_TD[captions_S.clamp_min(0)])[0]
             rows.append(pooled_SD.masked_fill((captions_S < 0)[:, None], torch.nan))
         return torch.stack(rows)
 
     def radius(self, text_TD: Tensor) -> Tensor:
         """``(V, T, D)``, or 1 in place of D, of every pair."""
         assert self.head.mass is not None
-        return self.head.mass.radius_of(self.cosine(text_TD), text_TD.expand(len(self.unit_VFD), *text_TD.shape))
-
-    def cosine(self, text_TD: Tensor) -> Tensor:
-        """``(V, T, F)`` of every text with every frame."""
-        cosine_TN = F.normalize(text_TD, dim=-1) @ self.unit_VFD.flatten(0, 1).T
-        return cosine_TN.unflatten(-1, self.unit_VFD.shape[:2]).transpose(0, 1).contiguous()
+        cosine_VTF = frame_cosines(text_TD, self.unit_VFD)
+        return self.head.mass.radius_of(cosine_VTF, text_TD.expand(len(self.unit_VFD), *text_TD.shape))
 
     def mean_text(self, text_TD: Tensor, target_TVD: Tensor | None) -> Tensor:
         """Similarity ``(T, V)`` without samples; ``target_TVD`` stands in for what the text itself pooled."""
-        seen = self.pooled(text_TD).transpose(0, 1) if target_TVD is None else target_TVD
+        seen = self.videos.pooled(text_TD).transpose(0, 1) if target_TVD is None else target_TVD
         return torch.einsum("td,tvd->tv", F.normalize(text_TD, dim=-1), F.normalize(seen, dim=-1))
 
     def noise_of_text(
         self,
         text_TD: Tensor,
-        weights_VTK: Tensor,
+        weights_VTL: Tensor,
         cosine_VTF: Tensor,
         samples: _Samples,
         scratch: tuple[Tensor, ...],
@@ -265,7 +224,7 @@ class _Folded:
         assert self.head.mass is not None
         shape = (len(self.unit_VFD), *text_TD.shape)
         pooled, radius = (space[: math.prod(shape)].view(shape) for space in scratch)
-        torch.bmm(weights_VTK, self.basis, out=pooled)
+        torch.bmm(weights_VTL, self.videos.basis_VLD, out=pooled)
         self.head.mass.radius_into(cosine_VTF, text_TD.expand(shape), radius)
         length_T1V = torch.linalg.vector_norm(pooled, dim=-1).T[:, None].clamp_min(1e-12)
         dot_T1V = text_TD[:, None] @ pooled.permute(1, 2, 0)
@@ -280,7 +239,7 @@ class _Folded:
 
     def fresh_noise(self, text_TD: Tensor, noise: Tensor, target_TVD: Tensor | None) -> Tensor:
         """The same with noise ``(T or 1, V or 1, M, D)``; ``target_TVD`` is what the best sample is scored by."""
-        direction = F.normalize(self.pooled(text_TD).transpose(0, 1), dim=-1)
+        direction = F.normalize(self.videos.pooled(text_TD).transpose(0, 1), dim=-1)
         radius = self.radius(text_TD).transpose(0, 1).expand_as(direction)
         text_T1D = text_TD[:, None]
 
@@ -303,9 +262,9 @@ class _Folded:
         assert self.head.mass is not None
         columns = []
         for number in range(len(self.frames_VFD)):
-            alone = _Folded(self.head, self.frames_VFD[number : number + 1])
+            alone = _Tile(self.head, self.frames_VFD[number : number + 1])
             radius_TD = alone.radius(text_TD)[0].expand_as(text_TD)
             sampled_TMD = text_TD[:, None] + radius_TD[:, None] * noise_TMD
-            pooled_TMD = alone.pooled(sampled_TMD.flatten(0, 1))[0].unflatten(0, sampled_TMD.shape[:2])
+            pooled_TMD = alone.videos.pooled(sampled_TMD.flatten(0, 1))[0].unflatten(0, sampled_TMD.shape[:2])
             columns.append(F.cosine_similarity(sampled_TMD, pooled_TMD, dim=-1).amax(dim=-1))
         return torch.stack(columns, dim=1)

@@ -1,6 +1,6 @@
-"""The text mass: a text is a region around its embedding, as wide as its match with the video's frames says."""
+"""The text mass: a text is a region around its embedding, with a radius that depends on the video's frames."""
 
-# Shapes: B pairs, P any leading shape of pairs, F frames, D embedding width.
+# Shapes: B matching pairs, T texts, V videos, P any leading shape of pairs, F frames, D embedding width.
 
 from __future__ import annotations
 
@@ -14,6 +14,29 @@ from torch import Tensor, nn
 from tmass_dist.errors import UserError
 
 RadiusKind = Literal["exp_linear", "exp_mean", "linear", "scaled_exp_mean", "variational"]
+
+
+def frame_cosines(text_TD: Tensor, unit_VFD: Tensor) -> Tensor:
+    """Cosine ``(V, T, F)`` of every text with every frame of every video.
+
+    Its twin for matching pairs is :func:`matching_frame_cosines`; ``tests/test_scoring.py`` holds the two equal.
+
+    Args:
+        text_TD: text embeddings of any norm.
+        unit_VFD: frame embeddings of norm 1; the caller normalises them once for many texts.
+    """
+    cosine_TN = F.normalize(text_TD, dim=-1) @ unit_VFD.flatten(0, 1).T
+    return cosine_TN.unflatten(-1, unit_VFD.shape[:2]).transpose(0, 1).contiguous()
+
+
+def matching_frame_cosines(text_BD: Tensor, frames_BFD: Tensor) -> Tensor:
+    """Cosine ``(B, F)`` of text ``i`` with the frames of video ``i``; the diagonal of :func:`frame_cosines`.
+
+    Embeddings may have any norm. The norms divide the products, so that no normalised copy of the frames is kept for
+    the backward pass.
+    """
+    norm_BF, norm_B1 = (torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-12) for x in (frames_BFD, text_BD[:, None]))
+    return (frames_BFD @ text_BD[:, :, None]).squeeze(-1) / norm_BF / norm_B1
 
 
 class TextMass(nn.Module):
@@ -34,8 +57,8 @@ class TextMass(nn.Module):
         self.kind, self.num_frames = radius, num_frames
         if radius in ("exp_linear", "linear"):
             self.linear = nn.Linear(num_frames, embed_dim)
-            nn.init.eye_(self.linear.weight)  # as the authors start it: one frame's cosine per dimension
-            if start == "falling":  # ours: the better the match, the smaller the mass, as the paper describes it
+            nn.init.eye_(self.linear.weight)  # as the authors initialise it: one frame's cosine per dimension
+            if start == "falling":  # ours: the better the match, the smaller the radius, as the paper describes it
                 with torch.no_grad():
                     self.linear.weight.neg_()
             nn.init.zeros_(self.linear.bias)
@@ -47,7 +70,11 @@ class TextMass(nn.Module):
             nn.init.zeros_(self.linear.bias)
 
     def radius_of(self, cosine_PF: Tensor, text_PD: Tensor) -> Tensor:
-        """Radius ``(..., D)`` (or ``(..., 1)`` for the kinds without a linear layer) of frame cosines and texts.
+        """Radius ``(..., D)`` of each pair, or ``(..., 1)`` for the kinds without a linear layer.
+
+        Args:
+            cosine_PF: cosines of the pair's text with the frames of its video.
+            text_PD: the pair's text embedding; only the ``variational`` kind uses it.
 
         Raises:
             UserError: another number of frames than this radius was built for.
@@ -57,7 +84,7 @@ class TextMass(nn.Module):
                 f"videos have {cosine_PF.shape[-1]} frames and the radius was built for {self.num_frames}; "
                 "set model.num_frames, or pack the shards again"
             )
-        if self.kind == "variational":  # the half of a log variance
+        if self.kind == "variational":  # half of a log variance
             return (0.5 * self.linear(text_PD)).exp()
         if self.kind == "exp_linear":
             return self.linear(cosine_PF).exp()
@@ -67,7 +94,11 @@ class TextMass(nn.Module):
         return mean if self.kind == "exp_mean" else self.scale * mean
 
     def radius_into(self, cosine_PF: Tensor, text_PD: Tensor, out_PD: Tensor) -> None:
-        """:meth:`radius_of` without gradients, written into memory at hand: fresh pages cost more than the work."""
+        """Write :meth:`radius_of` into ``out_PD``, without gradients.
+
+        The twin of :meth:`radius_of` for scoring, where allocating fresh memory would take longer than the
+        computation; ``tests/test_scoring.py`` holds the two equal.
+        """
         if self.kind not in ("exp_linear", "linear") or cosine_PF.shape[-1] != self.num_frames:
             out_PD.copy_(self.radius_of(cosine_PF, text_PD))
             return
@@ -79,26 +110,25 @@ class TextMass(nn.Module):
             out_PD.exp2_()
 
     def radius(self, text_BD: Tensor, frames_BFD: Tensor) -> Tensor:
-        """Radius ``(B, D)`` of the own pairs, in units of the text embedding."""
-        # Divided by the norms afterwards: frames of norm one would be one more copy to keep.
-        norm_BF, norm_B1 = (
-            torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-12) for x in (frames_BFD, text_BD[:, None])
-        )
-        cosine_BF = (frames_BFD @ text_BD[:, :, None]).squeeze(-1) / norm_BF / norm_B1
-        return self.radius_of(cosine_BF, text_BD).expand_as(text_BD)
+        """Radius ``(B, D)`` of text ``i`` with video ``i``, in units of the text embedding."""
+        return self.radius_of(matching_frame_cosines(text_BD, frames_BFD), text_BD).expand_as(text_BD)
 
     def sample(self, text_BD: Tensor, radius_BD: Tensor, noise_BD: Tensor) -> Tensor:
-        """One point of each mass, ``t_s = t + R * eps``; the caller draws ``eps``."""
+        """One point of each mass, ``t_s = t + R * eps``; ``noise_BD`` is ``eps``."""
         return text_BD + radius_BD * noise_BD
 
     def divergence(self, text_BD: Tensor, radius_BD: Tensor) -> Tensor:
         """KL(N(t, R^2) || N(0, I)) of each text, ``(B,)``, mean over the dimensions.
 
-        Source: the supplementary, section 4, which gives neither the sum nor the weight; Kingma and Welling, 2014.
+        Source: the supplementary, section 4; it does not say whether to sum or to average over the dimensions.
+        Kingma and Welling, 2014.
         """
         variance_BD = radius_BD**2
         return 0.5 * (variance_BD + text_BD**2 - 1 - variance_BD.log()).mean(dim=-1)
 
     def support(self, text_BD: Tensor, radius_BD: Tensor, pooled_mean_BD: Tensor) -> Tensor:
-        """The mass's edge towards its video, ``t + R * p/|p|`` with ``p = mean of pooled over texts - t``."""
+        """The edge of the mass in the direction of its video, ``t + R * p/|p|``.
+
+        ``p = pooled_mean - t``, where ``pooled_mean_BD`` is the video's pooled vector, averaged over all texts.
+        """
         return text_BD + radius_BD * F.normalize(pooled_mean_BD - text_BD, dim=-1)

@@ -19,7 +19,8 @@ from tmass_dist.config import Config, OptimConfig, StochasticConfig
 from tmass_dist.distributed import gather_rows
 from tmass_dist.errors import UserError
 from tmass_dist.models.head import RetrievalHead
-from tmass_dist.models.pooling import Seen
+from tmass_dist.models.pooling import PooledPairs
+from tmass_dist.models.stochastic import frame_cosines
 from tmass_dist.models.tmass import RetrievalModel, build_model
 from tmass_dist.phase_timer import PHASE_TIMER
 from tmass_dist.training.losses import symmetric_info_nce, temperature
@@ -86,16 +87,16 @@ def global_losses(
     anchors = [text_BD] if sampled_BKD is None else list(sampled_BKD.unbind(1)) if of_pairs is None else []
     num_trials = len(anchors) if of_pairs is None else of_pairs.num_trials
     if head.mass is not None and radius_BD is not None and stochastic.support_weight:
-        pooled_mean_BD = pooling.map(lambda seen, _: seen.mean_VD)
+        pooled_mean_BD = pooling.map(lambda pairs, _: pairs.mean_VD)
         anchors.append(head.mass.support(text_BD, radius_BD, pooled_mean_BD))
     anchor_AND = None
     if anchors:
         anchor_AND = torch.stack([gather_rows(anchor_BD) for anchor_BD in anchors])
 
-    def columns(seen: Seen, rows: slice) -> Tensor:
-        cosines_BAN = [] if of_pairs is None else [of_pairs.cosines(seen.pooled(), rows)]
+    def columns(pairs: PooledPairs, rows: slice) -> Tensor:
+        cosines_BAN = [] if of_pairs is None else [of_pairs.cosines(pairs.materialise(), rows)]
         if anchor_AND is not None:
-            cosines_BAN.append(seen.cosines(anchor_AND))
+            cosines_BAN.append(pairs.cosines(anchor_AND))
         return torch.cat(cosines_BAN, dim=1)
 
     similarity_ANN = gather_rows(pooling.map(columns)).permute(1, 2, 0)
@@ -143,22 +144,22 @@ class _Pooling:
         self.head, self.asking_ND, self.frames_BFD, self.keys = head, asking_ND, frames_BFD, dropout_keys
         a_video_mb = asking_ND.numel() * asking_ND.element_size() * self._LIVE / 2**20
         self.tile = len(frames_BFD) if memory_mb is None else max(1, int(memory_mb / a_video_mb))
-        self.whole: Seen | None = None
+        self.whole: PooledPairs | None = None
         if self.tile >= len(frames_BFD):
-            self.whole = head.pooling.seen(asking_ND, frames_BFD, dropout_keys)
+            self.whole = head.pooling.pool_pairs(asking_ND, frames_BFD, dropout_keys)
 
-    def map(self, use: Callable[[Seen, slice], Tensor]) -> Tensor:
+    def map(self, use: Callable[[PooledPairs, slice], Tensor]) -> Tensor:
         """``use`` of the videos as seen and of which own videos they are; ``use`` must treat every video alone."""
         if self.whole is not None:
             return use(self.whole, slice(None))
         starts = range(0, len(self.frames_BFD), self.tile)
         return torch.cat([self._again(slice(start, start + self.tile), use) for start in starts])
 
-    def _again(self, rows: slice, use: Callable[[Seen, slice], Tensor]) -> Tensor:
+    def _again(self, rows: slice, use: Callable[[PooledPairs, slice], Tensor]) -> Tensor:
         keys = self.keys[rows] if self.keys is not None else None
 
         def run(asking_ND: Tensor, frames_bFD: Tensor) -> Tensor:
-            return use(self.head.pooling.seen(asking_ND, frames_bFD, keys), rows)
+            return use(self.head.pooling.pool_pairs(asking_ND, frames_bFD, keys), rows)
 
         return checkpoint(run, self.asking_ND, self.frames_BFD[rows], use_reentrant=False)  # pyright: ignore
 
@@ -173,8 +174,7 @@ class _PairSamples:
 
     def cosines(self, pooled_BND: Tensor, rows: slice) -> Tensor:
         """``(b, K, N)``: the cosines of each pair's samples with its pooled video."""
-        unit_ND = F.normalize(self.text_ND, dim=-1)
-        cosine_BNF = torch.einsum("bfd,nd->bnf", F.normalize(self.frames_BFD[rows], dim=-1), unit_ND)
+        cosine_BNF = frame_cosines(self.text_ND, F.normalize(self.frames_BFD[rows], dim=-1))
         text_BND = self.text_ND.expand_as(pooled_BND)
         radius_BND = self.mass.radius_of(cosine_BNF, text_BND)
         samples = (self.mass.sample(text_BND, radius_BND, noise_ND) for noise_ND in self.noise_NKD.unbind(1))
