@@ -1,4 +1,4 @@
-"""The one door to torch.distributed: who we are, and every collective. One process is the same code path."""
+"""The only module that calls torch.distributed: ranks and collectives. A single process takes the same code path."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def check_environment() -> bool:
-    """Is this process one of several? torchrun's variables are wholly set or wholly unset.
+    """Whether this process is one of several ranks: torchrun's variables are all set or all unset.
 
     Raises:
         UserError: some are set and others missing; it names both.
     """
     missing = [name for name in _VARIABLES if name not in os.environ]
-    if set(_VARIABLES) - set(missing) - {"LOCAL_RANK"} and missing:  # that one alone says nothing
+    if set(_VARIABLES) - set(missing) - {"LOCAL_RANK"} and missing:  # LOCAL_RANK alone decides nothing
         present = [name for name in _VARIABLES if name in os.environ]
         raise UserError(
-            f"the distributed environment is partly set: {', '.join(present)} given but {', '.join(missing)} missing; "
+            f"the distributed environment is partly set: {', '.join(present)} set but {', '.join(missing)} missing; "
             "set all of them (torchrun does) or none"
         )
     if missing:
@@ -41,14 +41,14 @@ def check_environment() -> bool:
 
 
 def own_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
+    """This rank's GPU, or the CPU if there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 def initialise(timeout_s: float = 600.0) -> torch.device:
-    """Join the process group the environment describes (none when alone) and return this rank's device."""
+    """Join the process group that the environment describes, if any, and return this rank's device."""
     several, device = check_environment(), own_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -59,18 +59,18 @@ def initialise(timeout_s: float = 600.0) -> torch.device:
 
 
 def join_alone() -> None:
-    """A process group of one, for libraries that have no life without; it touches no port and no variable."""
+    """Make a process group of one, for libraries that require one; it opens no port and sets no variable."""
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
     )
 
 
 def open_store(timeout_s: float = 30.0) -> Any:
-    """A store of its own, held by rank 0, for words between ranks outside the collectives; every rank calls it."""
-    host, wait = os.environ.get("MASTER_ADDR", "127.0.0.1"), datetime.timedelta(seconds=timeout_s)
-    held = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait) if is_main() else None
-    port = gather_objects(held.port if held else 0)[0]
-    return held or dist.TCPStore(host, port, is_master=False, timeout=wait)
+    """A key-value store on rank 0, apart from the process group's; every rank calls it."""
+    host, timeout = os.environ.get("MASTER_ADDR", "127.0.0.1"), datetime.timedelta(seconds=timeout_s)
+    server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if is_main() else None
+    port = all_gather_objects(server.port if server else 0)[0]
+    return server or dist.TCPStore(host, port, is_master=False, timeout=timeout)
 
 
 def finish() -> None:
@@ -92,20 +92,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-_begun = 0
+_num_entered = 0
 
 
 @contextmanager
 def _collective() -> Iterator[None]:
-    global _begun
-    _begun += 1
+    global _num_entered
+    _num_entered += 1
     with PHASE_TIMER.during("communication"):
         yield
 
 
 def collectives_entered() -> int:
-    """Exchanges that this rank has entered. Every rank makes the same ones: who has entered fewer keeps the others."""
-    return _begun
+    """Number of collectives entered by this rank; the rank with the lowest number is the one the others wait for."""
+    return _num_entered
 
 
 def barrier() -> None:
@@ -115,12 +115,12 @@ def barrier() -> None:
 
 
 def is_main() -> bool:
-    """Ask only to write a file or a log."""
+    """Whether this is rank 0; use it only to decide who writes a file or a log."""
     return rank() == 0
 
 
 class _GatherRows(torch.autograd.Function):
-    """All-gather forward; backward sums every rank's gradient of our rows."""
+    """All-gather in the forward pass; the backward pass sums every rank's gradient of the own rows."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
@@ -132,14 +132,14 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # gloo has no reduce-scatter: sum everything, keep our rows. The same numbers.
+        # gloo has no reduce-scatter: sum everything and keep the own rows. The result is the same.
         total = gradients[0].contiguous().clone()
         with _collective():
             dist.all_reduce(total)
         return total.narrow(0, rank() * ctx.num_rows, ctx.num_rows)
 
 
-def gather_rows(local: Tensor) -> Tensor:
+def all_gather_rows(local: Tensor) -> Tensor:
     """Stack every rank's rows in rank order, with gradients flowing back to the rank they came from.
 
     The backward pass sums over ranks. When each rank then computes the same global loss, the mean that DDP
@@ -154,8 +154,8 @@ def gather_rows(local: Tensor) -> Tensor:
     return local if world_size() == 1 else _GatherRows.apply(local)  # pyright: ignore[reportReturnType]
 
 
-def gather_objects(local: Any) -> list[Any]:
-    """Every rank's object, in rank order. Only for what our own ranks wrote: it pickles."""
+def all_gather_objects(local: Any) -> list[Any]:
+    """Every rank's object, in rank order. It uses pickle, so the objects must come from our own ranks."""
     if world_size() == 1:
         return [local]
     parts: list[Any] = [None] * world_size()
@@ -164,8 +164,8 @@ def gather_objects(local: Any) -> list[Any]:
     return parts
 
 
-def sum_over_ranks(values: Tensor) -> None:
-    """Add up every rank's ``values``, in place; no gradient."""
+def all_reduce_sum(values: Tensor) -> None:
+    """Sum ``values`` over the ranks, in place and without a gradient."""
     if world_size() > 1:
         with _collective():
             dist.all_reduce(values)
@@ -174,10 +174,10 @@ def sum_over_ranks(values: Tensor) -> None:
 _host_groups: list[Any] = []
 
 
-def max_over_ranks(values: list[float]) -> list[float]:
-    """Each number's largest over the ranks; how all agree to stop, or that something failed.
+def all_reduce_max(values: list[float]) -> list[float]:
+    """The maximum of each number over the ranks, by which all agree to stop or that something failed.
 
-    It runs between the hosts' processors, so that asking at every step waits for no other rank's GPU.
+    It runs between the CPUs, so that it waits for no GPU.
     """
     if world_size() == 1:
         return values
@@ -190,19 +190,19 @@ def max_over_ranks(values: list[float]) -> list[float]:
 
 
 class StopRequest:
-    """SIGTERM or SIGUSR2 (a time limit, a preemption) only sets a flag; the ranks agree on it between two steps."""
+    """Whether SIGTERM or SIGUSR2 (a time limit, a preemption) was received; the ranks agree on it between steps."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._request)
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
+    def _request(self, *_: Any) -> None:
+        self.requested = True
 
 
 def share_failure(error: Exception | None) -> None:
-    """Raise on every rank when any rank failed, so that none waits for a peer that is gone."""
-    messages = [message for message in gather_objects(None if error is None else str(error)) if message]
+    """Raise on every rank if any rank failed, so that no rank waits for one that is gone."""
+    messages = [message for message in all_gather_objects(None if error is None else str(error)) if message]
     if messages:
         raise UserError(messages[0]) from error

@@ -1,9 +1,9 @@
-"""The errors of this project, by whose they are: the user's, or the machine's."""
+"""The errors of this project: those of the user, and those of a machine."""
 
 
 class UserError(ValueError):
-    """A mistake of the user: one line that says what is wrong and what to do. Trying again cannot help."""
+    """The user must correct something. The message is one line: what is wrong, where, and what to do."""
 
 
 class PeerLostError(RuntimeError):
-    """Another rank, or a process that works for this one, is gone or hangs. Starting again may help."""
+    """Another rank, or a decoding process of this one, ended or hangs. Starting again may help."""

@@ -1,4 +1,4 @@
-"""Where one step's time goes. A GPU's time is read off its own stream, when the step is over: nothing waits for it."""
+"""Time spent in each phase of a step. On a GPU it is measured by events, which are read when the step is over."""
 
 from __future__ import annotations
 
@@ -11,39 +11,39 @@ import torch
 
 
 class PhaseTimer:
-    """Gives every moment of a step to one name; between ``stop`` and the next ``start`` it does nothing."""
+    """Assigns the time between ``start`` and ``stop`` to named phases; at other times it does nothing."""
 
     def __init__(self) -> None:
         self._marks: list[tuple[str, Any]] = []
 
     def start(self, name: str) -> None:
-        """Time goes to ``name``, from here to the next :meth:`switch`."""
+        """Begin to measure, in phase ``name``."""
         self._marks = [(name, _now())]
 
     def switch(self, name: str) -> None:
-        """From here on time goes to ``name``."""
+        """End the current phase and begin ``name``."""
         if self._marks:
             self._marks.append((name, _now()))
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """The block's time goes to ``name``, what follows to whatever it went to before."""
+        """Assign the block to phase ``name``, and what follows to the phase before it."""
         before = self._marks[-1][0] if self._marks else ""
         self.switch(name)
         yield
         self.switch(before)
 
     def stop(self) -> dict[str, float]:
-        """Seconds of each name since ``start``; waits for the GPU."""
-        found: dict[str, float] = {}
-        ends = [when for _, when in self._marks[1:]] + [_now()]
+        """Seconds of each phase since ``start``; waits for the GPU."""
+        phase_seconds: dict[str, float] = {}
+        ends = [mark for _, mark in self._marks[1:]] + [_now()]
         if torch.cuda.is_available():
             ends[-1].synchronize()
         for (name, begin), end in zip(self._marks, ends):
             seconds = begin.elapsed_time(end) / 1e3 if torch.cuda.is_available() else end - begin
-            found[name] = found.get(name, 0.0) + seconds
+            phase_seconds[name] = phase_seconds.get(name, 0.0) + seconds
         self._marks = []
-        return found
+        return phase_seconds
 
 
 def _now() -> Any:
@@ -55,4 +55,4 @@ def _now() -> Any:
 
 
 PHASE_TIMER = PhaseTimer()
-"""The one of this process: the towers, the loss, the collectives and the training loop set it."""
+"""The timer of this process, set by the towers, the loss, the collectives and the training loop."""

@@ -39,7 +39,7 @@ class Quarantine:
         Raises:
             UserError: more videos are damaged than ``max_bad`` allows; it names them.
         """
-        new = dict(pair for part in distributed.gather_objects(self.unknown(damaged)) for pair in part)
+        new = dict(pair for part in distributed.all_gather_objects(self.unknown(damaged)) for pair in part)
         self.reasons |= new
         if distributed.is_main():
             with self.path.open("a", encoding="utf-8") as file:

@@ -54,10 +54,10 @@ def encode_part(model: RetrievalModel, index: Index, tokenize: Any, config: Conf
 
 def encode(model: RetrievalModel, index: Index, tokenize: Any, config: Config, device: torch.device) -> Features:
     """Encode a split over all ranks; every rank gets all of it."""
-    from tmass_dist.distributed import gather_objects
+    from tmass_dist.distributed import all_gather_objects
     from tmass_dist.evaluation.features import merge
 
-    parts = gather_objects(encode_part(model, index, tokenize, config, device))
+    parts = all_gather_objects(encode_part(model, index, tokenize, config, device))
     return merge(parts, index.ids)
 
 
@@ -65,7 +65,7 @@ def ranks_of(head: Any, features: Features, config: Config, bank: Bank | None = 
     """Score and rank a split; each rank of the job scores every world-size-th block of texts."""
     import torch
 
-    from tmass_dist.distributed import gather_objects, rank, world_size
+    from tmass_dist.distributed import all_gather_objects, rank, world_size
     from tmass_dist.evaluation import ranking
     from tmass_dist.evaluation.blocks import Scorer
 
@@ -73,7 +73,7 @@ def ranks_of(head: Any, features: Features, config: Config, bank: Bank | None = 
     with torch.inference_mode():
         mine = {start: scorer.score(start) for start in scorer.starts[rank() :: world_size()]}
     blocks: dict[int, Tensor] = {}
-    for part in gather_objects(mine):
+    for part in all_gather_objects(mine):
         blocks |= part
     ordered = [blocks[start] for start in scorer.starts]
     post, num_videos = config.evaluation.post_processing, len(features.video_ids)
@@ -101,7 +101,7 @@ def encode_run(config: Config, *, only: str | None = None, store: Path | None = 
 
     from tmass_dist.data.index import load_index
     from tmass_dist.data.remote import is_remote, sha256_of
-    from tmass_dist.distributed import barrier, gather_objects, initialise, is_main, rank, world_size
+    from tmass_dist.distributed import all_gather_objects, barrier, initialise, is_main, rank, world_size
     from tmass_dist.evaluation import features as feature_store
     from tmass_dist.evaluation.report import summary
     from tmass_dist.models.backbone import build_tokenizer, load_weights
@@ -117,7 +117,7 @@ def encode_run(config: Config, *, only: str | None = None, store: Path | None = 
     made_from = feature_store.fingerprint(
         sha256_of(weights), [shard.sha256 for shard in index.shards], config.model.num_frames
     )
-    there = gather_objects(feature_store.fingerprint_of(store) if is_main() else None)[0]
+    there = all_gather_objects(feature_store.fingerprint_of(store) if is_main() else None)[0]
     if there == made_from:
         return store
     if there is not None and given is not None:

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or absent, by name: any number of ranks and any ZeRO stage goes on from them.
+"""Checkpoints that any number of ranks and any ZeRO stage can resume from.
 
-Each rank writes its share of the tensors (weights and optimiser state, float32) and their checksums into a folder
-aside; the folder gets its name, ``step-...``, when every share is there. Only such folders are believed.
+Each rank writes its share of the tensors (weights and optimiser state, float32) and a checksum into a temporary folder,
+which is renamed to ``step-...`` when every share is complete. Only folders of that name are read.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tmass_dist.cli import write_json
 from tmass_dist.data.remote import sha256_of
-from tmass_dist.distributed import barrier, gather_objects, is_main, rank, share_failure, world_size
+from tmass_dist.distributed import all_gather_objects, barrier, is_main, rank, share_failure, world_size
 from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,17 +31,17 @@ MANIFEST = "manifest.json"
 
 def saved_steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints, newest first."""
-    found = [_NAME.fullmatch(path.name) for path in directory.glob("step-*")]
-    return sorted((int(match[1]) for match in found if match), reverse=True)
+    matches = [_NAME.fullmatch(path.name) for path in directory.glob("step-*")]
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
 class Saver:
-    """Saves in the background of the steps that follow; every rank makes the same calls.
+    """Writes checkpoints in the background of the following steps; every rank makes the same calls.
 
     Args:
-        engine: whose state is saved.
-        directory: of all checkpoints of the run.
-        keep: how many complete checkpoints stay.
+        engine: the engine whose state is saved.
+        directory: holds all checkpoints of the run.
+        keep: number of complete checkpoints kept.
     """
 
     def __init__(self, engine: Engine, directory: Path, keep: int = 2) -> None:
@@ -51,20 +51,20 @@ class Saver:
         self._step = -1
 
     def begin(self, step: int) -> None:
-        """Copy the state after ``step`` steps, and start to write it; training may go on at once."""
+        """Copy the state after ``step`` steps and start to write it; training may continue at once."""
         self.finish()
-        aside = self.directory / f"tmp-step-{step:08d}"
+        temporary = self.directory / f"tmp-step-{step:08d}"
         if is_main():
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
         barrier()
-        mine: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for number, (key, name, value) in enumerate(self.engine.state()):
             if number % world_size() == rank():
                 # A copy: training changes the original while this one is written.
-                mine[f"{key}:{name}"] = value.detach().to("cpu", copy=True).contiguous()
+                tensors[f"{key}:{name}"] = value.detach().to("cpu", copy=True).contiguous()
         self._step, self._failure = step, None
-        self._thread = threading.Thread(target=self._write, args=(aside / _part(rank()), mine), name="save")
+        self._thread = threading.Thread(target=self._write, args=(temporary / _part(rank()), tensors), name="save")
         self._thread.start()
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -79,44 +79,46 @@ class Saver:
 
     @property
     def busy(self) -> bool:
-        """Is this rank still writing?"""
+        """Whether this rank is still writing."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def pending(self) -> bool:
-        """Has a save begun that has no name yet?"""
+        """Whether a save has begun that is not finished."""
         return self._thread is not None
 
     def finish(self) -> None:
-        """Wait for every rank's share and give the checkpoint its name.
+        """Wait for every rank's share and rename the folder.
 
         Raises:
-            UserError: a rank could not write; the checkpoint before is still there, and is named.
+            UserError: a rank could not write; the last complete checkpoint is named.
         """
         if self._thread is None:
             return
         self._thread.join()
         self._thread = None
-        aside, final = self.directory / f"tmp-step-{self._step:08d}", self.directory / f"step-{self._step:08d}"
+        temporary, final = self.directory / f"tmp-step-{self._step:08d}", self.directory / f"step-{self._step:08d}"
         failure: Exception | None = None
         if self._failure is not None:
             before = saved_steps(self.directory)
-            left = f"the last complete checkpoint is of step {before[0]}" if before else "there is no checkpoint yet"
+            remaining = (
+                f"the last complete checkpoint is of step {before[0]}" if before else "there is no checkpoint yet"
+            )
             failure = UserError(
-                f"rank {rank()} cannot save step {self._step} in {self.directory}: {self._failure}; {left}"
+                f"rank {rank()} cannot save step {self._step} in {self.directory}: {self._failure}; {remaining}"
             )
         try:
             share_failure(failure)
         except ValueError:
             if is_main():
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
         if is_main():
-            parts = {_part(n): (aside / _part(n)).with_suffix(".sha256").read_text() for n in range(world_size())}
-            about = {"step": self._step, "world_size": world_size(), "zero_stage": self.engine.stage, "parts": parts}
-            write_json(aside / MANIFEST, about)
+            parts = {_part(n): (temporary / _part(n)).with_suffix(".sha256").read_text() for n in range(world_size())}
+            manifest = {"step": self._step, "world_size": world_size(), "zero_stage": self.engine.stage, "parts": parts}
+            write_json(temporary / MANIFEST, manifest)
             shutil.rmtree(final, ignore_errors=True)
-            os.replace(aside, final)
+            os.replace(temporary, final)
             for old in saved_steps(self.directory)[self.keep :]:
                 shutil.rmtree(self.directory / f"step-{old:08d}", ignore_errors=True)
         barrier()
@@ -127,7 +129,7 @@ def _part(number: int) -> str:
 
 
 def _damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, as far as this rank's share of the reading tells."""
+    """What is wrong with a checkpoint; each rank verifies its share of the files."""
     try:
         parts = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["parts"]
         for name in sorted(parts)[rank() :: world_size()]:
@@ -139,24 +141,24 @@ def _damage(directory: Path) -> str | None:
 
 
 def resume(engine: Engine, directory: Path, log: logging.Logger | None = None) -> int:
-    """Load the newest checkpoint that is whole; returns the number of steps done, 0 when there is none.
+    """Load the newest complete checkpoint; returns the number of steps done, 0 if there is no checkpoint.
 
     Raises:
-        UserError: checkpoints are there but none is whole, or it is of another model.
+        UserError: there are checkpoints but none is complete, or it is of another model.
     """
     log = log or logging.getLogger("tmass_dist")
-    # One rank looks, or two could see different folders while a third is cleaning up.
-    steps = gather_objects(saved_steps(directory) if is_main() else [])[0]
+    # One rank lists the folders: others could see different ones while old ones are removed.
+    steps = all_gather_objects(saved_steps(directory) if is_main() else [])[0]
     for step in steps:
         folder = directory / f"step-{step:08d}"
-        damage = next((found for found in gather_objects(_damage(folder)) if found), None)
+        damage = next((line for line in all_gather_objects(_damage(folder)) if line), None)
         if damage is None:
             _load(engine, folder)
             engine.set_step(step)
             return step
-        log.warning("%s: going back to the checkpoint before it", damage)
+        log.warning("%s; using the checkpoint before it", damage)
     if steps:
-        raise UserError(f"no checkpoint in {directory} is whole; remove it to start from the beginning")
+        raise UserError(f"no checkpoint in {directory} is complete; remove the directory to start from the beginning")
     return 0
 
 
@@ -166,25 +168,24 @@ def _load(engine: Engine, folder: Path) -> None:
     from safetensors import safe_open
 
     with ExitStack() as stack:
-        where: dict[str, Any] = {}
+        file_of: dict[str, Any] = {}
         for path in sorted(folder.glob("part-*.safetensors")):
             file = stack.enter_context(safe_open(path, "pt"))
-            where |= dict.fromkeys(file.keys(), file)
+            file_of |= dict.fromkeys(file.keys(), file)
         for key in engine.state_keys:
             for name, parameter in engine.named.items():
                 label = f"{key}:{name}"
                 shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-                if label not in where or tuple(where[label].get_slice(label).get_shape()) != shape:
+                if label not in file_of or tuple(file_of[label].get_slice(label).get_shape()) != shape:
                     raise UserError(f"{folder} is of another model or optimiser: it has no {label} of shape {shape}")
-                engine.set_state(key, name, where[label].get_tensor(label))
-    # A count of steps is not a tensor of any parameter: the caller sets it.
+                engine.set_state(key, name, file_of[label].get_tensor(label))
 
 
 def weights_of(folder: Path, key: str = "weight") -> dict[str, Tensor]:
     """All tensors of one kind (``weight``, ``exp_avg``, ``exp_avg_sq``, ``ema``) in a checkpoint, by name."""
     from safetensors.torch import load_file
 
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("part-*.safetensors")):
-        found |= {k.split(":", 1)[1]: v for k, v in load_file(path).items() if k.startswith(f"{key}:")}
-    return found
+        tensors |= {k.split(":", 1)[1]: v for k, v in load_file(path).items() if k.startswith(f"{key}:")}
+    return tensors

@@ -1,4 +1,4 @@
-"""What is checked before any rank starts: the batch, the splits, the run directory."""
+"""Checks before any rank starts: the batch, the splits, the run directory."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ if TYPE_CHECKING:
 
 
 def check_batch(config: Config, world: int) -> None:
-    """Raises: UserError: the global batch does not divide by the ranks."""
+    """Check that the global batch divides by the ranks.
+
+    Raises:
+        UserError: it does not; the numbers of ranks that fit are listed.
+    """
     if config.data.batch_size % world:
-        fitting = [n for n in range(1, config.data.batch_size + 1) if config.data.batch_size % n == 0]
+        divisors = [n for n in range(1, config.data.batch_size + 1) if config.data.batch_size % n == 0]
         raise UserError(
-            f"data.batch_size={config.data.batch_size} is not divisible by {world} ranks; use one of {fitting} ranks"
+            f"data.batch_size={config.data.batch_size} is not divisible by {world} ranks; use one of {divisors} ranks"
         )
 
 
-def usable_ranks(config: Config, given: int) -> int:
-    """The most of ``given`` ranks that the global batch divides by."""
-    return max(n for n in range(1, given + 1) if config.data.batch_size % n == 0)
+def usable_ranks(config: Config, num_ranks: int) -> int:
+    """The largest number up to ``num_ranks`` that divides the global batch."""
+    return max(n for n in range(1, num_ranks + 1) if config.data.batch_size % n == 0)
 
 
 def load_splits(config: Config) -> tuple[Index, Index]:
-    """The training split, and the one that chooses the checkpoint."""
+    """The training split, and the split that selects the checkpoint."""
     from tmass_dist.data.index import load_index
 
     cache = config.data.cache
@@ -48,15 +52,15 @@ def validation_steps(config: Config, steps_per_epoch: int, num_steps: int) -> se
     """Steps (from 1) after which the checkpoint is validated; the last one always is."""
     if config.evals_per_epoch is None:
         return {*range(config.eval_every, num_steps + 1, config.eval_every), num_steps}
-    # As the published code counts: after batches linspace(0, steps - 1, n + 1), truncated, without the first.
+    # The published code validates after batches linspace(0, steps - 1, n + 1), truncated, without the first.
     number = config.evals_per_epoch
-    within = [int((steps_per_epoch - 1) / number * k) for k in range(1, number)] + [steps_per_epoch - 1]
-    steps = {epoch * steps_per_epoch + batch + 1 for epoch in range(config.epochs) for batch in within}
+    batches = [int((steps_per_epoch - 1) / number * k) for k in range(1, number)] + [steps_per_epoch - 1]
+    steps = {epoch * steps_per_epoch + batch + 1 for epoch in range(config.epochs) for batch in batches}
     return {step for step in steps if step <= num_steps} | {num_steps}
 
 
 def check(config: Config, world: int) -> None:
-    """What can be known to be wrong before any rank starts.
+    """Find what can be found to be wrong before any rank starts.
 
     Raises:
         UserError: in one line, what is wrong and what to do.

@@ -1,4 +1,4 @@
-"""The one door to DeepSpeed: one optimisation step, the same numbers at every ZeRO stage, and its state by name."""
+"""The only module that calls DeepSpeed: an optimisation step with the same result at every ZeRO stage."""
 
 # Shapes: B pairs of this rank, F frames, H W pixels, C colours, L tokens, D embedding width.
 
@@ -12,20 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from tmass_dist.config import Config
-from tmass_dist.distributed import is_initialised, join_alone, rank, sum_over_ranks, world_size
+from tmass_dist.distributed import all_reduce_sum, is_initialised, join_alone, rank, world_size
 from tmass_dist.training.objective import Losses, Objective, parameter_groups
 from tmass_dist.training.optim import AuthorsAdamW, TorchAdamW
 
 
 def _deepspeed() -> Any:
-    # On CPU ranks DeepSpeed would otherwise look for an accelerator, and compile a shared-memory
+    # On CPU ranks DeepSpeed would otherwise search for an accelerator and compile a shared-memory
     # extension that training does not need (38 s at the first start).
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import logging
     import warnings
 
-    # DeepSpeed calls these at every step of ZeRO-3; torch has new names for them.
+    # DeepSpeed calls these deprecated functions at every step of ZeRO-3.
     warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)
     import deepspeed
     import deepspeed.ops
@@ -36,10 +36,10 @@ def _deepspeed() -> Any:
 
 
 class Engine:
-    """The objective under ZeRO of ``engine.zero_stage``, with its optimiser.
+    """The objective under ZeRO (``engine.zero_stage``) with its optimiser.
 
-    ``backward`` then ``step``, by every rank. Between the two, ``finite`` says whether this rank's loss and gradients
-    are numbers; the ranks agree on it, and if any rank's are not, all step with ``hold``.
+    Every rank calls ``backward``, then ``step``. Between the two, ``finite`` says whether this rank's loss and
+    gradients are finite. If those of any rank are not, all ranks must call ``step(skip_update=True)``.
     """
 
     def __init__(self, model: Objective, config: Config) -> None:
@@ -64,7 +64,7 @@ class Engine:
         deepspeed = _deepspeed()
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, whoever launched us
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
@@ -97,7 +97,7 @@ class Engine:
 
     @property
     def finite(self) -> bool:
-        """Are the loss and all gradients of this rank's last ``backward`` numbers?"""
+        """Whether the loss and all gradients of this rank's last ``backward`` are finite."""
         return not bool(self._bad.isnan())
 
     def backward(
@@ -105,9 +105,9 @@ class Engine:
     ) -> Losses:
         """The global loss and this rank's gradients.
 
-        With ``engine.micro_batch`` the pairs are encoded a few at a time without a graph, the loss and the gradients
-        of the embeddings follow from all of them, and each micro-batch is then encoded again and differentiated:
-        the gradient of the whole batch in the memory of one micro-batch (Gao et al., 2021, arXiv:2101.06983).
+        With ``engine.micro_batch`` the pairs are encoded in micro-batches without a graph. The loss and the gradients
+        of the embeddings are computed from all of them. Each micro-batch is then encoded again and differentiated. The
+        result is the gradient of the whole batch in the memory of one micro-batch (Gao et al., 2021, arXiv:2101.06983).
         """
         self._bad.zero_()
         if self.num_micro == 1:
@@ -130,11 +130,11 @@ class Engine:
         return losses
 
     def _differentiate(self, loss: Tensor, *, last: bool = True) -> None:
-        # The passes of one step are ours to count: told of several, DeepSpeed divides their sum at some stages.
+        # DeepSpeed is told of one accumulation step, because it divides by their number at some stages only.
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
         if not last:
-            self._engine.step()  # ends the pass; nothing is updated before the last one
+            self._engine.step()  # ends this backward pass; only the last one updates
 
     def group_norms(self) -> dict[str, float]:
         """Gradient norm of each parameter group and of all (``total``), before clipping; after ``backward``."""
@@ -151,44 +151,49 @@ class Engine:
                 number = zero.sub_group_to_group_id[piece] if self.stage == 3 else piece
                 for gradient in gradients or []:
                     squares[number] += gradient.double().square().sum()
-            sum_over_ranks(squares)
-        found = dict(zip(names, squares.sqrt().tolist()))
-        return found | {"total": squares.sum().sqrt().item()}
+            all_reduce_sum(squares)
+        norms = dict(zip(names, squares.sqrt().tolist()))
+        return norms | {"total": squares.sum().sqrt().item()}
 
-    def step(self, factor: float, *, hold: bool = False) -> None:
-        """Update the weights at ``factor`` of the peak rates; with ``hold`` only the gradients go."""
+    def step(self, factor: float, *, skip_update: bool = False) -> None:
+        """Update the weights with ``factor`` times the peak rates and clear the gradients.
+
+        Args:
+            factor: of the learning-rate schedule, 0 to 1.
+            skip_update: leave the weights and the optimiser's state as they are.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self.base_lrs[group["name"]] * factor
-        self.optimizer.hold = hold
+        self.optimizer.skip_update = skip_update
         zero = self._engine.optimizer
-        # ZeRO-3's first pass of a step overwrites the gradients of the parameters it meets; those of the others, met
-        # by a later pass, would be added to what is left from the step before.
-        left = [g for piece in zero.averaged_gradients.values() for g in piece or []] if self.stage == 3 else []
+        # ZeRO-3's first backward pass of a step overwrites the gradients of the parameters it reaches. A parameter that
+        # only a later pass reaches would add to the gradient of the step before.
+        stale = [g for piece in zero.averaged_gradients.values() for g in piece or []] if self.stage == 3 else []
         self._engine.step()
-        for gradient in left:
+        for gradient in stale:
             gradient.zero_()
 
     @property
     def state_keys(self) -> tuple[str, ...]:
-        """What there is of each parameter: itself, the optimiser's moments, its running mean."""
+        """The tensors of each parameter: weight, the optimiser's moments, running mean."""
         return ("weight", "exp_avg", "exp_avg_sq", *(("ema",) if self.optimizer.ema else ()))
 
     def state(self, keys: tuple[str, ...] | None = None) -> Iterator[tuple[str, str, Tensor]]:
-        """``(key, name, whole float32 tensor)`` of everything; every rank must take every one, in order."""
+        """Yield ``(key, name, whole float32 tensor)``; this is collective: every rank must iterate to the end."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         for key in keys or self.state_keys:
             for name, parameter in self.named.items():
                 if self.stage == 0:
-                    found: Any = parameter.detach() if key == "weight" else self.optimizer.state[parameter][key]
+                    value: Any = parameter.detach() if key == "weight" else self.optimizer.state[parameter][key]
                 elif key == "weight":
-                    found = safe_get_full_fp32_param(parameter)
+                    value = safe_get_full_fp32_param(parameter)
                 else:
-                    found = safe_get_full_optimizer_state(parameter, key)
-                yield key, name, found
+                    value = safe_get_full_optimizer_state(parameter, key)
+                yield key, name, value
 
     def set_state(self, key: str, name: str, value: Tensor) -> None:
-        """Put one tensor of :meth:`state` in its place; on this rank, what lies on this rank."""
+        """Load one whole tensor of :meth:`state`; a rank keeps the part that it owns."""
         from deepspeed.utils import (
             safe_set_full_fp32_param,
             safe_set_full_optimizer_state,
@@ -202,7 +207,7 @@ class Engine:
             target = parameter.data if key == "weight" else self.optimizer.state[parameter][key]
             target.copy_(value)
         elif self.stage == 3:
-            # Pieces are padded to one length; DeepSpeed's own setter of whole tensors forgets it.
+            # Shards are padded to one length; DeepSpeed's own setter of whole tensors does not handle the padding.
             length: int = parameter.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
             padded = nn.functional.pad(value.flatten(), (0, length * world_size() - value.numel()))
             piece = padded.narrow(0, length * rank(), length)
@@ -218,6 +223,6 @@ class Engine:
             safe_set_full_optimizer_state(parameter, value, key)
 
     def set_step(self, step: int) -> None:
-        """Tell the optimiser how many steps it has done; Adam corrects its moments by it."""
+        """Set the number of steps done, by which Adam corrects its moments."""
         for piece in self._pieces():
             self.optimizer.state[piece]["step"].fill_(step)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tmass_dist.config import Config, OptimConfig, StochasticConfig
-from tmass_dist.distributed import gather_rows
+from tmass_dist.distributed import all_gather_rows
 from tmass_dist.errors import UserError
 from tmass_dist.models.head import RetrievalHead
 from tmass_dist.models.pooling import PooledPairs
@@ -80,10 +80,10 @@ def global_losses(
         radius_BD = head.mass.radius(text_BD, frames_BFD)
         sampled_BKD = head.mass.sample(text_BD[:, None], radius_BD[:, None], noise_BKD)
     asking_BD = sampled_BKD[:, 0] if pooled_by == "sample" and sampled_BKD is not None else text_BD
-    pooling = _Pooling(head, gather_rows(asking_BD), frames_BFD, dropout_keys, memory_mb)
+    pooling = _Pooling(head, all_gather_rows(asking_BD), frames_BFD, dropout_keys, memory_mb)
     of_pairs = None
     if stochastic.training_radius == "pair" and noise_BKD is not None:
-        of_pairs = _PairSamples(head, gather_rows(text_BD), gather_rows(noise_BKD), frames_BFD)
+        of_pairs = _PairSamples(head, all_gather_rows(text_BD), all_gather_rows(noise_BKD), frames_BFD)
     anchors = [text_BD] if sampled_BKD is None else list(sampled_BKD.unbind(1)) if of_pairs is None else []
     num_trials = len(anchors) if of_pairs is None else of_pairs.num_trials
     if head.mass is not None and radius_BD is not None and stochastic.support_weight:
@@ -91,7 +91,7 @@ def global_losses(
         anchors.append(head.mass.support(text_BD, radius_BD, pooled_mean_BD))
     anchor_AND = None
     if anchors:
-        anchor_AND = torch.stack([gather_rows(anchor_BD) for anchor_BD in anchors])
+        anchor_AND = torch.stack([all_gather_rows(anchor_BD) for anchor_BD in anchors])
 
     def columns(pairs: PooledPairs, rows: slice) -> Tensor:
         cosines_BAN = [] if of_pairs is None else [of_pairs.cosines(pairs.materialise(), rows)]
@@ -99,7 +99,7 @@ def global_losses(
             cosines_BAN.append(pairs.cosines(anchor_AND))
         return torch.cat(cosines_BAN, dim=1)
 
-    similarity_ANN = gather_rows(pooling.map(columns)).permute(1, 2, 0)
+    similarity_ANN = all_gather_rows(pooling.map(columns)).permute(1, 2, 0)
     if stochastic.trials == "best":
         sampled = symmetric_info_nce(similarity_ANN[:num_trials].amax(dim=0), logit_scale)
     else:
@@ -110,7 +110,7 @@ def global_losses(
         support = symmetric_info_nce(similarity_ANN[num_trials], logit_scale)
         total = total + stochastic.support_weight * support
     if head.mass is not None and radius_BD is not None and stochastic.kl_weight:
-        divergence = gather_rows(head.mass.divergence(text_BD, radius_BD)).mean()
+        divergence = all_gather_rows(head.mass.divergence(text_BD, radius_BD)).mean()
         total = total + stochastic.kl_weight * divergence
     with torch.no_grad():
         positive_N = similarity_ANN[0].diagonal()

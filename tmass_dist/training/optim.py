@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 
-class _Steps(torch.optim.Optimizer):
-    """What both optimisers do around their update; ZeRO hands them flat pieces of the weights, in any cut."""
+class GuardedOptimizer(torch.optim.Optimizer):
+    """An optimiser that can skip an update and that keeps a running mean of the weights.
 
-    hold = False
-    """A step in hold changes nothing: what every rank does when a gradient is not finite."""
+    Under ZeRO its parameters are flat shards, each with the weights of several layers or a part of one.
+    """
+
+    skip_update = False
+    """If set, ``step()`` changes nothing; every rank sets it when a gradient is not finite."""
     ema = 0.0
-    """Decay of the running mean of the weights; it is state of the optimiser, sharded and saved with it. 0: none."""
+    """Decay of the running mean of the weights, which is part of the optimiser's state; 0: none."""
 
     def prepare(self, parameters: list[Tensor]) -> None:
-        """Give each of ``parameters`` its state now, so that a checkpoint finds a place to go."""
+        """Create the state of ``parameters`` before the first step, so that a checkpoint can be loaded into it."""
         for parameter in parameters:
             state = self.state[parameter]
             state["step"] = torch.zeros((), dtype=torch.float32)
@@ -30,7 +33,7 @@ class _Steps(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Update every parameter that has a gradient."""
         assert closure is None
-        if self.hold:
+        if self.skip_update:
             return
         self._update()
         if self.ema:
@@ -43,18 +46,18 @@ class _Steps(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-class TorchAdamW(_Steps, torch.optim.AdamW):
+class TorchAdamW(GuardedOptimizer, torch.optim.AdamW):
     """``torch.optim.AdamW``."""
 
     def _update(self) -> None:
         torch.optim.AdamW.step(self)
 
 
-class AuthorsAdamW(_Steps):
-    """AdamW as the published code computes it: eps before the bias correction, decay after the update.
+class AuthorsAdamW(GuardedOptimizer):
+    """AdamW as the published code computes it.
 
-    Against ``torch.optim.AdamW``: ``eps`` is added to ``sqrt(v)`` before ``v`` is corrected for its start at zero,
-    and the decay is taken from the parameter already updated.
+    It differs from ``torch.optim.AdamW`` in two places: ``eps`` is added to ``sqrt(v)`` before the bias correction, and
+    the decay is applied to the updated parameter.
     """
 
     def __init__(

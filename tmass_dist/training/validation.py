@@ -1,4 +1,4 @@
-"""Validation during training, and the choice of the checkpoint that will be reported."""
+"""Validation during training, and the selection of the best checkpoint."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from tmass_dist.training.engine import Engine
 from tmass_dist.training.monitor import Monitor
 
 QUERIES = 4
-"""Texts that TensorBoard shows at each validation."""
+"""Number of texts whose results TensorBoard shows at each validation."""
 
 
 def improves(scores: list[float], window: int) -> bool:
-    """Is the mean of the last ``window`` scores above that of every earlier moment?"""
+    """Whether the mean of the last ``window`` scores is above that mean at every earlier validation."""
     means = [sum(part) / len(part) for end in range(1, len(scores) + 1) if (part := scores[max(0, end - window) : end])]
     return len(means) == 1 or means[-1] > max(means[:-1])
 
 
 class Validator:
-    """A model of its own, which takes the weights (or their running mean) whole, whatever the ZeRO stage.
+    """Scores the selection split by a second model, which gets the gathered weights or their running mean.
 
     Args:
-        model: a copy of the model that is trained, before ZeRO took it.
-        selection: the split that chooses.
+        model: a copy of the trained model, made before ZeRO sharded it.
+        selection: the split that selects the checkpoint.
         tokenize: texts to token ids.
-        config: the run.
-        device: where to encode.
+        config: of the run.
+        device: on which to encode.
     """
 
     def __init__(
@@ -53,17 +53,16 @@ class Validator:
         self.config, self.device = config, device
         self.directory = Path(config.run_dir) / "checkpoints"
         self.history: list[dict[str, float]] = []
-        self.found: dict[str, float] = {}
-        """Metrics of the last validation."""
+        self.last_metrics: dict[str, float] = {}
 
     def resume(self, step: int) -> None:
-        """Forget what was seen after ``step``: it will be seen again."""
+        """Load the history up to ``step``; later validations will be repeated."""
         path = self.directory / "validation.json"
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        self.history = [point for point in known if point["step"] <= step]
+        history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        self.history = [point for point in history if point["step"] <= step]
 
     def validate(self, step: int, engine: Engine, monitor: Monitor, log: logging.Logger) -> None:
-        """Score the selection split, and keep the weights if they are the best so far; every rank calls it."""
+        """Score the selection split and keep the weights if they are the best so far; every rank calls it."""
         from safetensors.torch import save_file
 
         parameters = dict(self.model.named_parameters())
@@ -73,36 +72,37 @@ class Validator:
                 parameters[name].copy_(value)
         features = encode(self.model, self.selection, self.tokenize, self.config, self.device)
         if is_main():
-            monitor.picture("validation/queries", self._queries(features), step)
-        found = metrics(ranks_of(self.model.head, features, self.config).t2v_T)
+            monitor.image("validation/queries", self._queries(features), step)
+        t2v = metrics(ranks_of(self.model.head, features, self.config).t2v_T)
         split, protocol = self.config.evaluation.selected_on, self.config.evaluation.protocol
-        monitor.scalars({f"{split}/{protocol}/t2v_{name}": value for name, value in found.items()}, step)
-        log.info("step %d: %s t2v R@1 %.1f (%s)", step, split, found["R@1"], protocol)
-        self.history.append({"step": step, "R@1": found["R@1"]})
-        self.found = {f"{split}_t2v_{name}": value for name, value in found.items()}
+        monitor.scalars({f"{split}/{protocol}/t2v_{name}": value for name, value in t2v.items()}, step)
+        log.info("step %d: %s t2v R@1 %.1f (%s)", step, split, t2v["R@1"], protocol)
+        self.history.append({"step": step, "R@1": t2v["R@1"]})
+        self.last_metrics = {f"{split}_t2v_{name}": value for name, value in t2v.items()}
         if not is_main():
             return
         if improves([point["R@1"] for point in self.history], self.config.evaluation.window):
             weights = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-            aside = self.directory / "best.safetensors.tmp"
-            save_file(weights, aside)
-            os.replace(aside, self.directory / "best.safetensors")
-            write_json(self.directory / "best.json", {"step": step, "selected_on": split, "R@1": found["R@1"]})
+            temporary = self.directory / "best.safetensors.tmp"
+            save_file(weights, temporary)
+            os.replace(temporary, self.directory / "best.safetensors")
+            write_json(self.directory / "best.json", {"step": step, "selected_on": split, "R@1": t2v["R@1"]})
         write_json(self.directory / "validation.json", self.history)
 
     def _queries(self, features: Features) -> Any:
-        """The same few texts each time: their right video above the one that was found first."""
+        """The same few texts at each validation: the correct video, and below it the top-ranked one."""
         scorer = Scorer(self.model.head, features, self.config)
         rows = []
-        for number in np.linspace(0, len(features.owner_T) - 1, min(QUERIES, len(features.owner_T))).astype(int):
+        num_texts = len(features.owner_T)
+        for number in np.linspace(0, num_texts - 1, min(QUERIES, num_texts)).astype(int):
             start = int(number) // scorer.block * scorer.block
             with torch.inference_mode():
                 score_V = scorer.score(start)[int(number) - start]
-            truth, first = int(features.owner_T[number]), int(score_V.argmax())
-            place = int((score_V >= score_V[truth]).sum())
+            truth, top = int(features.owner_T[number]), int(score_V.argmax())
+            rank = int((score_V >= score_V[truth]).sum())
             rows += [
-                ([features.captions[number], f"right video, rank {place}"], self._frames(features.video_ids[truth])),
-                (["found first", f"{float(score_V[first]):.3f}"], self._frames(features.video_ids[first])),
+                ([features.captions[number], f"correct video, rank {rank}"], self._frames(features.video_ids[truth])),
+                (["ranked first", f"{float(score_V[top]):.3f}"], self._frames(features.video_ids[top])),
             ]
         return sheet(rows)
 

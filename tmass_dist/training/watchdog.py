@@ -10,7 +10,7 @@ import time
 from types import TracebackType
 from typing import Any
 
-from tmass_dist.distributed import collectives_entered, gather_objects, is_main, open_store, rank, world_size
+from tmass_dist.distributed import all_gather_objects, collectives_entered, is_main, open_store, rank, world_size
 from tmass_dist.errors import PeerLostError
 
 _OF_A_COLLECTIVE = re.compile(r"gloo|nccl|tcpstore|connection|socket|broken pipe|timed out waiting", re.IGNORECASE)
@@ -54,7 +54,7 @@ class Watchdog:
     ) -> None:
         try:
             if error is None:
-                gather_objects(None)  # nobody needs the store any more
+                all_gather_objects(None)  # nobody needs the store any more
             elif isinstance(error, PeerLostError) or "DataLoader worker" in str(error):
                 # A worker's death is a signal to its parent, wherever that is; torch makes it a RuntimeError.
                 line = " ".join(str(error).split())

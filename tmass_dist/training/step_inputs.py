@@ -1,0 +1,43 @@
+"""The inputs of one training step: pixels, tokens, noise and dropout keys."""
+
+# Shapes: B pairs of this rank, D embedding width.
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tmass_dist.config import Config
+from tmass_dist.data.transforms import augment, resize_centre_crop
+from tmass_dist.noise import keyed_noise, text_key
+
+if TYPE_CHECKING:
+    from tmass_dist.data.loader import Batch
+    from tmass_dist.training.objective import Objective
+
+
+def step_inputs(batch: Batch, step: int, model: Objective, config: Config, device: torch.device) -> tuple[Any, ...]:
+    """The arguments of ``Engine.backward``: pixels, tokens, noise and dropout keys of this rank's pairs.
+
+    Every random draw is keyed by seed, step and pair, so it is the same on any number of ranks and after a resume.
+    """
+    pairs = list(zip(batch.video_ids, batch.caption_slots))
+    noise_BD = None
+    if model.head.mass is not None and config.stochastic.training == "sampled":
+        noise_BD = keyed_noise(
+            torch.tensor([text_key(step, *pair) for pair in pairs]),
+            config.stochastic.samples * model.towers.embed_dim,
+            seed=config.seed,
+            prior=config.stochastic.prior,
+            std=config.stochastic.prior_std,
+        ).to(device)
+        noise_BD = noise_BD.unflatten(1, (config.stochastic.samples, -1))
+    pixels = batch.pixels_BFHWC.to(device, non_blocking=True)
+    if config.data.augment:
+        crop_keys = [text_key("crop", config.seed, step, *pair) for pair in pairs]
+        pixels = augment(pixels, crop_keys, model.towers.image_size)
+    else:
+        pixels = resize_centre_crop(pixels, model.towers.image_size)
+    dropout_keys = [text_key("dropout", config.seed, step, *pair) for pair in pairs]
+    return pixels, batch.tokens_BL.to(device), noise_BD, dropout_keys
