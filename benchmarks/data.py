@@ -111,9 +111,10 @@ def opencv_seek(path: Path) -> None:
 
 
 def many_shards(directory: Path, num_shards: int, per_shard: int) -> None:
-    shards = tuple(Shard(f"shard-{k:06d}.tar", 0, "0" * 64) for k in range(num_shards))
+    shards = tuple(Shard(f"shard-{k:06d}.tar", 512, "0" * 64) for k in range(num_shards))
     for shard in shards:
         (directory / shard.name).touch()
+        os.truncate(directory / shard.name, shard.bytes)
     number = num_shards * per_shard
     columns = make_columns([Sample("v", 0, 1, 0, 512, 0)])
     columns = {name: np.resize(columns[name], number) for name in columns if name not in ("id_bytes", "id_end")}

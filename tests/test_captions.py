@@ -135,8 +135,8 @@ def test_wrong_files_of_captions_are_one_line(data: list[str], tmp_path: Path) -
         index.with_captions("nowhere.jsonl")
     file = tmp_path / "c.jsonl"
     for content, said in (
-        ("{", "line 1 is not an object"),
-        ('{"id": "x"}', "line 1 is not an object"),
+        ("{", "line 1 is not a JSON object"),
+        ('{"id": "x"}', "line 1 has no id .* with captions"),
         ('{"id": "stranger", "captions": ["a"]}', "has no caption for any video"),
     ):
         file.write_text(content + "\n")

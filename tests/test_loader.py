@@ -312,10 +312,10 @@ def test_a_url_that_is_wrong_is_one_line(server: tuple[str, Path], tmp_path: Pat
 
 
 def test_an_index_of_many_shards_is_columns(tmp_path: Path) -> None:
-    samples = [Sample(f"vidéo {k}", k // 10, 1 + k % 3, k * 512, 512, k) for k in range(1000)]
-    shards = tuple(Shard(f"shard-{k:06d}.tar", 3, "x") for k in range(100))
+    samples = [Sample(f"vidéo {k}", k // 10, 1 + k % 3, k % 10 * 512, 512, k) for k in range(1000)]
+    shards = tuple(Shard(f"shard-{k:06d}.tar", 5120, "x") for k in range(100))
     for shard in shards:
-        (tmp_path / shard.name).write_bytes(b"abc")
+        (tmp_path / shard.name).write_bytes(bytes(shard.bytes))
     Index(str(tmp_path), "train", 12, 224, "jpeg", shards, make_columns(samples)).save()
     index = load_index(tmp_path)
     assert [index.sample(k) for k in range(1000)] == samples and index.ids == [s.id for s in samples]

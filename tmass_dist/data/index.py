@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tmass_dist.data.index_checks import COLUMNS, ID_COLUMNS, check_columns, check_header, checksum
+from tmass_dist.data.json_lines import read_json_lines
 from tmass_dist.data.remote import fetch, is_remote
 from tmass_dist.errors import UserError
 
-VERSION, NAME = 2, "index.safetensors"
-COLUMNS = {"shard": np.int32, "num_captions": np.int32, "offset": np.int64, "size": np.int64, "crc32": np.uint32}
+VERSION, NAME = 3, "index.safetensors"
+"""Version 3 has a checksum; version 2 is the same without."""
 
 
 @dataclass(frozen=True)
@@ -111,12 +114,11 @@ class Index:
         number_of = {sample_id: number for number, sample_id in enumerate(self.ids)}
         captions = {sample_id: list(texts) for sample_id, texts in self.extra_captions.items()}
         num_captions, num_matched = self.num_captions.copy(), 0
-        for line_number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                entry = json.loads(line)
-                sample_id, texts = entry["id"], [str(text) for text in entry["captions"]]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(f"{file} line {line_number} is not an object with id and captions: {error}") from error
+        for line_number, entry in read_json_lines(file):
+            sample_id, texts = entry.get("id"), entry.get("captions")
+            if not isinstance(sample_id, str) or not isinstance(texts, list):
+                raise UserError(f"{file} line {line_number} has no id (a string) with captions (a list of strings)")
+            texts = [str(text) for text in texts]
             if sample_id in number_of:
                 captions.setdefault(sample_id, []).extend(texts)
                 num_captions[number_of[sample_id]] += len(texts)
@@ -153,7 +155,8 @@ class Index:
         header = {name: getattr(self, name) for name in ("split", "num_frames", "image_size", "store")}
         header |= {"version": VERSION, "shards": [asdict(shard) for shard in self.shards]}
         temporary = Path(self.directory) / f"{NAME}.tmp"
-        save_file(self.columns, temporary, metadata={"index": json.dumps(header, ensure_ascii=False)})
+        text = json.dumps(header, ensure_ascii=False)
+        save_file(self.columns, temporary, metadata={"index": text, "sha256": checksum(text, self.columns)})
         os.replace(temporary, Path(self.directory) / NAME)
 
 
@@ -180,26 +183,56 @@ def load_index(directory: str | Path, cache: str | None = None) -> Index:
     Raises:
         UserError: one line that says what is missing or damaged, and what is there.
     """
-    from safetensors import SafetensorError, safe_open
-
     directory = str(directory).rstrip("/")
     path = fetch(f"{directory}/{NAME}", cache) if is_remote(directory) else Path(directory) / NAME
     if not path.is_file():
         raise UserError(_no_index(Path(directory)))
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {})["index"])
-            columns = {name: file.get_tensor(name) for name in (*COLUMNS, "id_bytes", "id_end")}
-        if header["version"] > VERSION:
-            raise UserError(f"{path} was written by a newer version ({header['version']}); this one reads {VERSION}")
-        shards = tuple(Shard(**shard) for shard in header["shards"])
-        settings = (header["split"], header["num_frames"], header["image_size"], header["store"])
-        index = Index(directory, *settings, shards, columns, cache)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged ({error}); pack the split again with shards/make_shards.py") from error
+    header, columns = _read_index(path)
+    shards = tuple(Shard(**shard) for shard in header["shards"])
+    settings = (header["split"], header["num_frames"], header["image_size"], header["store"])
     if not is_remote(directory):
         _check_shards(Path(directory), shards)
-    return index
+    return Index(directory, *settings, shards, columns, cache)
+
+
+def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Header and columns of an index file, checked.
+
+    Raises:
+        UserError: the file is damaged, or of a newer version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            header: dict[str, Any] = json.loads(metadata["index"])
+            columns = {name: file.get_tensor(name) for name in COLUMNS | ID_COLUMNS}
+        version = header["version"]
+    except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); {_RENEW}") from error
+    if type(version) is int and version > VERSION:
+        raise UserError(f"{path} was written by a newer version ({version}); this one reads {VERSION}")
+    try:
+        has_checksum = version != 2 or "sha256" in metadata
+        if has_checksum and metadata.get("sha256") != checksum(metadata["index"], columns):
+            raise UserError("its content differs from its checksum")
+        check_header(header)
+        check_columns(columns, [shard["bytes"] for shard in header["shards"]])
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} is damaged ({error}); {_RENEW}") from error
+    if not has_checksum:
+        _warn_old(path)
+    return header, columns
+
+
+_RENEW = "write it again by the command that packed the split (shards/make_shards.py): complete shards are kept"
+
+
+@cache
+def _warn_old(path: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger(__name__).warning("%s has no checksum: it is of an older version; %s", path, _RENEW)
 
 
 def _no_index(directory: Path) -> str:

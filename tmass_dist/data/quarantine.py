@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from tmass_dist import distributed
+from tmass_dist.data.json_lines import read_json_lines
 from tmass_dist.errors import UserError
 
 
@@ -20,11 +22,12 @@ class Quarantine:
 
     def __init__(self, path: Path, num_videos: int, max_bad: float) -> None:
         self.path, self.limit = path, max_bad * num_videos
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        entries = [entry for _, entry in read_json_lines(path)] if path.is_file() else []
         self.reasons: dict[str, str] = {}
-        for line in lines:
-            entry = json.loads(line)
-            self.reasons[entry["id"]] = entry["reason"]
+        for entry in entries:
+            if not isinstance(entry.get("id"), str):
+                raise UserError(f"{path} has a line without an id; delete the line or the file")
+            self.reasons[entry["id"]] = str(entry.get("reason"))
 
     def unknown(self, damaged: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """The pairs (id, reason) that are not in the list yet."""
@@ -42,8 +45,10 @@ class Quarantine:
         new = dict(pair for part in distributed.all_gather_objects(self.unknown(damaged)) for pair in part)
         self.reasons |= new
         if distributed.is_main():
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"id": v, "reason": r}, ensure_ascii=False) + "\n" for v, r in new.items())
+            lines = [json.dumps({"id": video, "reason": reason}) + "\n" for video, reason in self.reasons.items()]
+            temporary = self.path.with_name(f"{self.path.name}.tmp")
+            temporary.write_text("".join(lines), encoding="utf-8")
+            os.replace(temporary, self.path)
         if len(self.reasons) > self.limit:
             names = "; ".join(list(self.reasons.values())[:5])
             raise UserError(

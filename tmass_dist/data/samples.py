@@ -52,9 +52,11 @@ def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]
         if name != f"{key}.json" or not all(other.startswith(f"{key}.") for other, _ in frames):
             raise UserError(f"its first member is {name}, not {key}.json")
         meta = json.loads(content)
-        meta["captions"] += index.extra_captions.get(sample.id, [])
-        return meta, [frame for _, frame in frames]
-    except ValueError as error:
+        captions = [*meta["captions"], *index.extra_captions.get(sample.id, [])]
+        if len(captions) != sample.num_captions:
+            raise UserError(f"it has {len(captions)} captions and the index says {sample.num_captions}")
+        return meta | {"captions": captions}, [frame for _, frame in frames]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedError(f"shard {path} is damaged at sample {sample.id!r}: {error}") from error
 
 
@@ -91,7 +93,7 @@ def read_into(
             chosen = range(num_frames) if len(payload) == num_frames else pick(len(payload), num_frames)
             for frame_HWC, position in zip(out_FHWC, chosen, strict=True):
                 decode_jpeg(payload[position], frame_HWC)
-    except ValueError as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise DamagedError(f"sample {meta['id']!r} of {index.directory} does not decode: {error}") from error
     return meta
 
