@@ -284,6 +284,24 @@ def load_config(name: str, overrides: list[str] | None = None) -> Config:
         UserError: an unknown key (the nearest one is named), a value of the wrong type, or one out of range.
     """
     from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        page = OmegaConf.load(find_config(name))
+    except YAMLError as error:
+        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+    except OSError as error:
+        raise UserError(f"{name}: {error}") from error
+    return make_config(page, overrides, name)
+
+
+def make_config(settings: Any, overrides: list[str] | None = None, name: str = "the settings") -> Config:
+    """The defaults, changed by ``settings`` (nested dictionaries), then by dotted overrides.
+
+    Raises:
+        UserError: as :func:`load_config`; ``name`` says where the settings come from.
+    """
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
@@ -291,14 +309,14 @@ def load_config(name: str, overrides: list[str] | None = None) -> Config:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"{override!r} is not an override; write key=value, for example optim.lr=1e-5")
     try:
-        changes = OmegaConf.merge(OmegaConf.load(find_config(name)), OmegaConf.from_dotlist(overrides or []))
+        changes = OmegaConf.merge(settings, OmegaConf.from_dotlist(overrides or []))
         _check_keys(OmegaConf.to_container(changes, resolve=True), Config)
         merged = OmegaConf.merge(OmegaConf.structured(Config), changes)
         return _require_config(OmegaConf.to_object(merged))
-    except (OmegaConfBaseException, OSError) as error:
+    except OmegaConfBaseException as error:
         raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
     except YAMLError as error:
-        raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"an override is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def _require_config(value: object) -> Config:

@@ -30,6 +30,34 @@ BLOCK = 64
 """Texts of a block; it bounds the noise bank (64 texts x 20 trials x 512 dimensions are 2.6 MB)."""
 
 
+def caption_noise(
+    captions: list[str], config: Config, width: int, device: torch.device, num_trials: int | None = None
+) -> Tensor:
+    """Evaluation noise ``(T, M, D)``: a function of the seed, the caption's text and the trial.
+
+    It does not depend on the videos or on other captions, so a typed query is scored as an evaluation scores it.
+
+    Args:
+        captions: the texts.
+        config: its ``seed`` and ``stochastic`` settings.
+        width: D.
+        device: of the result.
+        num_trials: M; by default ``stochastic.num_trials``.
+    """
+    stochastic = config.stochastic
+    num_trials = num_trials or stochastic.num_trials
+    keys = torch.tensor([text_key("evaluation", caption) for caption in captions])
+    # Uniform noise has the same bits on every device. Normal noise does not, so the CPU computes it.
+    noise_TN = keyed_noise(
+        keys.to(device if stochastic.prior == "uniform" else "cpu"),
+        num_trials * width,
+        seed=config.seed,
+        prior=stochastic.prior,
+        std=stochastic.prior_std,
+    )
+    return noise_TN.view(-1, num_trials, width).to(device)
+
+
 @dataclass
 class Scorer:
     """The similarities of a split, block by block."""
@@ -53,7 +81,7 @@ class Scorer:
         return Gallery(self.head, frames_VFD.to(self.device), tile_videos=TILES[self.device.type][1])
 
     def score(self, start: int, gallery: Gallery | None = None) -> Tensor:
-        """Similarity ``(block, V)``, on the CPU, of the texts from ``start`` on; noise is keyed by video and caption.
+        """Similarity ``(block, V)``, on the CPU, of the texts from ``start`` on; see :func:`caption_noise`.
 
         Args:
             start: first text of the block.
@@ -62,19 +90,10 @@ class Scorer:
         if gallery is None:
             self._gallery = gallery = self._gallery or self.gallery(self.features.frames_VFD)
         rows = slice(start, start + self.block)
-        width, stochastic = self.features.text_TD.shape[1], self.config.stochastic
+        width = self.features.text_TD.shape[1]
         noise_TMD = None
         if self.head.mass is not None:
-            keys = torch.tensor([text_key("evaluation", *caption) for caption in self.features.caption_ids[rows]])
-            # Uniform noise is the same bits on a GPU; cosine and logarithm of the normal one are not.
-            noise_TMD = keyed_noise(
-                keys.to(self.device if stochastic.prior == "uniform" else "cpu"),
-                stochastic.num_trials * width,
-                seed=self.config.seed,
-                prior=stochastic.prior,
-                std=stochastic.prior_std,
-            ).view(-1, stochastic.num_trials, width)
-            noise_TMD = noise_TMD.to(self.device)
+            noise_TMD = caption_noise(self.features.captions[rows], self.config, width, self.device)
         found = gallery.score(
             self.features.text_TD[rows].to(self.device),
             noise_TMD,

@@ -46,7 +46,14 @@ def find_file(path: str) -> Path:
     raise UserError(f"no file {path}, neither here nor in configs/")
 
 
-def _description(architecture: str) -> dict[str, Any]:
+def read_description(architecture: str | dict[str, Any]) -> dict[str, Any]:
+    """The description of towers as a dictionary.
+
+    Raises:
+        UserError: no such file, or it is not JSON.
+    """
+    if isinstance(architecture, dict):
+        return architecture
     path = find_file(architecture)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -100,19 +107,19 @@ class Towers(nn.Module):
         return self.clip.encode_image(pixels.permute(0, 3, 1, 2)).unflatten(0, (num_videos, num_frames))
 
 
-def build_towers(architecture: str, pretrained: str | None) -> Towers:
+def build_towers(architecture: str | dict[str, Any], pretrained: str | None) -> Towers:
     """Towers of an open_clip name, or of a description (.json) of one's own.
 
     Args:
-        architecture: ``ViT-B-32-quickgelu``, or a path, as given or below ``configs/``.
+        architecture: ``ViT-B-32-quickgelu``, a JSON file (a path, or one of ``configs/``), or its content.
         pretrained: None, an open_clip tag such as ``openai``, or a weights file (.safetensors, .pt).
 
     Raises:
         UserError: an unknown architecture (nearest names), or a file that is missing, torn or of another shape.
     """
     open_clip, normalisation = _open_clip(), {}
-    if architecture.endswith(".json"):
-        description = _description(architecture)
+    if isinstance(architecture, dict) or architecture.endswith(".json"):
+        description = read_description(architecture)
         clip = open_clip.CLIP(
             embed_dim=description["embed_dim"],
             vision_cfg=description["vision_cfg"],
@@ -148,6 +155,38 @@ def build_towers(architecture: str, pretrained: str | None) -> Towers:
     if pretrained:
         _load(towers.clip, find_file(pretrained))
     return towers
+
+
+def pretrained_normalisation(architecture: str, pretrained: str) -> dict[str, Any] | None:
+    """Mean and standard deviation of the pixels of open_clip's weights; None where it does not say."""
+    found = _open_clip().get_pretrained_cfg(architecture, pretrained) or {}
+    return {"mean": list(found["mean"]), "std": list(found["std"])} if "mean" in found and "std" in found else None
+
+
+def save_open_clip(towers: Towers, architecture: str | dict[str, Any], directory: Path) -> None:
+    """Write towers as open_clip does: ``create_model_and_transforms("local-dir:DIRECTORY")`` loads them.
+
+    Args:
+        towers: the towers.
+        architecture: open_clip's name of them, or their description.
+        directory: it is created.
+    """
+    from safetensors.torch import save_file
+
+    if isinstance(architecture, dict):
+        names = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
+        model_cfg = {name: architecture[name] for name in names if name in architecture}
+    else:
+        model_cfg = _open_clip().get_model_config(architecture)
+    preprocess_cfg = {"mean": towers.mean_C.tolist(), "std": towers.std_C.tolist(), "interpolation": "bicubic"}
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: value.detach().cpu().contiguous() for name, value in towers.clip.state_dict().items()}
+    for name in ("logit_scale", "logit_bias"):
+        if name in weights:
+            weights[name] = weights[name].reshape(())  # ours have shape [1]
+    save_file(weights, directory / "open_clip_model.safetensors")
+    content = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    (directory / "open_clip_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _load(clip: nn.Module, path: Path) -> None:
@@ -265,13 +304,13 @@ def _is_plain_clip(config: dict[str, Any]) -> bool:
     return plain and not config.get("custom_text") and not {"hf_model_name", "no_causal_mask"} & set(text)
 
 
-def build_tokenizer(architecture: str) -> Callable[[list[str]], Tensor]:
+def build_tokenizer(architecture: str | dict[str, Any]) -> Callable[[list[str]], Tensor]:
     """Texts to token ids ``(len(texts), L)``, for the towers of the same name.
 
     ``L`` is the longest text's length where the tower is causal and pools at the end token, else the context length.
     """
-    if architecture.endswith(".json"):
-        description = _description(architecture)
+    if isinstance(architecture, dict) or architecture.endswith(".json"):
+        description = read_description(architecture)
         return Trimmed(WordTokenizer(description["vocabulary"], description["text_cfg"]["context_length"]))
     try:
         tokenize = _open_clip().get_tokenizer(architecture)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from tmass_dist.config import ModelConfig
@@ -17,7 +19,12 @@ class RetrievalModel(nn.Module):
         self.towers, self.head = towers, head
 
 
-def build_model(config: ModelConfig) -> RetrievalModel:
-    """Towers (pretrained or not) and a head in its initial state."""
-    towers = build_towers(config.architecture, config.pretrained)
+def build_model(config: ModelConfig, description: dict[str, Any] | None = None) -> RetrievalModel:
+    """Towers (pretrained or not) and a head in its initial state.
+
+    Args:
+        config: the settings.
+        description: of the towers, in place of the file that ``config.architecture`` names.
+    """
+    towers = build_towers(description or config.architecture, config.pretrained)
     return RetrievalModel(towers, build_head(config, towers.embed_dim))

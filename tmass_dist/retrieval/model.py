@@ -1,0 +1,324 @@
+"""A trained model as one object that loads with one line, here or from the Hugging Face Hub."""
+
+# Shapes: T texts, V videos, F frames, H W pixels, C colours, D embedding width.
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HFValidationError
+from torch import Tensor, nn
+
+from tmass_dist.config import Config, load_config, make_config
+from tmass_dist.errors import UserError
+from tmass_dist.evaluation.blocks import BLOCK, caption_noise
+from tmass_dist.evaluation.features import fingerprint
+from tmass_dist.evaluation.scoring import Gallery
+from tmass_dist.models.backbone import (
+    build_tokenizer,
+    load_weights,
+    pretrained_normalisation,
+    read_description,
+    save_open_clip,
+)
+from tmass_dist.models.tmass import build_model
+from tmass_dist.retrieval.card import model_card
+
+WEIGHTS = "model.safetensors"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress open_clip's warning that a new model has random weights: ours are loaded right after."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+class TMass(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="tmass-dist",
+    paper_url="https://arxiv.org/abs/2403.17998",
+    tags=["text-video-retrieval", "video", "clip"],
+):
+    """Towers and head of a trained model, its tokenizer and its settings, in evaluation mode.
+
+    ``TMass.from_pretrained(SOURCE)`` loads it. Parameter names begin with ``towers.`` and ``head.``, as in a run's
+    ``best.safetensors``.
+
+    Args:
+        settings: of the training run, as nested dictionaries (see ``tmass_dist/config.py``).
+        towers: description of towers that open_clip does not know, or None.
+        normalisation: mean and standard deviation of the pixels, ``{"mean": [...], "std": [...]}``; None: the towers'.
+        trained: facts for the model card: ``step``, ``data``, ``results`` (a markdown table).
+
+    Raises:
+        UserError: settings that are not valid.
+    """
+
+    def __init__(
+        self,
+        settings: dict[str, Any],
+        towers: dict[str, Any] | None = None,
+        normalisation: dict[str, list[float]] | None = None,
+        trained: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config: Config = make_config(settings, name="the model's config.json")
+        self.trained = trained or {}
+        self.description = towers
+        with _quiet():
+            model = build_model(replace(self.config.model, pretrained=None), towers)
+        self.towers, self.head = model.towers, model.head
+        if normalisation:
+            self.towers.mean_C.copy_(torch.tensor(normalisation["mean"]))
+            self.towers.std_C.copy_(torch.tensor(normalisation["std"]))
+        self.tokenize = build_tokenizer(towers or self.config.model.architecture)
+        self.eval()
+
+    @classmethod
+    def of_run(cls, run: str | Path, checkpoint: str | Path | None = None) -> TMass:
+        """The best checkpoint of a run directory, or another weights file of the same settings.
+
+        Raises:
+            UserError: it is no run directory, has no best checkpoint yet, or the weights are damaged.
+        """
+        run = Path(run)
+        weights = Path(checkpoint) if checkpoint else run / "checkpoints" / "best.safetensors"
+        if not (run / "config.yaml").is_file() or not weights.is_file():
+            raise UserError(f"{run} has no config.yaml with {weights.relative_to(run)}; train it first")
+        config = load_config(str(run / "config.yaml"))
+        best, table = run / "checkpoints" / "best.json", run / "evaluation" / "table.md"
+        trained: dict[str, Any] = {"data": config.data.train}
+        if best.is_file():
+            trained["step"] = json.loads(best.read_text(encoding="utf-8"))["step"]
+        if table.is_file() and (run / "evaluation" / "metrics.json").is_file():
+            trained["results"] = table.read_text(encoding="utf-8")
+        return cls.of_weights(config, _read_weights(weights), str(weights), trained)
+
+    @classmethod
+    def of_weights(
+        cls, config: Config, weights: dict[str, Tensor], source: str, trained: dict[str, Any] | None = None
+    ) -> TMass:
+        """A model from its settings and weights.
+
+        Raises:
+            UserError: the weights do not fit the settings; the message names ``source``.
+        """
+        own = config.model.architecture.endswith(".json")
+        towers = read_description(config.model.architecture) if own else None
+        settings = json.loads(json.dumps(asdict(config)))
+        normalisation = None
+        if not own and config.model.pretrained:
+            # Weights of one architecture may have been pretrained with different normalisations.
+            normalisation = pretrained_normalisation(config.model.architecture, config.model.pretrained)
+        model = cls(settings=settings, towers=towers, normalisation=normalisation, trained=trained)
+        load_weights(model, weights, source)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> TMass:
+        """Load a model.
+
+        Args:
+            pretrained_model_name_or_path: an export (a directory that ``save_pretrained`` or ``tmass export`` wrote), a
+                run directory, or ``organisation/name`` on the Hugging Face Hub.
+            options: of ``huggingface_hub``: ``revision``, ``token``, ``cache_dir``, ``local_files_only``, ...
+
+        Raises:
+            UserError: there is no model, or its files are damaged.
+        """
+        source = Path(pretrained_model_name_or_path)
+        if source.is_dir() and not (source / "config.json").is_file():
+            if (source / "config.yaml").is_file():
+                return cls.of_run(source)
+            raise UserError(f"{source} holds no model: it has neither config.json (an export) nor config.yaml (a run)")
+        try:
+            return super().from_pretrained(str(pretrained_model_name_or_path), **options)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{source / 'config.json'} is damaged: {error}") from error
+        except (HFValidationError, FileNotFoundError) as error:  # no directory, and not on the Hub or in its cache
+            raise UserError(f"there is no model {source}: no such directory, and not found on the Hub") from error
+        except TypeError as error:
+            raise UserError(f"{source / 'config.json'} is not the config of a model of this kind: {error}") from error
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> TMass:
+        known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        hub = {name: options.pop(name) for name in known if name in options}
+        local = Path(model_id) / WEIGHTS
+        path = local if Path(model_id).is_dir() else Path(hf_hub_download(model_id, WEIGHTS, **hub))
+        model = cls(**options)
+        load_weights(model, _read_weights(path), str(path))
+        return model
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from safetensors.torch import save_file
+
+        weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
+        temporary = save_directory / f"{WEIGHTS}.tmp"
+        save_file(weights, temporary)
+        temporary.replace(save_directory / WEIGHTS)
+        config = {
+            "settings": json.loads(json.dumps(asdict(self.config))),
+            "towers": self.description,
+            "normalisation": {"mean": self.towers.mean_C.tolist(), "std": self.towers.std_C.tolist()},
+            "trained": self.trained,
+        }
+        (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        # Written here, so that the card names this directory; save_pretrained() keeps an existing one.
+        (save_directory / "README.md").write_text(str(self.generate_model_card(save_directory.name)), encoding="utf-8")
+
+    def generate_model_card(self, name: str = "MODEL", **_: Any) -> ModelCard:
+        """The card: what the model is, how it was selected, its results with their protocol, and how to use it."""
+        return model_card(name, self.config, self.trained | {"width": self.embed_dim}, self._hub_mixin_info.model_card_data)
+
+    def save_open_clip(self, directory: str | Path) -> None:
+        """Write the towers for open_clip, which loads them as ``local-dir:DIRECTORY``."""
+        save_open_clip(self.towers, self.description or self.config.model.architecture, Path(directory))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a video, F."""
+        return self.config.model.num_frames
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the embeddings, D."""
+        return self.towers.embed_dim
+
+    def fingerprint(self) -> str:
+        """Of the weights: two models with the same fingerprint give the same embeddings."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return fingerprint(digest.hexdigest(), self.num_frames)
+
+    @torch.inference_mode()
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings ``(T, D)`` of texts, not normalised.
+
+        Raises:
+            UserError: no texts, or one string in place of a list.
+        """
+        if isinstance(texts, str) or not texts:
+            raise UserError("encode_text needs a list of at least one text")
+        parts = [
+            self.towers.encode_text(self.tokenize(list(texts[start : start + 256])).to(self.device)).float()
+            for start in range(0, len(texts), 256)
+        ]
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def encode_frames(self, pixels_VFHWC: Tensor) -> Tensor:
+        """Embeddings ``(V, F, D)`` of frames, uint8 RGB of any size, not normalised."""
+        from tmass_dist.data.transforms import resize_centre_crop
+
+        pixels_VFHWC = resize_centre_crop(pixels_VFHWC.to(self.device), self.towers.image_size)
+        return self.towers.encode_frames(pixels_VFHWC).float()
+
+    def encode_videos(self, videos: Sequence[str | Path] | str | Path, batch_size: int = 16) -> Tensor:
+        """Embeddings ``(V, F, D)`` of videos, not normalised.
+
+        Args:
+            videos: paths of video files; or one directory of packed shards.
+            batch_size: videos encoded at a time.
+
+        Raises:
+            UserError: no videos, or one that cannot be decoded; the message names it.
+        """
+        from tmass_dist.retrieval.videos import read_batches, sources_of
+
+        parts = []
+        for batch in read_batches(sources_of(videos), self.num_frames, self.towers.image_size, batch_size):
+            if batch.failed:
+                name, reason = batch.failed[0]
+                raise UserError(f"{name} cannot be decoded: {reason}")
+            parts.append(self.encode_frames(torch.from_numpy(batch.pixels_VFHWC)).to(self.device))
+        if not parts:
+            raise UserError("encode_videos needs at least one video")
+        return torch.cat(parts)
+
+    def similarity(
+        self,
+        texts: Sequence[str],
+        videos: Tensor | Sequence[str | Path] | str | Path,
+        *,
+        num_trials: int | None = None,
+        text_TD: Tensor | None = None,
+    ) -> Tensor:
+        """Exact similarities ``(T, V)``, as the evaluation computes them; higher is better.
+
+        The noise of the samples is a function of the seed, the text and the trial, so the same call gives the same
+        result, and a pair's score does not depend on the other texts and videos.
+
+        Args:
+            texts: the queries.
+            videos: what ``encode_videos`` takes or returns.
+            num_trials: samples per text; by default ``stochastic.num_trials``; 0 scores the text embedding itself.
+            text_TD: the embeddings of ``texts``, if they are known already.
+
+        Raises:
+            UserError: no texts or videos, videos that cannot be decoded, a negative number of trials.
+        """
+        if num_trials is not None and num_trials < 0:
+            raise UserError(f"num_trials is {num_trials}; at least 0")
+        frames_VFD = videos if isinstance(videos, Tensor) else self.encode_videos(videos)
+        text_TD = self.encode_text(texts) if text_TD is None else text_TD
+        gallery = Gallery(self.head, frames_VFD.to(self.device).float())
+        sampled = self.head.mass is not None and num_trials != 0
+        rows = []
+        for start in range(0, len(texts), BLOCK):
+            some = list(texts[start : start + BLOCK])
+            noise = caption_noise(some, self.config, self.embed_dim, self.device, num_trials) if sampled else None
+            rows.append(gallery.score(text_TD[start : start + BLOCK], noise, pooled_by=self._pooled_by(sampled)))
+        return torch.cat(rows)
+
+    def _pooled_by(self, sampled: bool) -> Any:
+        return self.config.model.pooled_by if sampled else "text"
+
+    @torch.inference_mode()
+    def attention(self, text_TD: Tensor, frames_VFD: Tensor) -> Tensor:
+        """Weights ``(V, T, F)`` that the pooling gives to each frame for each text, mean over heads; they sum to one.
+
+        A head that ignores the text (``model.pooling=mean``) has none; then it is the softmax of the cosines of text and
+        frames, at the towers' temperature.
+        """
+        from tmass_dist.models.pooling import XPool
+
+        pool, frames_VFD = self.head.pooling, frames_VFD.to(self.device).float()
+        if isinstance(pool, XPool):
+            weights_VHFT = pool.attention(pool.queries(text_TD), pool.keys(pool.norm_in(frames_VFD)))
+            return weights_VHFT.mean(dim=1).transpose(1, 2)
+        unit_VFD = nn.functional.normalize(frames_VFD, dim=-1)
+        cosine_VTF = nn.functional.normalize(text_TD, dim=-1) @ unit_VFD.transpose(1, 2)
+        return (cosine_VTF * self.towers.logit_scale.exp()).softmax(dim=-1)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from error
