@@ -95,7 +95,7 @@ def test_what_is_no_checkpoint_of_theirs_is_one_line(tmp_path: Path) -> None:
     torn.write_bytes(b"PK torn")
     torch.save({"state_dict": {"a": tmp_path}}, code)
     torch.save({"state_dict": {"backbone.weight": torch.ones(2)}}, other)
-    for path, said in ((torn, "torn"), (code, "not a file of weights"), (other, "no checkpoint of the authors")):
+    for path, said in ((torn, "damaged"), (code, "not a file of weights"), (other, "not a checkpoint of the authors")):
         done = run("-m", "tmass_dist.convert", str(path), str(tmp_path / "out.safetensors"))
         assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out.safetensors").exists()

@@ -32,6 +32,7 @@ ORDER = (
     {"tmass_dist.models"},
     {"tmass_dist.data"},
     {"tmass_dist.evaluation"},
+    {"tmass_dist.retrieval"},
     {"tmass_dist.training"},
     {"tmass_dist.train", "tmass_dist.evaluate", "tmass_dist.export", "tmass_dist.convert", "tmass_dist.settings"},
     {"tmass_dist.__main__"},

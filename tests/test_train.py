@@ -70,17 +70,15 @@ def test_export_loads_without_deepspeed_and_gives_the_same_similarities(whole: P
     assert "query_conditioned" in card and "R@1" in card
     code = f"""
 import sys, torch
-from safetensors.torch import load_file
-from tmass_dist.export import load
-from tmass_dist.evaluation.scoring import score
-from tmass_dist.evaluation.stored import Stored
 from pathlib import Path
-model, tokenize = load({str(tmp_path / "model")!r})
+from tmass_dist import TMass
+from tmass_dist.evaluation.stored import Stored
+model = TMass.from_pretrained({str(tmp_path / "model")!r})
 stored = Stored(Path({str(whole / "evaluation" / "features")!r}), [], Path({str(tmp_path)!r}))
-text = model.towers.encode_text(tokenize(stored.features.captions)).detach()
-torch.testing.assert_close(text, stored.features.text_TD, rtol=1e-5, atol=1e-5)
-found = score(model.head, stored.features.text_TD, stored.features.frames_VFD)
-torch.testing.assert_close(found, score(stored.scorer.head, stored.features.text_TD, stored.features.frames_VFD))
+texts = stored.features.captions
+torch.testing.assert_close(model.encode_text(texts), stored.features.text_TD, rtol=1e-5, atol=1e-5)
+similarity_TV = model.similarity(texts[:64], stored.features.frames_VFD)
+torch.testing.assert_close(similarity_TV, stored.scorer.score(0), rtol=0, atol=1e-5)
 assert "deepspeed" not in sys.modules
 """
     done = run("-c", code)

@@ -1,7 +1,7 @@
-"""The authors' checkpoints into ours and back.
+"""Convert checkpoints of the authors' code.
 
-``python -m tmass_dist.convert model_best.pth best.safetensors`` (or ``--back best.safetensors model.pth``); then
-``python -m tmass_dist.evaluate --run RUN --checkpoint best.safetensors``.
+``python -m tmass_dist.convert model_best.pth OUT`` writes a whole export, with its settings, to evaluate or search.
+``model_best.pth best.safetensors`` writes the weights only. ``--back best.safetensors model.pth`` converts back.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tmass_dist.cli import program, run_command
+from tmass_dist.cli import program, run_command, writable_dir
+from tmass_dist.config import load_config, make_config
 from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ _TRANSPOSED = {"text_projection", "visual.proj"}
 
 
 def from_authors(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our ``state_dict`` of theirs (Hugging Face CLIP names below ``clip.``).
+    """Convert their ``state_dict`` (Hugging Face CLIP names below ``clip.``) to ours.
 
     Raises:
-        UserError: names that belong to no part of their model, or parts that are missing.
+        UserError: a name that their model does not have, or parts that are missing.
     """
     import torch
 
@@ -71,7 +72,7 @@ def from_authors(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     unknown = []
     for name, value in theirs.items():
         if name == _DEAD or name.endswith("embeddings.position_ids"):
-            continue  # the one is never used by their model, the other is a count
+            continue  # their model never uses the first; the second is a constant
         part = re.fullmatch(r"clip\.(text_model|vision_model)\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
         if name.startswith("pool_frames."):
             module, leaf = name.removeprefix("pool_frames.").rsplit(".", 1)
@@ -102,14 +103,14 @@ def from_authors(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     ]
     if unknown or missing:
         raise UserError(
-            f"this is no checkpoint of the authors' code: {len(unknown)} unknown names ({', '.join(unknown[:3])}), "
+            f"this is not a checkpoint of the authors' code: {len(unknown)} unknown names ({', '.join(unknown[:3])}), "
             f"nothing for {', '.join(missing) or 'nothing'}"
         )
     return {name: value.detach().float().contiguous() for name, value in ours.items()}
 
 
 def to_authors(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their ``state_dict`` of ours, with the parameter that their model holds and never uses."""
+    """Convert our ``state_dict`` to theirs, with the parameter that their model has and never uses."""
     import torch
 
     head = {mine: name for name, mine in HEAD_NAMES.items()}
@@ -134,7 +135,9 @@ def to_authors(ours: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             short = name.removeprefix("towers.clip.")
             if short not in other:
-                raise UserError(f"{name} has no place in the authors' model; only OpenAI's CLIP and T-MASS's head have")
+                raise UserError(
+                    f"{name} does not exist in the authors' model, which has OpenAI's CLIP and the T-MASS head only"
+                )
             value = value.T if short in _TRANSPOSED else value.reshape(()) if short == "logit_scale" else value
             theirs[f"clip.{other[short]}"] = value
     return {name: value.contiguous() for name, value in theirs.items()}
@@ -145,10 +148,10 @@ def _any(names: dict[str, Tensor], prefix: str) -> bool:
 
 
 def read_authors(path: Path) -> dict[str, Tensor]:
-    """The weights of a ``.pth`` of the authors' code, without unpickling anything but tensors and plain values.
+    """Read the weights of a ``.pth`` of the authors' code; only tensors and plain values are unpickled.
 
     Raises:
-        UserError: the file is torn, holds what is refused, or no weights.
+        UserError: the file is damaged, has other objects, or no weights.
     """
     import torch
 
@@ -159,26 +162,66 @@ def read_authors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except Exception as error:
-        raise UserError(f"{path} is torn, or not a file of weights: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is damaged, or not a file of weights: {str(error).splitlines()[0]}") from error
+
+
+def convert(source: Path, target: Path, page: str | None, overrides: list[str]) -> None:
+    """Convert the authors' checkpoint ``source``.
+
+    Args:
+        source: a ``.pth`` of the authors' code.
+        target: weights alone if it ends in ``.safetensors``, otherwise a directory for a whole export.
+        page: config file of the training run; None: the architecture and the frames are those of the weights.
+        overrides: further settings of the run, as ``stochastic.prior=normal``.
+
+    Raises:
+        UserError: the checkpoint is damaged, of another kind, or does not fit the settings.
+    """
+    from safetensors.torch import save_file
+
+    weights = from_authors(read_authors(source))
+    if target.suffix == ".safetensors":
+        if page or overrides:
+            raise UserError("settings belong to an export; name a directory and not a .safetensors file")
+        temporary = target.with_name(target.name + ".tmp")
+        save_file(weights, temporary)
+        temporary.replace(target)
+        return
+    from tmass_dist.models.backbone import settings_of
+    from tmass_dist.retrieval.model import TMass
+
+    if page:
+        config = load_config(page, overrides)
+    else:
+        # Where the weights fit two settings, the first is the authors' default.
+        inferred = [setting.split(" or ")[0] for setting in settings_of(weights)]
+        config = make_config({}, [*inferred, *overrides])
+    trained = {"data": "the data of the authors' checkpoint", "results": f"Converted from `{source.name}`."}
+    TMass.of_weights(config, weights, str(source), trained).save_pretrained(writable_dir(target))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog=program("python -m tmass_dist.convert"), description=__doc__)
     parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--back", action="store_true", help="from ours (.safetensors) to theirs (.pth)")
-    arguments = parser.parse_args()
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    aside = arguments.target.with_name(arguments.target.name + ".tmp")
-    if arguments.back:
-        if not arguments.source.is_file():
-            raise UserError(f"no file {arguments.source}")
-        torch.save({"state_dict": to_authors(load_file(arguments.source))}, aside)
+    parser.add_argument("target", type=Path, help="a directory for a whole export, or a .safetensors file")
+    parser.add_argument("--back", action="store_true", help="from ours (.safetensors, or an export) to theirs (.pth)")
+    parser.add_argument("--config", help="config file of the training run; default: what the weights tell")
+    parser.add_argument("overrides", nargs="*", help="further settings of the run, as stochastic.prior=normal")
+    arguments = parser.parse_intermixed_args()
+    if not arguments.back:
+        convert(arguments.source, arguments.target, arguments.config, arguments.overrides)
     else:
-        save_file(from_authors(read_authors(arguments.source)), aside)
-    aside.replace(arguments.target)
+        import torch
+        from safetensors.torch import load_file
+
+        if arguments.config or arguments.overrides:
+            raise UserError("--back takes no settings")
+        source = arguments.source / "model.safetensors" if arguments.source.is_dir() else arguments.source
+        if not source.is_file():
+            raise UserError(f"no file {source}")
+        temporary = arguments.target.with_name(arguments.target.name + ".tmp")
+        torch.save({"state_dict": to_authors(load_file(source))}, temporary)
+        temporary.replace(arguments.target)
     print(f"{arguments.target} is written")
 
 

@@ -236,7 +236,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
         ),
     ]
     if differing:
-        asks = _settings(weights)
+        asks = settings_of(weights)
         raise UserError(
             f"{source} is of another architecture in {len(differing)} names: {'; '.join(differing[:3])}"
             + (f". It asks for {', '.join(asks)}" if asks else "")
@@ -244,7 +244,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     module.load_state_dict(weights)
 
 
-def _settings(weights: dict[str, Tensor]) -> list[str]:
+def settings_of(weights: dict[str, Tensor]) -> list[str]:
     """The config that weights come from, as far as their names and shapes tell."""
     shapes = {name.removeprefix("towers.clip."): tuple(value.shape) for name, value in weights.items()}
     found = []

@@ -15,8 +15,9 @@ TEMPLATE = """---
 
 # {name}
 
-T-MASS (Wang et al., "Text Is MASS", CVPR 2024, arXiv:2403.17998) for text-video retrieval: {architecture} towers, {num_frames} frames per video,
-radius `{radius}`. Trained with tmass-dist{steps}, global batch {batch_size}, on `{data}`. The checkpoint was selected on the `{selected_on}` split.
+T-MASS (Wang et al., "Text Is MASS", CVPR 2024, arXiv:2403.17998) for text-video retrieval: {architecture} towers,
+{num_frames} frames per video, radius `{radius}`. Trained with tmass-dist{steps}, global batch {batch_size}, on
+`{data}`. The checkpoint was selected on the `{selected_on}` split.
 
 ## Results
 
@@ -43,8 +44,9 @@ for text, row in zip(texts, similarity):
     print(text, "->", paths[int(row.argmax())])
 ```
 
-`model.encode_text(texts)` gives text embeddings, and `model.similarity(texts, videos, num_trials=0)` scores without samples. To search many videos:
-`tmass index {name} --videos videos --out gallery`, then `tmass search gallery "a dog jumps into a lake"` or `tmass serve gallery`.
+`model.encode_text(texts)` gives text embeddings, and `model.similarity(texts, videos, num_trials=0)` scores without
+samples. To search many videos: `tmass index {name} --videos videos --out gallery`, then `tmass search gallery "a dog"`
+or `tmass serve gallery`.
 """
 
 
@@ -67,7 +69,7 @@ def model_card(name: str, config: Config, trained: dict[str, Any], metadata: Mod
         radius=model.radius,
         steps=f" for {trained['step']} steps" if "step" in trained else "",
         batch_size=config.data.batch_size,
-        data=trained.get("data", "unknown data"),
+        data="/".join(Path(trained.get("data", "unknown data")).parts[-2:]),
         selected_on=config.evaluation.selected_on,
         results=trained.get("results", "Not evaluated yet.").strip(),
         width=trained.get("width", "width"),

@@ -184,7 +184,9 @@ class TMass(
 
     def generate_model_card(self, name: str = "MODEL", **_: Any) -> ModelCard:
         """The card: what the model is, how it was selected, its results with their protocol, and how to use it."""
-        return model_card(name, self.config, self.trained | {"width": self.embed_dim}, self._hub_mixin_info.model_card_data)
+        return model_card(
+            name, self.config, self.trained | {"width": self.embed_dim}, self._hub_mixin_info.model_card_data
+        )
 
     def save_open_clip(self, directory: str | Path) -> None:
         """Write the towers for open_clip, which loads them as ``local-dir:DIRECTORY``."""
@@ -300,8 +302,8 @@ class TMass(
     def attention(self, text_TD: Tensor, frames_VFD: Tensor) -> Tensor:
         """Weights ``(V, T, F)`` that the pooling gives to each frame for each text, mean over heads; they sum to one.
 
-        A head that ignores the text (``model.pooling=mean``) has none; then it is the softmax of the cosines of text and
-        frames, at the towers' temperature.
+        A head that ignores the text (``model.pooling=mean``) has none; then it is the softmax of the cosines of text
+        and frames, at the towers' temperature.
         """
         from tmass_dist.models.pooling import XPool
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tmass_dist.data.index import DamagedError, Index, load_index
-from tmass_dist.data.loader import read_into
+from tmass_dist.data.index import Index, load_index
+from tmass_dist.data.samples import DamagedError, read_into
 from tmass_dist.data.video import BadVideoError, Timeline, read_video, uniform
 from tmass_dist.errors import UserError
 
@@ -61,7 +61,9 @@ def files_of(directory: Path) -> list[Source]:
     if not directory.is_dir():
         raise UserError(f"there is no directory {directory}")
     # A link may lead out of the directory; what it names is not part of it.
-    files = sorted(p for p in directory.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.is_symlink())
+    files = sorted(
+        p for p in directory.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and not p.is_symlink()
+    )
     if not files:
         raise UserError(f"{directory} has no video file; the endings known are {', '.join(sorted(SUFFIXES))}")
     return [Source(path.relative_to(directory).as_posix(), str(path.resolve())) for path in files]
