@@ -177,7 +177,7 @@ def test_bad_stores_are_one_line(tmp_path: Path, what: str, said: str) -> None:
     [
         (["model.num_frames=8"], "model.num_frames is 8"),
         (["stochastic.num_trials=0"], "at least one sample"),
-        (["evaluation.precision=bfloat16", "evaluation.protocol=published_code"], "float32 for published_code"),
+        (["evaluation.precision=bfloat16", "evaluation.protocol=published_code"], "support float32 only"),
         (["--shard", "3/3"], "--shard 3/3 is no share"),
         (["--post-processing", "qbnorm"], "give --bank"),
     ],
