@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,7 +26,9 @@ import numpy as np  # noqa: E402
 import simplejpeg  # noqa: E402
 import torch  # noqa: E402
 
-from shards.make_shards import Recipe, _packed, make_shards  # noqa: E402
+from shards.make_shards import PackSettings, make_shards  # noqa: E402
+from shards.pack_pool import Job, Limits, pack_all, pack_job  # noqa: E402
+from shards.pack_video import Recipe  # noqa: E402
 from tmass_dist.config import DataConfig  # noqa: E402
 from tmass_dist.data.frames import uniform_frame_indices  # noqa: E402
 from tmass_dist.data.index import Index, Sample, Shard, load_index, make_columns  # noqa: E402
@@ -136,24 +139,24 @@ def main() -> None:
         videos.mkdir()
         write_videos(videos, number)
         rows = [{"id": f"v{k}", "path": f"{k}.mp4", "captions": ["a b c"] * 20} for k in range(number)]
-        jobs = [(row, videos, Recipe()) for row in rows]
+        jobs = [Job(row, videos, Recipe()) for row in rows]
 
         # Packing: bare sequential decoding of the same files, one core; then two processes.
         bare = lambda: [bare_decode(videos / row["path"]) for row in rows]  # noqa: E731
-        bare_s, packed_s = in_turn(3, bare, lambda: list(_packed(jobs, 1)))
+        bare_s, packed_s = in_turn(3, bare, lambda: list(map(pack_job, jobs)))
         line("pack-320x240-10s", number / packed_s, "videos/s/core", "bare PyAV decoding", round(bare_s / packed_s, 3))
         if (os.cpu_count() or 1) > 1:
             long = jobs * (4 if arguments.quick else 6)
-            one_s, two_s = steady(lambda: _packed(long, 1)), steady(lambda: _packed(long, 2))
-            paths = [videos / row["path"] for row, *_ in long]
+            one_s, two_s = (steady(partial(pack_all, long, workers, Limits())) for workers in (1, 2))
+            paths = [videos / job.row["path"] for job in long]
             bare_one_s, bare_two_s = steady(lambda: map(bare_decode, paths)), steady(lambda: in_two(paths))
             bound = f"one process; bare decoding in two gains {bare_one_s / bare_two_s:.2f}"
             line("pack-2-processes", 1 / two_s, "videos/s", bound, round(one_s / two_s, 2))
 
-        settings = argparse.Namespace(split="train", shard_size=16, workers=1, max_bad=0.0)
+        settings = PackSettings("train", shard_size=16, max_bad=0.0)
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         sys.stdout, kept = open(os.devnull, "w"), sys.stdout  # noqa: SIM115
-        make_shards(rows, videos, out, Recipe(), settings)
+        make_shards(rows, videos, out, settings)
         sys.stdout, sys.stderr = kept, sys.__stderr__
         index = load_index(out)
 

@@ -13,6 +13,8 @@ OUTSIDE = {
     "open_clip": {"tmass_dist/models/backbone.py"},
     "submitit": {"launch/cluster.py", "launch/job.py"},
     "torch.utils.tensorboard": {"tmass_dist/training/monitor.py"},
+    "pebble": {"shards/pack_pool.py"},
+    "webdataset": {"shards/shard_writer.py", "tmass_dist/data/tars.py"},
     "omegaconf": {"tmass_dist/config.py"},
     "jinja2": {"tmass_dist/pages.py", "launch/paper/page.py"},
 }

@@ -14,7 +14,7 @@ import pytest
 import simplejpeg
 
 from shards.demo_data import generate
-from shards.make_shards import Recipe, pack_video
+from shards.pack_video import Recipe, pack_video
 from shards.sources import read_rows
 from tests.conftest import ROOT, run
 from tmass_dist.data.frames import uniform_frame_indices
@@ -147,7 +147,7 @@ def test_the_right_frames_of_old_and_new_codecs(tmp_path: Path, name: str) -> No
         container.mux(stream.encode(None))
     members, facts = pack_video(path, {}, Recipe(num_frames=5, image_size=32))
     assert facts["num_decoded_frames"] == 10 and facts["frame_indices"] == uniform_frame_indices(10, 5)
-    for (_, content), index in zip(members, facts["frame_indices"], strict=True):
+    for content, index in zip(members.values(), facts["frame_indices"], strict=True):
         assert abs(simplejpeg.decode_jpeg(content).mean() - 24 * index) < 5
 
 
@@ -251,7 +251,7 @@ def test_one_frame_and_a_large_picture(tmp_path: Path) -> None:
     _write_video(tmp_path / "uhd.mp4", [120, 121], size=(3840, 2160))
     for name, grey in (("one", 77), ("uhd", 120)):
         members, facts = pack_video(tmp_path / f"{name}.mp4", {}, Recipe(image_size=32))
-        pictures = [simplejpeg.decode_jpeg(content) for _, content in members]
+        pictures = [simplejpeg.decode_jpeg(content) for content in members.values()]
         assert len(pictures) == 12 and all(abs(picture.mean() - grey) < 5 for picture in pictures)
         assert facts["num_decoded_frames"] == (1 if name == "one" else 2)
 
@@ -359,3 +359,12 @@ def test_kill_9_loses_the_shard_in_hand_alone(source: Path, packed: Path, tmp_pa
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["index.safetensors", "parts", "quarantine.jsonl", *(f"shard-00000{k}.tar" for k in range(3))]
     assert all((tmp_path / name).read_bytes() == (packed / name).read_bytes() for name in names if name != "parts")
+
+
+def test_an_error_while_writing_ends_the_command(source: Path, tmp_path: Path) -> None:
+    """The workers are stopped, and the unfinished shard is removed."""
+    (tmp_path / "shard-000001.tar").mkdir()
+    (tmp_path / "shard-000001.tar" / "full").touch()
+    done = _pack(source, tmp_path)
+    assert done.returncode != 0 and "shard-000001.tar" in done.stderr
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "index.safetensors").exists()

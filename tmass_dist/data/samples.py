@@ -9,7 +9,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ import simplejpeg
 
 from tmass_dist.data.frames import random_frame_indices, uniform_frame_indices
 from tmass_dist.data.index import Index
+from tmass_dist.data.tars import plain_members
 from tmass_dist.errors import UserError
 
 
@@ -47,29 +48,16 @@ def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]
     try:
         if zlib.crc32(raw) != sample.crc32:
             raise UserError("its checksum differs from the index")
-        (name, content), *frames = _members(raw)
-        key = safe_key(sample.id)
-        if name != f"{key}.json" or not all(other.startswith(f"{key}.") for other, _ in frames):
-            raise UserError(f"its first member is {name}, not {key}.json")
-        meta = json.loads(content)
+        key, members = safe_key(sample.id), dict(plain_members(raw))
+        if f"{key}.json" not in members or not all(name.startswith(f"{key}.") for name in members):
+            raise UserError(f"its members are {', '.join(members)[:100]}, not those of {key}")
+        meta = json.loads(members.pop(f"{key}.json"))
         captions = [*meta["captions"], *index.extra_captions.get(sample.id, [])]
         if len(captions) != sample.num_captions:
             raise UserError(f"it has {len(captions)} captions and the index says {sample.num_captions}")
-        return meta | {"captions": captions}, [frame for _, frame in frames]
+        return meta | {"captions": captions}, list(members.values())
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedError(f"shard {path} is damaged at sample {sample.id!r}: {error}") from error
-
-
-def _members(raw: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and content of every file in a run of USTAR members; tarfile takes longer than decoding the frames."""
-    position = 0
-    while position < len(raw):
-        header = raw[position : position + 512]
-        size = int(header[124:135], 8)
-        if header[156:157] not in (b"0", b"\0") or position + 512 + size > len(raw):
-            raise UserError(f"no complete file at byte {position}")
-        yield header[:100].rstrip(b"\0").decode(), raw[position + 512 : position + 512 + size]
-        position += 512 + -(-size // 512) * 512
 
 
 def read_into(
