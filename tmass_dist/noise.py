@@ -89,7 +89,8 @@ def keyed_mask(keys: Sequence[int] | Tensor, like: Tensor, probability: float, f
     pair_N1 = _mix(_mix(text_T ^ row_V[:, None]) ^ second_V[:, None]).view(-1, 1)
     counter_C = _mix(torch.arange(-(-width // 2), dtype=torch.int32, device=like.device))
     # Written as numbers of the type of ``like``: converting truth values later takes three times as long.
-    keep, threshold = torch.empty_like(like), round(probability * 2**16) - 2**15
+    keep = torch.empty_like(like, memory_format=torch.contiguous_format)
+    threshold = round(probability * 2**16) - 2**15
     rows = len(pair_N1)
     if like.device.type == "cpu":  # a few pairs at a time: what the hash holds stays in the processor's cache
         rows = max(1, 2**16 // len(counter_C))

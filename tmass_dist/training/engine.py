@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tmass_dist.config import Config
 from tmass_dist.distributed import all_reduce_sum, is_initialised, join_alone, rank, world_size
+from tmass_dist.models.pooling import DropoutKeys
 from tmass_dist.training.objective import Losses, Objective, parameter_groups
 from tmass_dist.training.optim import AuthorsAdamW, TorchAdamW
 
@@ -101,7 +102,7 @@ class Engine:
         return not bool(self._bad.isnan())
 
     def backward(
-        self, pixels_BFHWC: Tensor, tokens_BL: Tensor, noise_BD: Tensor | None, dropout_keys: list[int] | None
+        self, pixels_BFHWC: Tensor, tokens_BL: Tensor, noise_BD: Tensor | None, dropout_keys: DropoutKeys | None
     ) -> Losses:
         """The global loss and this rank's gradients.
 

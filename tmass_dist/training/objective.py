@@ -19,7 +19,7 @@ from tmass_dist.config import Config, OptimConfig, StochasticConfig
 from tmass_dist.distributed import all_gather_rows
 from tmass_dist.errors import UserError
 from tmass_dist.models.head import RetrievalHead
-from tmass_dist.models.pooling import PooledPairs
+from tmass_dist.models.pooling import DropoutKeys, PooledPairs
 from tmass_dist.models.stochastic import frame_cosines
 from tmass_dist.models.tmass import RetrievalModel, build_model
 from tmass_dist.phase_timer import PHASE_TIMER
@@ -55,7 +55,7 @@ def global_losses(
     stochastic: StochasticConfig,
     *,
     pooled_by: Literal["text", "sample"] = "text",
-    dropout_keys: list[int] | None = None,
+    dropout_keys: DropoutKeys | None = None,
     memory_mb: float | None = None,
 ) -> Losses:
     """The loss of the whole global batch, from this rank's rows; every rank returns the same number.
@@ -138,7 +138,7 @@ class _Pooling:
         head: RetrievalHead,
         asking_ND: Tensor,
         frames_BFD: Tensor,
-        dropout_keys: list[int] | None,
+        dropout_keys: DropoutKeys | None,
         memory_mb: float | None,
     ) -> None:
         self.head, self.asking_ND, self.frames_BFD, self.keys = head, asking_ND, frames_BFD, dropout_keys
@@ -199,7 +199,7 @@ class Objective(RetrievalModel):
         return text_BD.float(), frames_BFD.float()
 
     def losses(
-        self, text_BD: Tensor, frames_BFD: Tensor, noise_BD: Tensor | None, dropout_keys: list[int] | None
+        self, text_BD: Tensor, frames_BFD: Tensor, noise_BD: Tensor | None, dropout_keys: DropoutKeys | None
     ) -> Losses:
         """See :func:`global_losses`."""
         PHASE_TIMER.switch("head")

@@ -21,6 +21,7 @@ def step_inputs(batch: Batch, step: int, model: Objective, config: Config, devic
     """The arguments of ``Engine.backward``: pixels, tokens, noise and dropout keys of this rank's pairs.
 
     Every random draw is keyed by seed, step and pair, so it is the same on any number of ranks and after a resume.
+    The host waits for none of the copies (``tests/test_placement.py``).
     """
     pairs = list(zip(batch.video_ids, batch.caption_slots))
     noise_BD = None
@@ -31,7 +32,7 @@ def step_inputs(batch: Batch, step: int, model: Objective, config: Config, devic
             seed=config.seed,
             prior=config.stochastic.prior,
             std=config.stochastic.prior_std,
-        ).to(device)
+        ).to(device, non_blocking=True)
         noise_BD = noise_BD.unflatten(1, (config.stochastic.samples, -1))
     pixels = batch.pixels_BFHWC.to(device, non_blocking=True)
     if config.data.augment:
@@ -39,5 +40,10 @@ def step_inputs(batch: Batch, step: int, model: Objective, config: Config, devic
         pixels = augment(pixels, crop_keys, model.towers.image_size)
     else:
         pixels = resize_centre_crop(pixels, model.towers.image_size)
-    dropout_keys = [text_key("dropout", config.seed, step, *pair) for pair in pairs]
-    return pixels, batch.tokens_BL.to(device), noise_BD, dropout_keys
+    dropout_keys = torch.tensor([text_key("dropout", config.seed, step, *pair) for pair in pairs])
+    return (
+        pixels,
+        batch.tokens_BL.to(device, non_blocking=True),
+        noise_BD,
+        dropout_keys.to(device, non_blocking=True),
+    )
