@@ -1,0 +1,310 @@
+"""Every tensor is where it should be, and the host waits for the accelerator only where this file says so.
+
+The accelerator is simulated (``tests/accelerator.py``); results on it must equal those on the CPU. Each test runs in a
+process of its own, since torch must know the device before its first backward pass.
+"""
+
+# Shapes: T texts, V videos, M trials, D embedding width.
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launch.paper.systems import SYSTEMS
+from tests.accelerator import PACKAGE, OnAccel, Wait, accelerator, register
+from tests.forked import START_METHOD
+from tests.planted import MISTAKES, functions_of, planted, reached
+from tests.small_model import WIDTH, F, N, batch_of, config_of, perturb, small_objective
+
+CPU = torch.device("cpu")
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)`` in a process of its own; what it raises is raised here."""
+    with multiprocessing.get_context(START_METHOD).Pool(1, register) as pool:
+        return pool.apply(function, arguments)
+
+
+def on_host(value: Any) -> Any:
+    """The numbers of tensors of either device."""
+    return value.host if isinstance(value, OnAccel) else value
+
+
+WAITING: dict[str, Callable[[Tensor, torch.device], Any]] = {
+    "item": lambda x, _: x[0].item(),
+    "tolist": lambda x, _: x.tolist(),
+    "bool": lambda x, _: bool(x[0] > 0),
+    "cpu": lambda x, _: x.cpu(),
+    "nonzero": lambda x, _: x.nonzero(),
+    "unique": lambda x, _: x.unique(),
+    "mask": lambda x, _: x[x > 0],
+    "equal": lambda x, _: torch.equal(x, x),
+    "numbers to the accelerator": lambda x, device: torch.tensor([1.0, 2.0], device=device),
+    "a copy to the accelerator": lambda x, device: torch.zeros(3).to(device),
+}
+QUIET: dict[str, Callable[[Tensor, torch.device], Any]] = {
+    "a copy that the host leaves to itself": lambda x, device: torch.zeros(3).to(device, non_blocking=True),
+    "indices": lambda x, _: x[torch.argsort(x)],
+    "a number": lambda x, _: x + torch.tensor(2.0),
+    "in place": lambda x, _: x[1:].mul_(2).sum(),
+}
+MIXING: dict[str, Callable[[Tensor, torch.device], Any]] = {
+    "sum": lambda x, _: x + torch.zeros(3),
+    "cat": lambda x, _: torch.cat([x, torch.zeros(1)]),
+    "CPU indices": lambda x, _: x[torch.arange(2)],
+    "out": lambda x, _: torch.mul(x, x, out=torch.zeros(3)),
+}
+
+
+def behaviour() -> dict[str, str]:
+    """What the simulated accelerator says of each operation."""
+    found = {}
+    for name, operation in (WAITING | QUIET | MIXING).items():
+        with accelerator() as (device, waits):
+            x = torch.tensor([1.0, -1.0, 2.0], device=device)
+            waits.clear()
+            try:
+                operation(x, device)
+                found[name] = f"{waits.total()} waits"
+            except RuntimeError as error:
+                found[name] = "two devices" if "at least two devices" in str(error) else str(error)
+    return found
+
+
+def test_the_simulated_accelerator_counts_waits_and_refuses_two_devices() -> None:
+    expected = (
+        dict.fromkeys(WAITING, "1 waits") | dict.fromkeys(QUIET, "0 waits") | dict.fromkeys(MIXING, "two devices")
+    )
+    assert alone(behaviour) == {name: answer for answer, names in expected.items() for name in names}
+
+
+STEPS = {
+    **{name: system.overrides for name, system in SYSTEMS.items() if name != "tmass-b16"},
+    "mean pooling": ("model.pooling=mean",),
+    "several heads": ("model.num_heads=2",),
+    "one pair a tile": ("engine.head_memory_mb=1",),  # the least; `step` makes it small enough for several tiles
+    "crop and flip": ("data.augment=true",),
+    "recomputed activations": ("engine.checkpoint_activations=true",),
+    "torch's optimiser": ("optim.kind=torch", "optim.ema=0.9"),
+    "bfloat16": ("engine.bf16=true",),
+}
+"""Every system of the paper and what else changes a step, as overrides; one of several with the same overrides."""
+STEPS = {name: more for name, more in STEPS.items() if name == next(n for n, m in STEPS.items() if m == more)}
+
+
+BOUNDS = {"bfloat16": 5e-2, "torch's optimiser": 1e-3}
+"""Relative errors beyond rounding in float32. bfloat16 rounds each of some ten results in a row by up to 0.4 %.
+The first update of torch's AdamW is the sign of the gradient, whatever its size; at 1e-8 rounding decides it."""
+Result = dict[str, list[Tensor]]
+"""Tensors of a run by what they are; each kind is compared as a whole."""
+
+
+def step(name: str, device: torch.device, begin: Callable[[], None]) -> Result:
+    """One training step: what the loop prepares, forward, backward and update.
+
+    ``begin`` is called when the model is on its device.
+    """
+    from tmass_dist.data.loader import Batch
+    from tmass_dist.training.objective import parameter_groups
+    from tmass_dist.training.optim import AuthorsAdamW, TorchAdamW
+    from tmass_dist.training.step_inputs import step_inputs
+
+    config = config_of(*STEPS[name])
+    model = small_objective(config).to(device)
+    if name == "one pair a tile":
+        model.memory_mb = 0.1
+    if config.engine.checkpoint_activations:
+        model.towers.clip.set_grad_checkpointing(True)
+    kind = AuthorsAdamW if config.optim.kind == "authors" else TorchAdamW
+    optimizer = kind(parameter_groups(model, config.optim), lr=config.optim.lr)
+    optimizer.ema = config.optim.ema
+    optimizer.prepare([p for group in optimizer.param_groups for p in group["params"]])
+    pixels, tokens, *_ = batch_of(0)
+    if config.data.augment:
+        pixels = pixels.repeat_interleave(2, dim=2)
+    tokens = tokens[:, 2:].contiguous()  # shorter than the context, as most texts are
+    batch = Batch(pixels, tokens, ["a"] * N, [f"video {n}" for n in range(N)], [0] * N, [])
+    begin()
+    losses = model("whole", *step_inputs(batch, 0, model, config, device))
+    losses.total.backward()
+    optimizer.step()
+    weights = [p for p in model.parameters() if p.grad is not None]
+    return {"losses": list(losses), "gradients": [p.grad for p in weights], "weights": [p.detach() for p in weights]}
+
+
+def compare(function: Callable[..., Result], name: str, *arguments: Any) -> Counter[Wait]:
+    """Run it on the CPU and on the accelerator: the results are equal to rounding; returns the host waits."""
+    expected = function(name, *arguments, CPU, lambda: None)
+    with accelerator() as (device, waits):
+        found = function(name, *arguments, device, waits.clear)
+        seen = Counter(waits)
+    assert found.keys() == expected.keys()
+    for kind, tensors in expected.items():
+        one, other = (torch.cat([on_host(x).flatten().double() for x in part]) for part in (found[kind], tensors))
+        error = ((one - other).norm() / other.norm()).item()
+        assert error < BOUNDS.get(name, 1e-5), f"{name}: {kind} differ by {error:.1e}"
+    return seen
+
+
+def steps(names: list[str]) -> dict[str, Counter[Wait]]:
+    return {name: compare(step, name) for name in names}
+
+
+def test_the_host_never_waits_in_a_training_step() -> None:
+    assert alone(steps, list(STEPS)) == {name: Counter() for name in STEPS}
+
+
+SCORINGS = {
+    "T-MASS": {},
+    "X-Pool": {"radius": "none"},
+    "mean pooling": {"pooling": "mean"},
+    "mean pooling without mass": {"pooling": "mean", "radius": "none"},
+    "several heads": {"num_heads": 2},
+    "exp_mean": {"radius": "exp_mean"},
+    "linear": {"radius": "linear"},
+    "scaled_exp_mean": {"radius": "scaled_exp_mean"},
+    "variational": {"radius": "variational"},
+}
+"""Heads to score with, as settings of the model."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "query_conditioned": {},
+    "published_code": {"protocol": "published_code"},
+    "pooled by the sample": {"pooled_by": "sample"},
+    "fresh noise": {},
+    "no noise": {},
+    "bfloat16": {"precision": torch.bfloat16},
+    "in one call": {},
+}
+T, V, M = 10, 6, 3
+
+
+def scoring(option: str, head_name: str, device: torch.device, begin: Callable[[], None]) -> Result:
+    """Score a gallery in several tiles of texts and of videos."""
+    from tmass_dist.config import ModelConfig
+    from tmass_dist.evaluation.scoring import Gallery, score
+    from tmass_dist.models.head import build_head
+
+    torch.manual_seed(0)
+    head = build_head(ModelConfig(num_frames=F, **SCORINGS[head_name]), WIDTH).eval()
+    perturb(head)
+    generator = torch.Generator().manual_seed(2)
+    text_TD, frames_VFD, noise_TMD, pair_noise_VMTD = (
+        torch.randn(shape, generator=generator).to(device)
+        for shape in ((T, WIDTH), (V, F, WIDTH), (T, M, WIDTH), (V, M, T, WIDTH))
+    )
+    owner_T = torch.tensor([0, 0, 1, 2, 3, 3, 3, 4, 5, 5])
+    head = head.to(device)
+    begin()
+    if option == "in one call":
+        found = score(head, text_TD, frames_VFD, noise_TMD)
+    else:
+        noise = None if option in ("no noise", "fresh noise") else noise_TMD
+        pair_noise = pair_noise_VMTD if option == "fresh noise" else None
+        found = Gallery(head, frames_VFD, tile_videos=4).score(
+            text_TD, noise, pair_noise_VMTD=pair_noise, caption_owner_T=owner_T, tile_texts=4, **OPTIONS[option]
+        )
+    return {"similarity": [found.nan_to_num(-2.0)]}
+
+
+def pooling(kind: str, device: torch.device, begin: Callable[[], None]) -> Result:
+    """Every video pooled for every text, as one tensor."""
+    from tmass_dist.config import ModelConfig
+    from tmass_dist.models.head import build_head
+
+    head = build_head(ModelConfig(num_frames=F, pooling=kind), WIDTH).eval().to(device)
+    generator = torch.Generator().manual_seed(2)
+    text_TD, frames_VFD = (torch.randn(shape, generator=generator).to(device) for shape in ((T, WIDTH), (V, F, WIDTH)))
+    begin()
+    return {"pooled": [head.pooling(text_TD, frames_VFD).detach()]}
+
+
+def scorings(pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Counter[Wait]]:
+    return {(option, head): compare(scoring, option, head) for option, head in pairs}
+
+
+CHECKED = Counter({Wait("shape", "evaluation/scoring.py:_check"): 2, Wait("item", "evaluation/scoring.py:_check"): 2})
+"""Features of texts and videos are checked once a call."""
+
+
+CAPTIONS = Counter({Wait("to accel", "evaluation/scoring.py:_own_captions"): 2})
+"""Which captions a video has, copied once a call."""
+
+
+def test_scoring_waits_for_the_check_of_its_features_alone() -> None:
+    pairs = [(option, head) for option in OPTIONS for head in SCORINGS]
+    expected = {(o, head): CHECKED + CAPTIONS if o == "published_code" else CHECKED for o, head in pairs}
+    assert alone(scorings, pairs) == expected
+
+
+MODULES = [
+    *(f"tmass_dist.models.{path.stem}" for path in sorted((PACKAGE / "models").glob("[a-z]*.py"))),
+    "tmass_dist.training.losses",
+    "tmass_dist.training.objective",
+    "tmass_dist.evaluation.scoring",
+]
+ON_THE_HOST = {
+    "Trimmed.__init__",
+    "load_weights",
+    "settings_of",
+    "_own_captions",
+}
+"""Functions whose tensors are never on the accelerator: a tokenizer, weights of a file, a table of numbers."""
+EXERCISES: list[tuple[Callable[..., Result], str, tuple[Any, ...]]] = [
+    *((step, name, ()) for name in STEPS if name != "bfloat16"),
+    *((scoring, option, (head,)) for option in OPTIONS for head in SCORINGS),
+    *((pooling, kind, ()) for kind in ("xpool", "mean")),
+]
+
+
+def functions_to_plant() -> dict[str, tuple[Any, FunctionType]]:
+    """Module and function of every function of ``MODULES`` that takes a tensor, by module and qualified name."""
+    found = {}
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for function in functions_of(module).values():
+            if any("Tensor" in str(kind) for key, kind in function.__annotations__.items() if key != "return"):
+                found[f"{name}:{function.__qualname__}"] = (module, function)
+    return found
+
+
+def uncaught() -> list[str]:
+    """Plant both mistakes in every function, one at a time; those that no exercise reports."""
+    functions = functions_to_plant()
+    exercise_of: dict[str, tuple[Any, Counter[Wait]]] = {}
+    with ExitStack() as stack:
+        for module, function in functions.values():
+            stack.enter_context(planted(module, function, None))
+        for exercise in EXERCISES:
+            reached.clear()
+            run, label, arguments = exercise
+            with accelerator() as (device, waits):
+                run(label, *arguments, device, lambda: (reached.clear(), waits.clear()))
+                exercise_of = dict.fromkeys(reached, (exercise, Counter(waits))) | exercise_of
+    missed = [f"{name} is not run" for name in functions if name not in exercise_of]
+    for name, ((run, label, arguments), usual) in exercise_of.items():
+        module, function = functions[name]
+        place = f":{function.__name__}"
+        for mistake in MISTAKES:
+            with planted(module, function, mistake), accelerator() as (device, waits):
+                try:
+                    run(label, *arguments, device, waits.clear)
+                    caught = any(where.endswith(place) for kind, where in waits - usual if kind == "item")
+                except RuntimeError as error:
+                    caught = "at least two devices" in str(error) and f"{place})" in str(error)
+            if not caught:
+                missed.append(f"{name}: {mistake}")
+    return missed
+
+
+def test_every_planted_mistake_is_caught() -> None:
+    missed = alone(uncaught)
+    assert {what.split(" is not run")[0].split(":")[1] for what in missed} == ON_THE_HOST, missed
