@@ -81,9 +81,7 @@ def behaviour() -> dict[str, str]:
 
 
 def test_the_simulated_accelerator_counts_waits_and_refuses_two_devices() -> None:
-    expected = (
-        dict.fromkeys(WAITING, "1 waits") | dict.fromkeys(QUIET, "0 waits") | dict.fromkeys(MIXING, "two devices")
-    )
+    expected = {"1 waits": WAITING, "0 waits": QUIET, "two devices": MIXING}
     assert alone(behaviour) == {name: answer for answer, names in expected.items() for name in names}
 
 
