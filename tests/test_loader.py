@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,17 +15,14 @@ import pytest
 import torch
 
 from tests.conftest import run
+from tests.loaders import TOKENIZE, copied, global_batches, make_loaders
 from tests.resharded import reshard
-from tmass_dist.config import DataConfig
 from tmass_dist.data.index import Index, Sample, Shard, load_index, make_columns
-from tmass_dist.data.loader import Batch, TrainLoader, iterate_videos
+from tmass_dist.data.loader import iterate_videos
 from tmass_dist.data.order import epoch_batches, rounds, substitutes
 from tmass_dist.data.samples import DamagedError, read_sample
 from tmass_dist.data.transforms import augment
 from tmass_dist.errors import PeerLostError
-from tmass_dist.models.backbone import WordTokenizer
-
-TOKENIZE = WordTokenizer(["a"], 8)
 
 
 @pytest.fixture(scope="module")
@@ -67,33 +63,12 @@ def test_every_pair_once_and_no_video_twice_in_a_batch(seed: int, counts: list[i
         assert [[tuple(pair) for pair in batch] for batch in plan.tolist()] == oracle
 
 
-def _loaders(index: Index, world_size: int, **options) -> list[TrainLoader]:
-    """A loader for each rank; ``options`` are fields of ``DataConfig`` or arguments of ``TrainLoader``."""
-    known = {field.name for field in fields(DataConfig)}
-    settings = {"batch_size": 4, "num_workers": 0} | {name: options.pop(name) for name in [*options] if name in known}
-    arguments = {"seed": 1, "tokenize": TOKENIZE, "world_size": world_size} | options
-    return [TrainLoader(index, DataConfig(**settings), rank=rank, **arguments) for rank in range(world_size)]
-
-
-def _copied(batch: Batch) -> Batch:
-    """The loader reuses the memory of a batch, so its pixels must be copied."""
-    return replace(batch, pixels_BFHWC=batch.pixels_BFHWC.clone())
-
-
-def _global_batches(loaders: list[TrainLoader], start: int, steps: int) -> list[list[Batch]]:
-    streams = [loader.batches(start) for loader in loaders]
-    steps_by_rank = [[_copied(next(stream)) for stream in streams] for _ in range(steps)]
-    for stream in streams:
-        stream.close()
-    return steps_by_rank
-
-
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
 def test_any_world_size_workers_and_start_give_the_same_batches(packed: Path, num_workers: int) -> None:
     index = load_index(packed)
 
     def content(world_size: int, start: int, steps: int) -> list[tuple]:
-        batches = _global_batches(_loaders(index, world_size, num_workers=num_workers), start, steps)
+        batches = global_batches(make_loaders(index, world_size, num_workers=num_workers), start, steps)
         pixels = [torch.cat([b.pixels_BFHWC for b in step]) for step in batches]
         return [([p for b in step for p in zip(b.video_ids, b.captions)], x) for step, x in zip(batches, pixels)]
 
@@ -109,12 +84,12 @@ def test_a_resume_reads_nothing_of_what_came_before(packed: Path, tmp_path: Path
     index = reshard(packed, tmp_path, per_shard=2)
     batch_B2 = epoch_batches(index.num_captions, seed=1, epoch=0, batch_size=4)[7]
     needed = {index.sample(int(number)).shard for number in batch_B2[:, 0]}
-    expected = _copied(next(_loaders(index, 1)[0].batches(7)))
+    expected = copied(next(make_loaders(index, 1)[0].batches(7)))
     others = [shard for k, shard in enumerate(index.shards) if k not in needed]
     assert len(others) >= 10
     for shard in others:
         (tmp_path / shard.name).unlink()
-    resumed = next(_loaders(index, 1)[0].batches(7))
+    resumed = next(make_loaders(index, 1)[0].batches(7))
     assert resumed.video_ids == expected.video_ids and torch.equal(resumed.pixels_BFHWC, expected.pixels_BFHWC)
 
 
@@ -151,7 +126,7 @@ def test_augmentation_belongs_to_the_pair_and_is_one_crop_for_all_frames() -> No
 def test_more_packed_frames_than_the_model_takes(packed: Path) -> None:
     index = load_index(packed)
     whole, middle, anywhere = (
-        next(_loaders(index, 1, num_frames=number, frames=choice)[0].batches(0)).pixels_BFHWC
+        next(make_loaders(index, 1, num_frames=number, frames=choice)[0].batches(0)).pixels_BFHWC
         for number, choice in ((12, "uniform"), (4, "uniform"), (4, "random"))
     )
     assert torch.equal(middle, whole[:, [1, 4, 7, 10]])
@@ -178,7 +153,7 @@ def test_a_damaged_sample_has_the_same_substitute_on_any_world_size(
         _damage(tmp_path, index, number)
     pairs = {}
     for world_size in (1, 2, 4):
-        step = _global_batches(_loaders(index, world_size, num_workers=num_workers), 2, 1)[0]
+        step = global_batches(make_loaders(index, world_size, num_workers=num_workers), 2, 1)[0]
         pairs[world_size] = [pair for b in step for pair in zip(b.video_ids, b.caption_slots)]
         damaged = [entry for b in step for entry in b.damaged]
         assert [video for video, _ in damaged] == [index.id_of(number) for number in bad]
@@ -232,7 +207,7 @@ def test_a_worker_that_hangs_is_named_with_its_shard(packed: Path, tmp_path: Pat
     """Reading the shard blocks for ever, as on a dead file server."""
     shutil.copytree(packed, tmp_path, dirs_exist_ok=True)
     index = load_index(tmp_path)
-    loader = _loaders(index, 1, num_workers=1, timeout_s=4)[0]
+    loader = make_loaders(index, 1, num_workers=1, timeout_s=4)[0]
     for shard in index.shards:
         (tmp_path / shard.name).unlink()
         os.mkfifo(tmp_path / shard.name)
@@ -279,7 +254,7 @@ def test_shards_behind_http_are_kept_whole(
     cache = tmp_path / "cache"
     remote, local = load_index(url, str(cache)), load_index(packed)
     batches, expected = (
-        _global_batches(_loaders(index, 2, num_workers=num_workers), 0, 5) for index in (remote, local)
+        global_batches(make_loaders(index, 2, num_workers=num_workers), 0, 5) for index in (remote, local)
     )
     for step, expected_step in zip(batches, expected):
         assert all(torch.equal(a.pixels_BFHWC, b.pixels_BFHWC) for a, b in zip(step, expected_step))
@@ -287,10 +262,10 @@ def test_shards_behind_http_are_kept_whole(
     assert cached == [shard.name for shard in local.shards] and not list(cache.rglob("*.tmp"))
     for shard in local.shards:  # a cached shard is not downloaded again
         (served / shard.name).unlink()
-    assert _global_batches(_loaders(remote, 1), 3, 1)[0][0].video_ids
+    assert global_batches(make_loaders(remote, 1), 3, 1)[0][0].video_ids
     shutil.rmtree(cache)
     with pytest.raises(ValueError, match=r"shard-000000\.tar does not exist"):
-        _global_batches(_loaders(remote, 1, num_workers=num_workers), 3, 1)
+        global_batches(make_loaders(remote, 1, num_workers=num_workers), 3, 1)
 
 
 def test_a_url_that_is_wrong_is_one_line(server: tuple[str, Path], tmp_path: Path) -> None:

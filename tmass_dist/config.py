@@ -48,8 +48,21 @@ class DataConfig:
     """If more frames than ``model.num_frames`` were packed: train on the middle frame of each segment, or any."""
     max_bad: float = 0.01
     """Largest share of damaged training videos tolerated, each replaced by another video; 0 stops at the first."""
+    order: Literal["global", "streaming"] | None = None
+    """``global``: batches from a permutation of the whole split. ``streaming``: shard after shard, for splits that are
+    larger than a node's disk. Null: the first start takes ``streaming`` for a URL, else ``global``, and records it."""
+    lanes: int | None = None
+    """``order=streaming``: parallel sequences of shards. It divides ``batch_size`` and is a multiple of the number of
+    ranks. Null: the first start takes at least 8, if they fit, and records it."""
+    window: int = 2
+    """``order=streaming``: shards of each lane whose samples are mixed."""
     cache: str | None = None
     """Local directory in which shards downloaded from a URL (``https://``, ``s3://``) are kept."""
+    cache_gb: float | None = None
+    """``order=streaming``: largest size of the downloaded training shards on each node, gigabytes (10^9 bytes); null:
+    no limit."""
+    retry_s: float = 300
+    """Seconds for which a download that fails is tried again; then the run ends as after a machine failure."""
     eval_batch_size: int = 16
     """Videos that each rank encodes at a time during evaluation."""
 
@@ -58,6 +71,11 @@ class DataConfig:
         _require(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "it is a share between 0 and 1")
         _require(self.num_workers >= 0, "data.num_workers", self.num_workers, "it cannot be negative")
         _require(self.eval_batch_size >= 1, "data.eval_batch_size", self.eval_batch_size, "at least 1")
+        for key in ("lanes", "window"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"data.{key}", value, "at least 1")
+        _require(self.cache_gb is None or self.cache_gb > 0, "data.cache_gb", self.cache_gb, "it must be positive")
+        _require(self.retry_s >= 0, "data.retry_s", self.retry_s, "it cannot be negative")
         needed = self.val is None and self.holdout < 1
         _require(not needed, "data.holdout", self.holdout, "data.val is null, so some training videos must be held out")
 
@@ -349,7 +367,8 @@ def to_yaml(config: Config) -> str:
 
 # Settings that may change when a run is resumed: they do not change its result.
 _FREE_KEYS = (
-    {"run_dir", "data.num_workers", "data.eval_batch_size", "data.max_bad", "data.cache", "log_every"}
+    {"run_dir", "data.num_workers", "data.eval_batch_size", "data.max_bad", "log_every"}
+    | {f"data.{key}" for key in ("cache", "cache_gb", "retry_s")}
     | {f"engine.{key}" for key in ("zero_stage", "micro_batch", "head_memory_mb", "checkpoint_activations", "compile")}
     | {f"engine.{key}" for key in ("nonfinite", "timeout_s", "keep", "peak_tflops")}
 )

@@ -61,10 +61,11 @@ def _meanings(cls: type) -> dict[str, str]:
 
 def _kind(field: Field) -> str:
     """The annotation as text: choices joined by "or"; ``null`` stands for None, as in YAML."""
-    annotation = str(field.type)
-    if annotation.startswith("Literal["):
-        return " or ".join(str(choice) for choice in ast.literal_eval(f"({annotation[8:-1]},)"))
-    return annotation.replace("tuple[str, ...]", "list of str").replace(" | None", " or null")
+    annotation = str(field.type).replace("tuple[str, ...]", "list of str")
+    kind, null = annotation.removesuffix(" | None"), " or null" if annotation.endswith(" | None") else ""
+    if kind.startswith("Literal["):
+        kind = " or ".join(str(choice) for choice in ast.literal_eval(f"({kind[8:-1]},)"))
+    return kind + null
 
 
 def _default(field: Field) -> str:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from tmass_dist.config import DataConfig
 from tmass_dist.data.index import Index
-from tmass_dist.data.order import epoch_batches, substitutes
+from tmass_dist.data.order import make_order
 from tmass_dist.data.samples import DamagedError, read_into
 from tmass_dist.errors import PeerLostError, UserError
 from tmass_dist.noise import text_key
@@ -85,23 +85,13 @@ class _RankBatches(Dataset):
         # The sample that each worker reads, for the message about a worker that hangs.
         self.reading = _shared_array((max(1, config.num_workers),), np.int64)
         self.reading[:] = -1
-        self._epoch, self._batches = -1, np.empty((0, 0, 2), np.int32)
-        self.steps_per_epoch = len(self._epoch_batches(0))
-
-    def _epoch_batches(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            batch_size = self.config.batch_size
-            self._batches = epoch_batches(self.index.num_captions, seed=self.seed, epoch=epoch, batch_size=batch_size)
-            self._epoch = epoch
-        return self._batches
+        self.order = make_order(index, config, seed)
 
     def __getitem__(self, step: int) -> _WorkerBatch:
-        epoch, number = divmod(step, self.steps_per_epoch)
-        batch_B2 = self._epoch_batches(epoch)[number]
         pixels_BFHWC = self.pixels[step % len(self.pixels)]
         captions, ids, slots, damaged = [], [], [], []
-        for row, position in enumerate(self.positions):
-            candidates = self._candidates(batch_B2, position, step)
+        for row, (position, pair) in enumerate(zip(self.positions, self.order.pairs(step, self.positions).tolist())):
+            candidates = self._candidates(pair, step, position)
             meta, slot = self._read_first(candidates, pixels_BFHWC[row], step, damaged)
             captions.append(meta["captions"][slot])
             ids.append(meta["id"])
@@ -109,10 +99,10 @@ class _RankBatches(Dataset):
         self._note_reading(-1)
         return _WorkerBatch(self.tokenize(captions).numpy(), captions, ids, slots, damaged)
 
-    def _candidates(self, batch_B2: np.ndarray, position: int, step: int) -> Iterator[tuple[int, int]]:
+    def _candidates(self, pair: tuple[int, int], step: int, position: int) -> Iterator[tuple[int, int]]:
         """The pair at this position of the global batch, then the pairs that may replace it."""
-        yield int(batch_B2[position, 0]), int(batch_B2[position, 1])
-        yield from substitutes(self.index.num_captions, batch_B2, position, seed=self.seed, step=step)
+        yield pair
+        yield from self.order.substitutes(step, position)
 
     def _read_first(
         self, candidates: Iterator[tuple[int, int]], out_FHWC: np.ndarray, step: int, damaged: list[tuple[str, str]]
@@ -172,7 +162,11 @@ class TrainLoader:
         timeout_s: longest time that a worker may take for a batch.
 
     Raises:
-        UserError: the ranks do not divide the batch, or the split has fewer pairs than one batch.
+        UserError: the ranks do not divide the batch or the lanes, or the split has fewer pairs than one batch.
+
+    Attributes:
+        steps_per_epoch: global batches of an epoch.
+        left_out: pairs of an epoch that fill no batch.
     """
 
     def __init__(
@@ -189,11 +183,10 @@ class TrainLoader:
     ) -> None:
         if config.batch_size % world_size:
             raise UserError(f"data.batch_size={config.batch_size} is not divisible by {world_size} ranks")
-        num_pairs = int(index.num_captions.sum())
-        if num_pairs < config.batch_size:
-            raise UserError(f"{index.directory} has {num_pairs} pairs, fewer than one batch of {config.batch_size}")
+        if config.order == "streaming" and (config.lanes or config.batch_size) % world_size:
+            raise UserError(f"data.lanes={config.lanes} is not divisible by {world_size} ranks")
         self._dataset = _RankBatches(index, config, rank, world_size, seed, tokenize, num_frames)
-        self.steps_per_epoch = self._dataset.steps_per_epoch
+        self.steps_per_epoch, self.left_out = self._dataset.order.steps_per_epoch, self._dataset.order.left_out
         self._num_workers, self._timeout_s = config.num_workers, timeout_s
         self._pixels = torch.from_numpy(self._dataset.pixels)
         if torch.cuda.is_available():  # pinned memory is copied to the GPU in the background; without it, it is slower

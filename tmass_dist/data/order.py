@@ -1,14 +1,129 @@
-"""The global order of training: it depends on the seed and the split, never on the number of ranks or workers."""
+"""The order of training: it depends on the seed and the split, never on the number of ranks or workers.
+
+``data.order=global`` permutes the whole split; ``streaming`` reads shard after shard (data/streaming.py).
+"""
 
 # Shapes: B pairs of the global batch.
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
 
+from tmass_dist.config import DataConfig
+from tmass_dist.data.index import Index
+from tmass_dist.data.remote import is_remote
+from tmass_dist.data.streaming import StreamingOrder
+from tmass_dist.errors import UserError
 from tmass_dist.noise import text_key
+
+
+class Order(Protocol):
+    """The global batches of a run."""
+
+    steps_per_epoch: int
+    left_out: int
+    """Pairs of an epoch that fill no batch."""
+
+    def pairs(self, step: int, positions: range) -> np.ndarray:
+        """The pairs at these positions of the global batch: ``(len(positions), 2)``, (sample number, caption slot)."""
+        ...
+
+    def substitutes(self, step: int, position: int) -> Iterator[tuple[int, int]]:
+        """Pairs that may replace a damaged one at ``position`` of the global batch, in the order in which to try them.
+
+        No substitute is a video of the batch, and two positions have no substitute in common.
+        """
+        ...
+
+
+class GlobalOrder:
+    """Batches from a permutation of the whole split.
+
+    Raises:
+        UserError: there are fewer pairs than one batch.
+    """
+
+    def __init__(self, num_captions: np.ndarray, *, seed: int, batch_size: int) -> None:
+        self._num_captions, self._seed, self._batch_size = num_captions, seed, batch_size
+        self._epoch, self._batches = -1, np.empty((0, batch_size, 2), np.int32)
+        self.steps_per_epoch = len(self._epoch_batches(0))
+        num_pairs = int(num_captions.sum())
+        self.left_out = num_pairs - self.steps_per_epoch * batch_size
+        if not self.steps_per_epoch:
+            raise UserError(f"{num_pairs} pairs are fewer than one batch of {batch_size}")
+
+    def _epoch_batches(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            self._batches = epoch_batches(self._num_captions, seed=self._seed, epoch=epoch, batch_size=self._batch_size)
+            self._epoch = epoch
+        return self._batches
+
+    def pairs(self, step: int, positions: range) -> np.ndarray:
+        epoch, in_epoch = divmod(step, self.steps_per_epoch)
+        return self._epoch_batches(epoch)[in_epoch][positions.start : positions.stop]
+
+    def substitutes(self, step: int, position: int) -> Iterator[tuple[int, int]]:
+        batch_B2 = self.pairs(step, range(self._batch_size))
+        return substitutes(self._num_captions, batch_B2, position, seed=self._seed, step=step)
+
+
+def make_order(index: Index, config: DataConfig, seed: int) -> Order:
+    """The order that ``config`` asks for.
+
+    Raises:
+        UserError: the split is too small for one batch.
+    """
+    try:
+        if config.order != "streaming":
+            return GlobalOrder(index.num_captions, seed=seed, batch_size=config.batch_size)
+        return StreamingOrder(
+            index.num_captions,
+            index.columns["shard"],
+            seed=seed,
+            batch_size=config.batch_size,
+            lanes=config.lanes or config.batch_size,
+            window=config.window,
+        )
+    except UserError as error:
+        raise UserError(f"{index.directory}: {error}") from error
+
+
+def choose_order(config: DataConfig, world_size: int, saved: DataConfig | None) -> DataConfig:
+    """Fill in what the first start of a run decides: ``order`` and ``lanes``.
+
+    Args:
+        config: of this start.
+        world_size: number of ranks.
+        saved: of the first start; None if this is the first.
+
+    Raises:
+        UserError: the ranks do not divide the lanes, or a setting does not apply to the order.
+    """
+    order, lanes = config.order, config.lanes
+    if saved is not None:
+        order, lanes = order or saved.order or "global", lanes or saved.lanes
+    order = order or ("streaming" if is_remote(config.train) else "global")
+    if order == "global":
+        for key in ("lanes", "cache_gb"):
+            if getattr(config, key) is not None:
+                raise UserError(f"data.{key} applies to data.order=streaming, and this run has data.order=global")
+        return replace(config, order="global", lanes=None)
+    divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+    if lanes is None:
+        fitting = [n for n in divisors if n % world_size == 0]
+        lanes = next((n for n in fitting if n >= 8), max(fitting, default=world_size))
+    if lanes not in divisors:
+        raise UserError(
+            f"data.lanes={lanes} does not divide data.batch_size={config.batch_size}; use one of {divisors}"
+        )
+    if lanes % world_size:
+        usable = [n for n in divisors if lanes % n == 0]
+        raise UserError(f"data.lanes={lanes} is not divisible by {world_size} ranks; use one of {usable} ranks")
+    return replace(config, order="streaming", lanes=lanes)
 
 
 def rounds(num_captions: np.ndarray, *, seed: int, epoch: int) -> Iterator[np.ndarray]:

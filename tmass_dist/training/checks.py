@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +28,16 @@ def check_batch(config: Config, world: int) -> None:
 
 
 def usable_ranks(config: Config, num_ranks: int) -> int:
-    """The largest number up to ``num_ranks`` that divides the global batch."""
-    return max(n for n in range(1, num_ranks + 1) if config.data.batch_size % n == 0)
+    """The largest number up to ``num_ranks`` that divides the global batch and the recorded lanes, if there are any."""
+    saved = _saved_config(config)
+    lanes = config.data.lanes or (saved and saved.data.lanes) or config.data.batch_size
+    return max(n for n in range(1, num_ranks + 1) if config.data.batch_size % n == 0 and lanes % n == 0)
+
+
+def _saved_config(config: Config) -> Config | None:
+    """What the first start of the run wrote; None if this is the first start."""
+    path = Path(config.run_dir) / "config.yaml"
+    return load_config(str(path)) if path.is_file() else None
 
 
 def load_splits(config: Config) -> tuple[Index, Index]:
@@ -59,20 +68,27 @@ def validation_steps(config: Config, steps_per_epoch: int, num_steps: int) -> se
     return {step for step in steps if step <= num_steps} | {num_steps}
 
 
-def check(config: Config, world: int) -> None:
+def check(config: Config, world: int) -> Config:
     """Find what can be found to be wrong before any rank starts.
+
+    Returns:
+        The config with what the first start of a run decides: ``data.order`` and ``data.lanes``.
 
     Raises:
         UserError: in one line, what is wrong and what to do.
     """
+    from tmass_dist.data.order import choose_order
+
     check_batch(config, world)
+    saved = _saved_config(config)
+    config = replace(config, data=choose_order(config.data, world, saved.data if saved else None))
     load_splits(config)
     writable_dir(config.run_dir)
-    saved = Path(config.run_dir) / "config.yaml"
-    if saved.is_file():
-        differing = differing_keys(load_config(str(saved)), config)
+    if saved:
+        differing = differing_keys(replace(saved, data=choose_order(saved.data, 1, saved.data)), config)
         if differing:
             raise UserError(
                 f"{config.run_dir} holds a run with another config ({'; '.join(differing)}); "
                 "give the same settings to resume, or another run_dir"
             )
+    return config

@@ -45,7 +45,7 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
         Whether the end was reached.
     """
     device = distributed.initialise(config.engine.timeout_s)
-    check(config, distributed.world_size())
+    config = check(config, distributed.world_size())
     distributed.barrier()  # every rank has compared the saved config before rank 0 writes it
     run_dir = Path(config.run_dir)
     if distributed.is_main():
@@ -101,6 +101,15 @@ class _TrainingRun:
             self.num_steps,
             distributed.world_size(),
             self.config.data.batch_size,
+        )
+        lanes = f" ({self.config.data.lanes} lanes)" if self.config.data.lanes else ""
+        num_pairs = self.loader.steps_per_epoch * self.config.data.batch_size + self.loader.left_out
+        self.log.info(
+            "data.order=%s%s: %d of %d pairs fill no batch and are left out of each epoch",
+            self.config.data.order,
+            lanes,
+            self.loader.left_out,
+            num_pairs,
         )
         hidden = not distributed.is_main()
         bar = tqdm(total=self.num_steps, initial=self.step, desc="train", unit="step", disable=hidden, mininterval=1)
