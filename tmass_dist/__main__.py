@@ -19,6 +19,8 @@ COMMANDS = {
     "evaluate": ("tmass_dist.evaluate", "evaluate a run, stored features or a similarity matrix"),
     "export": ("tmass_dist.export", "write a trained model with its config and model card"),
     "convert": ("tmass_dist.convert", "convert checkpoints of the authors' code, and back"),
+    "index": ("tmass_dist.index", "encode videos into a gallery that can be searched"),
+    "search": ("tmass_dist.search", "search a gallery by text"),
     "config": ("tmass_dist.settings", "list every setting with its type, default and meaning"),
     "pack": ("shards.make_shards", "pack videos and captions into shards"),
     "verify": ("shards.verify_shards", "check packed shards"),

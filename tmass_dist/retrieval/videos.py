@@ -32,9 +32,9 @@ class Source:
     def state(self) -> list[Any]:
         """What tells whether the video changed since it was encoded."""
         if self.index is not None:
-            return [self.id, int(self.index.columns["crc32"][self.number])]
+            return [self.id, self.path, int(self.index.columns["crc32"][self.number])]
         stat = Path(self.path).stat()
-        return [self.id, stat.st_size, stat.st_mtime_ns]
+        return [self.id, self.path, stat.st_size, stat.st_mtime_ns]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,8 @@ class Batch:
     """Seconds from the beginning of the file, float32."""
     seconds_V: np.ndarray
     """Duration, float32."""
+    indices: list[list[int]]
+    """Numbers of the frames of each file; empty for packed samples."""
     failed: list[tuple[str, str]]
     """Id and reason of each video that could not be read."""
 
@@ -109,24 +111,25 @@ def read_batches(sources: Sequence[Source], num_frames: int, side: int, batch_si
                 failed.append((source.id, " ".join(str(error).split())))
         side_here = rows[0][1].shape[1] if rows else side
         pixels = np.empty((len(rows), num_frames, side_here, side_here, 3), np.uint8)
-        for row, (_, frames, _, _) in enumerate(rows):
+        for row, (_, frames, *_) in enumerate(rows):
             pixels[row] = frames
         yield Batch(
-            [source for source, *_ in rows],
+            [row[0] for row in rows],
             pixels,
-            np.array([times for _, _, times, _ in rows], np.float32).reshape(len(rows), num_frames),
-            np.array([seconds for *_, seconds in rows], np.float32),
+            np.array([row[2] for row in rows], np.float32).reshape(len(rows), num_frames),
+            np.array([row[3] for row in rows], np.float32),
+            [row[4] for row in rows],
             failed,
         )
 
 
-def _read(source: Source, num_frames: int, side: int) -> tuple[np.ndarray, np.ndarray, float]:
-    """Frames ``(F, S, S, 3)``, their times and the duration of one video."""
+def _read(source: Source, num_frames: int, side: int) -> tuple[np.ndarray, np.ndarray, float, list[int]]:
+    """Frames ``(F, S, S, 3)``, their times, the duration and the frames' numbers of one video."""
     if source.index is not None:
         side = source.index.image_size
         frames = np.empty((num_frames, side, side, 3), np.uint8)
         meta = read_into(frames, source.index, source.number)
-        return frames, _packed_times(meta, num_frames), float(meta.get("seconds", 0.0))
+        return frames, _packed_times(meta, num_frames), float(meta.get("seconds", 0.0)), []
     seen: list[Timeline] = []
     choose = uniform(num_frames)
 
@@ -137,7 +140,7 @@ def _read(source: Source, num_frames: int, side: int) -> tuple[np.ndarray, np.nd
     pictures, facts = read_video(Path(source.path), remember, side)
     # The last timeline is that of the frames that were decoded; the first may be the header's.
     times = seen[-1].times_s[facts["frame_indices"]]
-    return np.stack(pictures)[..., :3], times, float(facts["seconds"])
+    return np.stack(pictures)[..., :3], times, float(facts["seconds"]), facts["frame_indices"]
 
 
 def _packed_times(meta: dict[str, Any], num_frames: int) -> np.ndarray:

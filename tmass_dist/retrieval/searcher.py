@@ -1,0 +1,206 @@
+"""Search in a gallery: candidates by frames, the model's exact score, and the moment that matches best."""
+
+# Shapes: T texts, V videos, F frames, K candidates, D embedding width.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tmass_dist.errors import UserError
+from tmass_dist.retrieval.gallery import VideoGallery
+from tmass_dist.retrieval.model import TMass
+
+MAX_QUERY = 1000
+"""Characters of a query. CLIP reads 77 tokens; a text far beyond that is a mistake."""
+CHUNK = 4096
+"""Videos whose frames are compared at a time where a filter by name rules out the index."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One video found."""
+
+    row: int
+    id: str
+    score: float
+    path: str
+    """Of its file; "" where only frames were packed."""
+    absent: bool
+    """Whether the file no longer exists."""
+    seconds: float
+    time_s: float
+    """Time of the frame with the largest attention."""
+    frame: int
+    """Number of that frame."""
+    times_s: list[float]
+    """Time of each frame."""
+    attention: list[float]
+    """Attention of each frame: how the pooling weighs it, not a trained localiser."""
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``--json`` prints of it."""
+        return {"id": self.id, "score": round(self.score, 6), "time_s": round(self.time_s, 3), "path": self.path}
+
+
+class Searcher:
+    """A model and a gallery that it encoded.
+
+    Args:
+        model: the model.
+        gallery: the gallery.
+        candidates: videos that get the exact score, unless a call says otherwise.
+
+    Raises:
+        UserError: another model made the gallery, or ``candidates`` is below 1.
+    """
+
+    def __init__(self, model: TMass, gallery: VideoGallery, candidates: int = 100) -> None:
+        if candidates < 1:
+            raise UserError(f"--candidates is {candidates}; at least 1")
+        if model.fingerprint() != gallery.fingerprint:
+            raise UserError(
+                f"{gallery.directory} was made by another model (fingerprint {gallery.fingerprint}, this model has "
+                f"{model.fingerprint()}); give the model that made it, or make the gallery again"
+            )
+        self.model, self.gallery, self.num_candidates = model, gallery, candidates
+        # Queries are texts: the image tower, the larger half of the model, is not needed again.
+        model.towers.clip.visual = torch.nn.Identity()
+
+    def search(
+        self, texts: Sequence[str], k: int = 10, candidates: int | None = None, name: str | None = None
+    ) -> list[list[Result]]:
+        """The best ``k`` videos for each text, best first.
+
+        Args:
+            texts: the queries.
+            k: number of results.
+            candidates: videos that get the exact score; never fewer than ``k``.
+            name: only videos whose id contains this, in any case.
+
+        Raises:
+            UserError: an empty query, one that is too long, or ``k`` below 1.
+        """
+        texts = [check_query(text) for text in texts]
+        if k < 1:
+            raise UserError(f"the number of results is {k}; at least 1")
+        text_TD = self.model.encode_text(texts)
+        number = max(k, candidates or self.num_candidates)
+        rows_T = self.candidates(text_TD, number, name)
+        return [self._best(text, row_D, rows, k) for text, row_D, rows in zip(texts, text_TD, rows_T)]
+
+    def candidates(self, text_TD: Tensor, number: int, name: str | None = None) -> list[list[int]]:
+        """Rows of the videos with the best single frame for each text, best first."""
+        if name is None:
+            found = self.gallery.index.candidates(text_TD.cpu().numpy(), number)
+            return [[int(row) for row in rows if int(row) not in self.gallery.removed] for rows in found]
+        wanted = name.casefold()
+        rows = sorted(row for video_id, row in self.gallery.rows.items() if wanted in video_id.casefold())
+        if len(rows) <= number:
+            return [rows for _ in text_TD]
+        unit_TD = F.normalize(text_TD.cpu(), dim=-1)
+        best = torch.cat(
+            [
+                (F.normalize(self.gallery.frames(rows[start : start + CHUNK]), dim=-1) @ unit_TD.T).amax(dim=1)
+                for start in range(0, len(rows), CHUNK)
+            ]
+        )
+        return [[rows[int(place)] for place in best[:, t].topk(number).indices] for t in range(len(text_TD))]
+
+    def _best(self, text: str, text_D: Tensor, rows: list[int], k: int) -> list[Result]:
+        if not rows:
+            return []
+        frames_KFD = self.gallery.frames(rows)
+        score_K = self.model.similarity([text], frames_KFD, text_TD=text_D[None])[0].cpu()
+        order = score_K.topk(min(k, len(rows))).indices.tolist()
+        attention_KF = self.model.attention(text_D[None], frames_KFD[order])[:, 0].cpu()
+        return [
+            self._result(rows[place], float(score_K[place]), weights_F.numpy())
+            for place, weights_F in zip(order, attention_KF)
+        ]
+
+    def similar(self, row: int, k: int = 10) -> list[Result]:
+        """Videos like one of the gallery, best first, without itself.
+
+        The score is the mean, over its frames, of the cosine with the best frame of the other video. It uses no text,
+        so it is not comparable with scores of queries.
+
+        Raises:
+            UserError: no such video.
+        """
+        own_FD = F.normalize(self.gallery.frames([row])[0], dim=-1)
+        found = self.gallery.index.candidates(own_FD.numpy(), max(2 * k, 20))
+        rows = sorted({int(other) for line in found for other in line} - {row} - self.gallery.removed)
+        if not rows:
+            return []
+        cosine_KFF = F.normalize(self.gallery.frames(rows), dim=-1) @ own_FD.T
+        score_K = cosine_KFF.amax(dim=1).mean(dim=-1)
+        best_KF = cosine_KFF.amax(dim=2)
+        return [
+            self._result(rows[place], float(score_K[place]), best_KF[place].softmax(dim=0).numpy())
+            for place in score_K.topk(min(k, len(rows))).indices.tolist()
+        ]
+
+    def _result(self, row: int, score: float, weights_F: np.ndarray) -> Result:
+        video, times_F = self.gallery.video(row), self.gallery.times(row)
+        frame = int(weights_F.argmax())
+        return Result(
+            row,
+            video.id,
+            score,
+            video.path,
+            bool(video.path) and not Path(video.path).is_file(),
+            video.seconds,
+            float(times_F[frame]),
+            frame,
+            [round(float(time), 3) for time in times_F],
+            [round(float(weight), 4) for weight in weights_F],
+        )
+
+
+def check_query(text: str) -> str:
+    """The query without surrounding white space.
+
+    Raises:
+        UserError: it is empty, or too long.
+    """
+    text = text.strip()
+    if not text:
+        raise UserError("the query is empty")
+    if len(text) > MAX_QUERY:
+        raise UserError(f"the query has {len(text)} characters; at most {MAX_QUERY}")
+    return text
+
+
+def open_searcher(gallery: str | Path, model: str | None = None, candidates: int = 100) -> Searcher:
+    """Load a gallery and the model that made it.
+
+    Args:
+        gallery: a gallery; or a run directory: its test split becomes the gallery ``RUN/gallery``.
+        model: where to load the model from; by default where it was when the gallery was made.
+        candidates: videos that get the exact score.
+
+    Raises:
+        UserError: there is no gallery or no model, or they do not belong together.
+    """
+    directory = Path(gallery)
+    if (directory / "config.yaml").is_file():
+        directory = _gallery_of_run(directory)
+    opened = VideoGallery(directory)
+    return Searcher(TMass.from_pretrained(model or opened.model), opened, candidates)
+
+
+def _gallery_of_run(run: Path) -> Path:
+    from tmass_dist.retrieval.build import update
+    from tmass_dist.retrieval.videos import samples_of
+
+    model = TMass.of_run(run)
+    update(model, str(run.resolve()), run / "gallery", samples_of(model.config.data.test, model.config.data.cache))
+    return run / "gallery"
