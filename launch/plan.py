@@ -1,4 +1,4 @@
-"""What a submission consists of: steps that follow each other, each a job or an array of tasks."""
+"""The steps of a submission, one after the other; each is a job or an array of tasks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import Resources
 from launch.job import CommandJob, RankedJob
+from launch.resources import Resources
 from tmass_dist.config import Config, load_config
 from tmass_dist.data.remote import is_remote
 from tmass_dist.errors import UserError
@@ -20,7 +20,7 @@ from tmass_dist.errors import UserError
 class Step:
     """One job, or an array with a task for each entry of ``tasks``.
 
-    ``after`` is SLURM's word on the step before: ``afterok`` wants its success, ``afterany`` only its end.
+    ``after`` is SLURM's condition on the step before: ``afterok`` that it succeeded, ``afterany`` that it ended.
     """
 
     name: str
@@ -30,9 +30,9 @@ class Step:
 
 
 def absolute(config: Config) -> Config:
-    """Paths that hold wherever the job starts."""
-    given = {name: getattr(config.data, name) for name in ("train", "val", "test")}
-    paths: Any = {name: path if is_remote(path) else str(Path(path).resolve()) for name, path in given.items() if path}
+    """The config with absolute paths, which are valid wherever the job starts."""
+    splits = {name: getattr(config.data, name) for name in ("train", "val", "test")}
+    paths: Any = {name: path if is_remote(path) else str(Path(path).resolve()) for name, path in splits.items() if path}
     files = {
         key: str(Path(value).resolve())
         for key in ("architecture", "pretrained")
@@ -48,27 +48,31 @@ def absolute(config: Config) -> Config:
 
 
 def training(config: Config, resources: Resources, folder: Path, *, then: str = "evaluate") -> Step:
-    """Train, then ``evaluate`` in the same allocation, or only ``encode`` for an array to score."""
-    do: Any = ("train", then)
-    return Step("train", [RankedJob(config, str(folder), do, resources.requeues, resources.cpus)], resources)
+    """Train, then ``evaluate`` in the same job, or only ``encode`` and leave the scoring to an array."""
+    return Step("train", [_ranked(config, resources, folder, ("train", then))], resources)
+
+
+def _ranked(config: Config, resources: Resources, folder: Path, do: Any) -> RankedJob:
+    threads = max(1, resources.cpus - config.data.num_workers)
+    return RankedJob(config, str(folder), do, resources.requeues, threads)
 
 
 def evaluation(config: Config, resources: Resources, folder: Path, tasks: int, *, encode: bool) -> list[Step]:
-    """Encode the test split where that is not done yet, score it by an array of tasks, and put the report together."""
+    """Encode the test split where that is not done yet, score it by an array of tasks, and write the report.
+
+    A task that scores gets a GPU if the run has GPUs.
+    """
     out = Path(config.run_dir) / "evaluation"
     command = ("-m", "tmass_dist.evaluate", "--features", str(out / "features"), "--out", str(out))
     one = resources.one_task()
-    steps = []
-    if encode:
-        job = RankedJob(config, str(folder), ("encode",), resources.requeues, resources.cpus)
-        steps.append(Step("encode", [job], resources))
+    steps = [Step("encode", [_ranked(config, resources, folder, ("encode",))], resources)] if encode else []
     shares = [CommandJob((*command, "--shard", f"{n}/{tasks}"), str(folder), one.cpus) for n in range(tasks)]
     report = CommandJob(command, str(folder), one.cpus)
-    return [*steps, Step("score", shares, one), Step("report", [report], one)]
+    return [*steps, Step("score", shares, resources.one_task(gpu=True)), Step("report", [report], one)]
 
 
 def packing(arguments: list[str], resources: Resources, folder: Path, tasks: int) -> list[Step]:
-    """``shards/make_shards.py`` for each of ``arguments``: an array packs, then one task writes the index."""
+    """``shards/make_shards.py`` for each entry of ``arguments``: an array packs, then one task writes the index."""
     one = resources.one_task()
     steps = []
     for text in arguments:
@@ -84,16 +88,15 @@ def packing(arguments: list[str], resources: Resources, folder: Path, tasks: int
 
 
 def describing(arguments: list[str], resources: Resources, folder: Path, tasks: int) -> list[Step]:
-    """``shards/caption_videos.py DIRECTORY ...`` for each of ``arguments``: an array describes, each task on a GPU
-    where there are some, then one task puts the parts together."""
+    """``shards/caption_videos.py DIRECTORY ...`` for each entry of ``arguments``: an array captions, each task on a GPU
+    if the run has GPUs, then one task merges the parts."""
     one = resources.one_task()
     steps = []
     for text in arguments:
         directory, *words = shlex.split(text)
         words = [str(Path(word).resolve()) if "/" in word and Path(word).exists() else word for word in words]
         command = ("shards/caption_videos.py", str(Path(directory).resolve()), *words)
-        with_gpu = dataclasses.replace(one, gpus=min(resources.gpus, 1))
-        steps.append(_array("describe", command, with_gpu, folder, tasks))
+        steps.append(_array("describe", command, resources.one_task(gpu=True), folder, tasks))
         steps.append(Step("merge", [CommandJob((*command, "--merge"), str(folder), one.cpus)], one))
     return steps
 

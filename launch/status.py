@@ -1,4 +1,4 @@
-"""Where a run stands: ``python launch/status.py [RUN]``, from its directory and SLURM; without RUN, all in runs/."""
+"""State of a run: ``python launch/status.py [RUN]``, from its directory and SLURM; without RUN, all in runs/."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launch import cluster  # noqa: E402
-from launch.submitted import jobs_of  # noqa: E402
+from launch import slurm  # noqa: E402
+from launch.failures import FINAL_ERROR  # noqa: E402
+from launch.submitted import jobs_of, local_state  # noqa: E402
 from tmass_dist.cli import program, run_command  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
@@ -21,19 +22,24 @@ _STEP = re.compile(r"step (\d+)/(\d+) loss ([\d.nan]+), ([\d.]+) videos/s(?:, ET
 
 
 def describe(run: Path) -> str:
-    """One paragraph of a run.
+    """One paragraph on a run.
 
     Raises:
-        UserError: it is no run directory.
+        UserError: it is not a run directory.
     """
     if not (run / "jobs").is_dir() and not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run directory: it has neither jobs/ nor config.yaml")
+        raise UserError(f"{run} is not a run directory: it has neither jobs/ nor config.yaml")
     lines = [str(run)]
     for job in jobs_of(run):
-        state = cluster.slurm_state(job["id"])
-        nodes = subprocess.run(["squeue", "-h", "-j", job["id"], "-o", "%N %r"], capture_output=True, text=True)
-        where = " ".join(nodes.stdout.split()) if cluster.is_alive(state) else ""
-        lines.append(f"  {job['step']}: job {job['id']}: {state} {where}".rstrip())
+        state = slurm.slurm_state(job["id"])
+        reason = ""
+        if slurm.is_alive(state):
+            answer = subprocess.run(["squeue", "-h", "-j", job["id"], "-o", "%N %r"], capture_output=True, text=True)
+            reason = " ".join(answer.stdout.split())
+        lines.append(f"  {job['step']}: job {job['id']}: {state} {reason}".rstrip())
+    local = local_state(run)
+    if local:
+        lines.append(f"  {local}")
     log = run / "train.log"
     steps = _STEP.findall(log.read_text(encoding="utf-8")) if log.is_file() else []
     if steps:
@@ -41,14 +47,15 @@ def describe(run: Path) -> str:
         lines.append(f"  step {step} of {total}, loss {loss}, {rate} videos/s" + (f", {eta} left" if eta else ""))
     best = run / "checkpoints" / "best.json"
     if best.is_file():
-        found = json.loads(best.read_text(encoding="utf-8"))
-        lines.append(f"  best {found['selected_on']} t2v R@1 {found['R@1']:.1f} at step {found['step']}")
+        chosen = json.loads(best.read_text(encoding="utf-8"))
+        lines.append(f"  best {chosen['selected_on']} t2v R@1 {chosen['R@1']:.1f} at step {chosen['step']}")
     metrics = run / "evaluation" / "metrics.json"
     if metrics.is_file():
-        found = json.loads(metrics.read_text(encoding="utf-8"))
-        numbers = ", ".join(f"{name} {value:.1f}" for name, value in found["t2v"].items())
-        lines.append(f"  test t2v ({found['protocol']}, selected on {found['selected_on']}): {numbers}")
-    for note in (run / "jobs" / "restarts.log", *sorted((run / "jobs").glob(f"{cluster.FINAL_ERROR}-*.txt"))):
+        result = json.loads(metrics.read_text(encoding="utf-8"))
+        numbers = ", ".join(f"{name} {value:.1f}" for name, value in result["t2v"].items())
+        lines.append(f"  test t2v ({result['protocol']}, selected on {result['selected_on']}): {numbers}")
+    errors = [] if local else sorted((run / "jobs").glob(f"{FINAL_ERROR}-*.txt"))
+    for note in (run / "jobs" / "restarts.log", *errors):
         if note.is_file():
             lines += [f"  {line}" for line in note.read_text(encoding="utf-8").splitlines()]
     return "\n".join(lines)

@@ -1,25 +1,47 @@
-"""What a submission left in its directory: ``jobs/jobs.json``, read by status, cancel and the next submission."""
+"""What a submission left in its directory, for status, cancel and the next submission.
+
+``jobs/jobs.json`` lists the SLURM jobs; ``jobs/local.json`` is the state of the last local job.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
-from launch import cluster
+from launch import slurm
+from tmass_dist.cli import write_json
 from tmass_dist.errors import UserError
 
 
 def jobs_of(run: Path) -> list[dict[str, str]]:
     """SLURM jobs of the last submission, in order: ``step``, ``id``, ``tasks``; empty where there was none."""
-    record = run / "jobs" / "jobs.json"
-    return json.loads(record.read_text(encoding="utf-8"))["jobs"] if record.is_file() else []
+    path = run / "jobs" / "jobs.json"
+    return json.loads(path.read_text(encoding="utf-8"))["jobs"] if path.is_file() else []
+
+
+def write_local_state(run: Path, job_id: str, state: str, message: str = "") -> None:
+    """Record where a local job stands: RUNNING, COMPLETED, STOPPED or FAILED, and its last message."""
+    state_file = run / "jobs" / "local.json"
+    write_json(state_file, {"id": job_id, "state": state, "pid": os.getpid(), "message": message})
+
+
+def local_state(run: Path) -> str | None:
+    """One line on the last local job of a run; None where there was none."""
+    path = run / "jobs" / "local.json"
+    if not path.is_file():
+        return None
+    job = json.loads(path.read_text(encoding="utf-8"))
+    if job["state"] == "RUNNING" and not Path("/proc", str(job["pid"])).is_dir():
+        return f"{job['id']}: ended without a message (killed?); the same command resumes"
+    return f"{job['id']}: {job['state']}" + (f": {job['message']}" if job["message"] else "")
 
 
 def live_job(run: Path) -> tuple[str, str] | None:
-    """Id and state of a job that still runs or waits and writes to this directory."""
+    """Id and state of a SLURM job that writes to this directory and still runs or waits."""
     for job in jobs_of(run):
-        state = cluster.slurm_state(job["id"])
-        if cluster.is_alive(state):
+        state = slurm.slurm_state(job["id"])
+        if slurm.is_alive(state):
             return job["id"], state
     return None
 
@@ -28,4 +50,4 @@ def refuse_live(run: Path) -> None:
     """Raises: UserError: a job that still runs or waits writes to this directory."""
     live = live_job(run)
     if live is not None:
-        raise UserError(f"{run} is in use by job {live[0]} ({live[1]}); cancel it, or take another run_dir")
+        raise UserError(f"{run} is in use by job {live[0]} ({live[1]}); cancel it, or use another run_dir")

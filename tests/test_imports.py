@@ -11,7 +11,7 @@ OUTSIDE = {
     "torch.distributed": {"tmass_dist/distributed.py"},
     "deepspeed": {"tmass_dist/training/engine.py"},
     "open_clip": {"tmass_dist/models/backbone.py"},
-    "submitit": {"launch/cluster.py", "launch/job.py"},
+    "submitit": {"launch/cluster.py", "launch/job.py", "launch/local.py"},
     "torch.utils.tensorboard": {"tmass_dist/training/monitor.py"},
     "pebble": {"shards/pack_pool.py"},
     "webdataset": {"shards/shard_writer.py", "tmass_dist/data/tars.py"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tmass_dist.errors import UserError
+from tmass_dist.errors import NoGpuError, UserError
 from tmass_dist.phase_timer import PHASE_TIMER
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -41,7 +42,19 @@ def check_environment() -> bool:
 
 
 def own_device() -> torch.device:
-    """This rank's GPU, or the CPU if there is none."""
+    """This rank's GPU, or the CPU if there is none.
+
+    Raises:
+        NoGpuError: the job was given GPUs (``TMASS_GPUS_PER_NODE``) and this rank sees none of its own.
+    """
+    present, promised = torch.cuda.device_count(), int(os.environ.get("TMASS_GPUS_PER_NODE", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if promised and (present == 0 or 1 < present <= local_rank):
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+        raise NoGpuError(
+            f"node {socket.gethostname()}: the job has {promised} GPUs a node, and this rank (local rank {local_rank}) "
+            f"sees {present} (CUDA_VISIBLE_DEVICES {visible or 'empty'}; torch {torch.__version__})"
+        )
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class PeerLostError(RuntimeError):
     """Another rank, or a decoding process of this one, ended or hangs. Starting again may help."""
+
+
+class NoGpuError(RuntimeError):
+    """A rank that was given a GPU does not see one. Starting again, perhaps on another node, may help."""

@@ -9,8 +9,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from launch.cluster import num_gpus
 from launch.paper.layout import Layout
+from launch.resources import local_gpus
 from tmass_dist.cli import writable_dir
 from tmass_dist.errors import UserError
 
@@ -73,9 +73,10 @@ def train_missing(layout: Layout, systems: list[str], cluster: str, submit: list
         for run in [layout.runs(system)[seed]]
         if not is_finished(run) and not is_submitted(run)
     ]
-    options = ["--cluster", cluster, *(["--procs", "1"] if cluster == "local" and not submit else []), *submit]
+    on_cpus = cluster == "local" and not local_gpus()
+    options = ["--cluster", cluster, *(["--procs", "1"] if on_cpus and not submit else []), *submit]
     failed: dict[Path, str] = {}
-    num_parallel = (os.cpu_count() or 1) if cluster == "local" and num_gpus() == 0 else 1
+    num_parallel = (os.cpu_count() or 1) if on_cpus else 1
     with ThreadPoolExecutor(num_parallel) as pool, tqdm(total=len(jobs), desc="runs", unit="run") as bar:
 
         def start(job: tuple[Path, list[str]]) -> None:

@@ -1,4 +1,4 @@
-"""A real SLURM of four virtual nodes for the tests, with what a test needs to disturb it."""
+"""A real SLURM of four virtual nodes for the tests, and the means to disturb it."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("mini_cluster.sh")
 PATIENCE_S = 600
-"""Only a failure takes so long; a machine with other work on it takes several times the minute that is usual."""
+"""Limit of each wait. A minute is usual; a busy machine takes several."""
+ON_CPUS = ("--gpus", "0", "--procs", "1", "--cpus", "1")
+"""One process a node, on one CPU: the nodes claim GPUs that do not exist."""
 
 
 class NoClusterError(Exception):
-    """Why no cluster can be had here."""
+    """No cluster can be started on this machine; the message says why."""
 
 
-def until(found: Callable[[], object], seconds: float, what: str, poll_s: float = 0.05) -> None:
-    """Wait for something true.
+def until(condition: Callable[[], object], seconds: float, what: str, poll_s: float = 0.05) -> None:
+    """Wait until ``condition()`` is true.
 
     Raises:
-        AssertionError: it did not come in time.
+        AssertionError: it was not within ``seconds``.
     """
     deadline = time.monotonic() + seconds
-    while not found():
+    while not condition():
         assert time.monotonic() < deadline, f"after {seconds:.0f} s there is no {what}"
         time.sleep(poll_s)
 
@@ -43,7 +45,7 @@ class Cluster:
 
     def control(self, *arguments: str) -> str:
         """``mini_cluster.sh``: start, stop, crash HOST, boot HOST."""
-        # Its daemons keep what they inherit: output goes to a file, or the pipe would never close.
+        # The daemons inherit stdout. With a pipe, `run` would wait for them; so the output goes to a file.
         log = Path(self.env["MC_STATE"] + ".log")
         with log.open("w") as out:
             try:
@@ -60,15 +62,17 @@ class Cluster:
         return subprocess.run(command, cwd=ROOT, env=self.env, capture_output=True, text=True, timeout=600)
 
     def submit(self, run_dir: Path, *more: str) -> Job:
-        """``launch/submit.py`` as a person calls it; the job goes on by itself."""
-        base = [sys.executable, "launch/submit.py", "--config", "demo.yaml", "--procs", "1", f"run_dir={run_dir}"]
-        done = self.run(*base, *more)
+        """Call ``launch/submit.py`` as a user would, for one process a node unless ``more`` says otherwise."""
+        resources = () if {"--gpus", "--procs"} & {*more} else ON_CPUS
+        base = [sys.executable, "launch/submit.py", "--config", "demo.yaml", f"run_dir={run_dir}"]
+        pause = () if "--requeue-pause" in more else ("--requeue-pause", "1")
+        done = self.run(*base, *resources, *pause, *more)
         assert done.returncode == 0, done.stderr
-        found = re.match(r"job (\d+) in ", done.stdout)
-        assert found, done.stdout
+        first = re.match(r"job (\d+) in ", done.stdout)
+        assert first, done.stdout
         for line in ("log: ", "watch: tensorboard ", "status: python launch/status.py ", "cancel: python "):
             assert f"\n{line}" in done.stdout, done.stdout
-        return Job(self, found[1], run_dir, re.findall(r"^then (\S+): job (\d+)", done.stdout, re.M))
+        return Job(self, first[1], run_dir, re.findall(r"^then (\S+): job (\d+)", done.stdout, re.M))
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,13 @@ class Job:
     id: str
     run_dir: Path
     then: list[tuple[str, str]] = field(default_factory=list)
-    """Steps that follow, and their jobs."""
+    """Name and job of each step that follows."""
 
     def following(self, step: str) -> Job:
         return Job(self.cluster, dict(self.then)[step], self.run_dir)
 
     def step(self) -> int:
-        """Steps done, by its log."""
+        """Steps done, by the log of the run."""
         log = self.run_dir / "train.log"
         steps = re.findall(r"step (\d+)/", log.read_text()) if log.is_file() else []
         return int(steps[-1]) if steps else 0
@@ -106,11 +110,11 @@ class Job:
         return self.cluster.run("squeue", "-h", "-j", self.id, "-o", form).stdout.strip()
 
     def state(self) -> str:
-        said = self.cluster.run("sacct", "-X", "-n", "-P", "-j", self.id, "-o", "State").stdout.splitlines()
-        return said[-1].split()[0] if said else "UNKNOWN"
+        lines = self.cluster.run("sacct", "-X", "-n", "-P", "-j", self.id, "-o", "State").stdout.splitlines()
+        return lines[-1].split()[0] if lines else "UNKNOWN"
 
     def history(self) -> str:
-        """Every attempt's end, as SLURM has it."""
+        """How each start ended, as SLURM says."""
         return self.cluster.run("sacct", "-D", "-X", "-n", "-P", "-j", self.id, "-o", "State,ExitCode,NodeList").stdout
 
     def until_completed(self) -> None:
@@ -120,7 +124,7 @@ class Job:
         until(lambda: self.state() == "FAILED", PATIENCE_S, f"failure of job {self.id}:\n{self.history()}", 0.5)
 
     def history_of_tasks(self) -> str:
-        """``JOB_TASK|STATE`` of every attempt of an array's tasks."""
+        """``JOB_TASK|STATE`` of every start of an array's tasks."""
         return self.cluster.run("sacct", "-D", "-X", "-n", "-P", "-j", self.id, "-o", "JobID,State").stdout
 
     def task_pid(self, number: int) -> int | None:
@@ -137,28 +141,28 @@ class Job:
         return None
 
     def pids(self, rank: int) -> list[int]:
-        """The training process of one rank, found by the environment SLURM gave it."""
-        found = []
+        """The training process of one rank, found by the environment that SLURM gave it."""
+        pids = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 environment = (entry / "environ").read_bytes().split(b"\0")
                 command = (entry / "cmdline").read_bytes()
             except OSError:
                 continue
-            asked = {f"SLURM_JOB_ID={self.id}".encode(), f"SLURM_PROCID={rank}".encode()}
-            if asked <= set(environment) and b"submitit.core._submit" in command:
-                found.append(int(entry.name))
-        return found
+            wanted = {f"SLURM_JOB_ID={self.id}".encode(), f"SLURM_PROCID={rank}".encode()}
+            if wanted <= set(environment) and b"submitit.core._submit" in command:
+                pids.append(int(entry.name))
+        return pids
 
     def metrics(self) -> dict:
         return json.loads((self.run_dir / "evaluation" / "metrics.json").read_text())
 
 
 def start(state: Path) -> Cluster:
-    """A cluster of its own network, bridge and state directory.
+    """Start a cluster with its own network, bridge and state directory.
 
     Raises:
-        NoClusterError: this machine does not allow it; the reason.
+        NoClusterError: this machine does not allow it.
     """
     if os.geteuid() != 0:
         raise NoClusterError("a cluster of namespaces needs root")

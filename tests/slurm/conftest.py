@@ -1,4 +1,4 @@
-"""One cluster for all SLURM tests, the demo's shards, and the run that nothing disturbed."""
+"""One cluster for all SLURM tests, the demo's shards, and a run that nothing disturbs."""
 
 import shutil
 import subprocess
@@ -17,16 +17,16 @@ STEPS = 90
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    # Sockets live below it, and their paths may not be long.
+    # It holds sockets, whose paths must be short.
     state = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     state.chmod(0o755)
     try:
-        found = start(state)
+        started = start(state)
     except NoClusterError as error:
         _remove(state)
         pytest.skip(f"no SLURM here: {error}")
-    yield found
-    found.control("stop")
+    yield started
+    started.control("stop")
     _remove(state)
 
 
@@ -37,7 +37,7 @@ def _remove(state: Path) -> None:
 
 @pytest.fixture(scope="session")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides of a small demo on shards of its own."""
+    """Overrides of a small demo with its own shards."""
     source, out = tmp_path_factory.mktemp("videos"), tmp_path_factory.mktemp("shards")
     generate(source, {"train": 60, "val": 20, "test": 30}, seed=0)
     for split in ("train", "val", "test"):

@@ -1,4 +1,4 @@
-"""launch/reproduce.py on a real SLURM: what is under way is left alone, what has ended is collected."""
+"""launch/reproduce.py on a real SLURM: a submitted run is not submitted again, a finished one is collected."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slurm
 
 def test_a_table_is_submitted_once_and_collected(cluster: Cluster, tmp_path: Path) -> None:
     command = [sys.executable, "launch/reproduce.py", "--table", "4", "--steps", "30", "--cluster", "slurm"]
-    command += ["--submit", "--nodes 1 --procs 1", "--out", str(tmp_path)]
+    command += ["--submit", "--nodes 1 --gpus 0 --procs 1 --cpus 1", "--out", str(tmp_path)]
     done = cluster.run(*command)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "demo-ci" / "tmass" / "seed-0"

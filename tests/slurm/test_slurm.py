@@ -1,4 +1,4 @@
-"""Training on a real SLURM of four nodes, disturbed as clusters disturb: the weights end the same, bit for bit."""
+"""Training on a real SLURM of four nodes with every fault of a cluster: the final weights are the same, bit for bit."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shards.demo_data import generate
-from tests.slurm.cluster import PATIENCE_S, ROOT, Cluster, Job, until
+from tests.slurm.cluster import ON_CPUS, PATIENCE_S, ROOT, Cluster, Job, until
 from tests.slurm.conftest import STEPS
 from tmass_dist.training.checkpoint import weights_of
 
@@ -47,6 +47,55 @@ def test_four_nodes_train_the_demo(cluster: Cluster, settings: list[str], tmp_pa
     assert job.metrics()["num_videos"] == 30
     status = job.status()
     assert f"step {STEPS} of {STEPS}" in status and "COMPLETED" in status
+    # Four ranks as two tasks on each of two nodes train the same weights.
+    several = cluster.submit(
+        tmp_path / "several", "--nodes", "2", "--gpus", "0", "--procs", "2", "--cpus", "1", *settings
+    )
+    several.until_completed()
+    assert "4 ranks" in (several.run_dir / "train.log").read_text()
+    _same_end(several, job)
+
+
+def test_a_stop_during_evaluation(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
+    """SLURM's warning arrives while the job evaluates: it leaves, is queued again and finishes the evaluation."""
+    job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings, "max_steps=3", "stochastic.num_trials=500")
+    log = tmp_path / "run" / "train.log"
+    until(lambda: log.is_file() and "trained: " in log.read_text(), PATIENCE_S, "end of the training", 0.01)
+    assert cluster.run("scancel", "--signal=USR2", job.id).returncode == 0
+    job.until_completed()
+    assert "restart 1" in _restarted(job) and log.read_text().count("step 3/3 ") == 1
+    assert job.metrics()["num_videos"] == 30
+
+
+def test_a_failure_of_the_machine_is_tried_again(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
+    """A log that cannot be opened fails the job; it is queued again after a pause, and then the log can be opened."""
+    broken = tmp_path / "run" / "train.log"
+    broken.mkdir(parents=True)
+    pause = ["--requeue-pause", "20"]
+    job = cluster.submit(tmp_path / "run", "--nodes", "2", *pause, *settings, "max_steps=3", "eval_every=3")
+    failures = tmp_path / "run" / "jobs" / f"failures-{job.id}.jsonl"
+    until(failures.is_file, PATIENCE_S, "failure")
+    failed = time.monotonic()
+    broken.rmdir()
+    until(lambda: _starts(job), PATIENCE_S, "second start")
+    assert time.monotonic() - failed > 19
+    job.until_completed()
+    assert "restart 1" in _restarted(job) and "IsADirectoryError" in failures.read_text()
+    rank_log = tmp_path / "run" / "jobs" / f"{job.id}_0_log.err"
+    assert "Traceback (most recent call last)" in rank_log.read_text()
+
+
+def test_a_rank_without_its_gpu_ends_and_is_not_tried_for_ever(
+    cluster: Cluster, settings: list[str], tmp_path: Path
+) -> None:
+    """The nodes claim GPUs that do not exist. Three failures alike, on the one node that is allowed, are final."""
+    options = ["--gpus", "2", "--exclude", "node[2-4]", "--requeues", "9", "--requeue-pause", "1"]
+    job = cluster.submit(tmp_path / "run", *options, *settings)
+    job.until_failed()
+    line = "node node1: the job has 2 GPUs a node, and this rank (local rank 0) sees 0"
+    assert line in job.status() and "(3 times in a row: not queued again)" in job.status(), job.status()
+    assert _restarted(job).count("restart ") == 2
+    assert not (tmp_path / "run" / "checkpoints").exists(), "no rank trained on the CPU instead"
 
 
 def test_time_limit(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
@@ -63,12 +112,12 @@ def test_time_limit(cluster: Cluster, settings: list[str], undisturbed: Job, tmp
         "99",
         *settings,
         "eval_every=2",
-    )  # SLURM warns up to a minute early: a start may have little time, and several of them are needed
+    )  # SLURM warns up to a minute early: a start may have little time, so several may be needed
     job.until_completed()
     _report("time limit", time.monotonic() - began, job)
     assert "restart 1" in _restarted(job)
     assert "asked to stop: saved" in (job.run_dir / "train.log").read_text()
-    _same_weights(job, undisturbed)  # it validates more often, to last longer than the limit
+    _same_weights(job, undisturbed)  # it validates more often, so that it takes longer than the limit
 
 
 def test_preemption(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
@@ -121,7 +170,7 @@ def test_killed_rank(cluster: Cluster, settings: list[str], undisturbed: Job, tm
 
 
 def test_no_more_than_the_restarts_that_are_allowed(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
-    """One restart is allowed and two ranks are killed: the job fails, and what it saved stays."""
+    """One restart is allowed and ranks are killed twice: the job fails, and its checkpoints stay."""
     job = cluster.submit(tmp_path / "run", "--nodes", "2", "--requeues", "1", *settings)
     for restarts in (0, 1):
         until(lambda n=restarts: _starts(job) > n, PATIENCE_S, f"start {restarts + 1} of job {job.id}")
@@ -134,19 +183,19 @@ def test_no_more_than_the_restarts_that_are_allowed(cluster: Cluster, settings: 
 
 
 def _starts(job: Job) -> int:
-    """How often the training has begun."""
+    """How often training was started."""
     log = job.run_dir / "train.log"
     return log.read_text().count(" ranks, batch ") if log.is_file() else 0
 
 
 def test_side_by_side_in_use_and_cancelled(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
-    """Two runs at once do not collide; a directory in use is refused; a cancelled job ends and stays ended."""
+    """Two runs at once do not disturb each other; a directory in use is refused; a cancelled job is not requeued."""
     both = [cluster.submit(tmp_path / name, "--nodes", "2", *settings) for name in ("one", "two")]
     for job in both:
         job.until_step(5)
         status = job.status()
         assert f"RUNNING {job.squeue('%N')}" in status and ", loss " in status and " left" in status, status
-    again = [sys.executable, "launch/submit.py", "--config", "demo.yaml", "--procs", "1", "--nodes", "2", *settings]
+    again = [sys.executable, "launch/submit.py", "--config", "demo.yaml", *ON_CPUS, "--nodes", "2", *settings]
     refused = cluster.run(*again, f"run_dir={both[0].run_dir}")
     assert refused.returncode == 2 and f"in use by job {both[0].id}" in refused.stderr
     for job in both:
@@ -161,7 +210,7 @@ def test_side_by_side_in_use_and_cancelled(cluster: Cluster, settings: list[str]
 def test_all_trains_scores_by_an_array_and_reports(
     cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path
 ) -> None:
-    """One task of the array is killed: it alone is started again, and the numbers are those of the undisturbed run."""
+    """One task of the array is killed: it alone starts again, and the metrics equal the undisturbed run's."""
     job = cluster.submit(tmp_path / "run", "--nodes", "2", "--job", "all", "--tasks", "3", *settings)
     array, report = job.following("score"), job.following("report")
     job.until_completed()
@@ -184,7 +233,7 @@ def test_what_follows_a_failed_step_is_cancelled(cluster: Cluster, settings: lis
 
 
 def test_goes_on_with_fewer_nodes(cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path) -> None:
-    """Four nodes, of which one dies: the run goes on with those that are left, as many as its batch divides by."""
+    """Four nodes, of which one dies: the run resumes on the nodes left, with as many ranks as the batch divides by."""
     until(
         lambda: cluster.run("sinfo", "-h", "-t", "idle", "-o", "%D").stdout.strip() == "4",
         PATIENCE_S,
@@ -239,23 +288,24 @@ def test_packing_by_an_array(cluster: Cluster, tmp_path: Path) -> None:
     ("asked", "said"),
     [
         (["--nodes", "9", "data.batch_size=18"], "Node count"),
-        (["--partition", "nowhere"], "invalid partition"),
+        (["--partition", "nowhere"], "SLURM has no partition nowhere; it has closed, cpu, large, low, main, mixed"),
         (["--partition", "closed", "--account", "nowhere"], "Invalid account"),
-        (["--gpus", "64", "data.batch_size=64"], "sbatch refused the job"),
+        (["--gpus", "64", "data.batch_size=64"], "--gpus 64 on 1 node: the default partition has 4 nodes with 2 GPUs"),
         (["--nodes", "3"], "not divisible by 3 ranks"),
     ],
 )
 def test_what_the_cluster_cannot_do_is_refused_at_once(
     cluster: Cluster, settings: list[str], tmp_path: Path, asked: list[str], said: str
 ) -> None:
-    base = [sys.executable, "launch/submit.py", "--config", "demo.yaml", "--procs", "1"]
+    resources = [] if "--gpus" in asked else ON_CPUS
+    base = [sys.executable, "launch/submit.py", "--config", "demo.yaml", *resources]
     done = cluster.run(*base, *settings, *asked, f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and said in done.stderr, done.stderr
 
 
 def test_a_mistake_is_not_started_again(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
-    """An error that a person must put right ends the job with its line."""
+    """A user error ends the job with its line."""
     job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings, "model.num_heads=7")
     job.until_failed()
     assert not (job.run_dir / "jobs" / "restarts.log").exists()
@@ -265,7 +315,7 @@ def test_a_mistake_is_not_started_again(cluster: Cluster, settings: list[str], t
 def test_without_slurm_one_line_says_so(settings: list[str], tmp_path: Path) -> None:
     if any((Path(folder) / "sbatch").exists() for folder in ("/usr/local/bin",)):
         pytest.skip("sbatch lies in the only PATH left")
-    command = [sys.executable, "launch/submit.py", "--config", "demo.yaml", *settings, f"run_dir={tmp_path}"]
+    command = [sys.executable, "launch/submit.py", "--config", "demo.yaml", *ON_CPUS, *settings, f"run_dir={tmp_path}"]
     env = os.environ | {"PATH": "/usr/local/bin"}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "no sbatch on this machine" in done.stderr
