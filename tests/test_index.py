@@ -11,7 +11,7 @@ import simplejpeg
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from shards.make_shards import _ShardWriter
+from shards.shard_writer import ShardWriter
 from tmass_dist.data.index import NAME, Index, Sample, Shard, load_index, make_columns
 from tmass_dist.data.index_checks import checksum
 from tmass_dist.data.quarantine import Quarantine
@@ -156,8 +156,8 @@ def test_lowered_numbers_of_captions_are_refused(small: Path) -> None:
 
 
 def _packed_shard(directory: Path, frames: list[np.ndarray], captions: list[str]) -> tuple[Shard, Sample]:
-    writer = _ShardWriter(directory / "packed.tar")
-    jpegs = [(f"{k:03d}.jpg", simplejpeg.encode_jpeg(frame[0], colorspace="RGB")) for k, frame in enumerate(frames)]
+    writer = ShardWriter(directory / "packed.tar")
+    jpegs = {f"{k:03d}.jpg": simplejpeg.encode_jpeg(frame[0], colorspace="RGB") for k, frame in enumerate(frames)}
     writer.add({"id": "v", "path": "v.mp4", "captions": captions}, jpegs, {})
     shard, samples = writer.close()
     return shard, samples[0]
