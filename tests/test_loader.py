@@ -3,11 +3,6 @@
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -216,73 +211,6 @@ def test_a_worker_that_hangs_is_named_with_its_shard(packed: Path, tmp_path: Pat
         next(stream)
     for shard in index.shards:  # lets the worker end: it ignores the signals that end other processes
         os.close(os.open(tmp_path / shard.name, os.O_WRONLY | os.O_NONBLOCK))
-
-
-@pytest.fixture
-def server(packed: Path, tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """A real HTTP server on loopback."""
-    shutil.copytree(packed, tmp_path / "served")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "http.server",
-        str(port),
-        "--bind",
-        "127.0.0.1",
-        "--directory",
-        str(tmp_path / "served"),
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(200):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    yield f"http://127.0.0.1:{port}", tmp_path / "served"
-    process.kill()
-    process.wait()
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_shards_behind_http_are_kept_whole(
-    server: tuple[str, Path], packed: Path, tmp_path: Path, num_workers: int
-) -> None:
-    url, served = server
-    cache = tmp_path / "cache"
-    remote, local = load_index(url, str(cache)), load_index(packed)
-    batches, expected = (
-        global_batches(make_loaders(index, 2, num_workers=num_workers), 0, 5) for index in (remote, local)
-    )
-    for step, expected_step in zip(batches, expected):
-        assert all(torch.equal(a.pixels_BFHWC, b.pixels_BFHWC) for a, b in zip(step, expected_step))
-    cached = sorted(path.name for path in cache.rglob("*.tar"))
-    assert cached == [shard.name for shard in local.shards] and not list(cache.rglob("*.tmp"))
-    for shard in local.shards:  # a cached shard is not downloaded again
-        (served / shard.name).unlink()
-    assert global_batches(make_loaders(remote, 1), 3, 1)[0][0].video_ids
-    shutil.rmtree(cache)
-    with pytest.raises(ValueError, match=r"shard-000000\.tar does not exist"):
-        global_batches(make_loaders(remote, 1, num_workers=num_workers), 3, 1)
-
-
-def test_a_url_that_is_wrong_is_one_line(server: tuple[str, Path], tmp_path: Path) -> None:
-    url, served = server
-    with pytest.raises(ValueError, match=r"set data\.cache"):
-        load_index(url)
-    with pytest.raises(ValueError, match="does not exist"):
-        load_index(f"{url}/nowhere", str(tmp_path / "cache"))
-    index = load_index(url, str(tmp_path / "cache"))
-    shard = served / index.shards[0].name
-    content = bytearray(shard.read_bytes())
-    content[1000] ^= 0xFF
-    shard.write_bytes(content)
-    with pytest.raises(ValueError, match="is not the file that its index describes"):
-        read_sample(index, 0)
-    with pytest.raises(ValueError, match="cannot be downloaded, after 3 tries"):
-        load_index("http://127.0.0.1:9", str(tmp_path / "cache"))
 
 
 def test_an_index_of_many_shards_is_columns(tmp_path: Path) -> None:

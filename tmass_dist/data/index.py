@@ -19,7 +19,7 @@ import numpy as np
 
 from tmass_dist.data.index_checks import COLUMNS, ID_COLUMNS, check_columns, check_header, checksum
 from tmass_dist.data.json_lines import read_json_lines
-from tmass_dist.data.remote import fetch, is_remote
+from tmass_dist.data.remote import RETRY_S, fetch, is_remote
 from tmass_dist.errors import UserError
 
 VERSION, NAME = 3, "index.safetensors"
@@ -67,6 +67,8 @@ class Index:
     columns: dict[str, np.ndarray]
     cache: str | None = None
     """Local directory for the shards of a split behind a URL."""
+    retry_s: float = RETRY_S
+    """Seconds for which a download that fails is tried again."""
     extra_captions: dict[str, list[str]] = field(default_factory=dict)
     """Captions in addition to the packed ones, by id; see :meth:`with_captions`."""
 
@@ -91,12 +93,27 @@ class Index:
     def sample(self, number: int) -> Sample:
         return Sample(self.id_of(number), *(int(self.columns[name][number]) for name in COLUMNS))
 
-    def path(self, sample: Sample) -> Path:
-        """The local path of the sample's shard, which is downloaded first if the split is a URL."""
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards are behind a URL."""
+        return is_remote(self.directory)
+
+    def path(self, sample: Sample, *, verify: bool = False) -> Path:
+        """The local path of the sample's shard, which is downloaded first if the split is a URL.
+
+        Args:
+            sample: a sample of this index.
+            verify: compare a downloaded shard with its checksum, and download it again if it is damaged.
+
+        Raises:
+            UserError: the store has no such shard, or another file.
+            DownloadError: the download failed for ``retry_s`` seconds.
+        """
         shard = self.shards[sample.shard]
-        if not is_remote(self.directory):
+        if not self.is_remote:
             return Path(self.directory) / shard.name
-        return fetch(f"{self.directory}/{shard.name}", self.cache, shard.bytes, shard.sha256)
+        url = f"{self.directory}/{shard.name}"
+        return fetch(url, self.cache, shard.bytes, shard.sha256, retry_s=self.retry_s, verify=verify)
 
     def with_captions(self, path: str | Path) -> Index:
         """The same samples, with the captions of a file appended to their own.
@@ -172,19 +189,22 @@ def _id_columns(ids: list[str]) -> dict[str, np.ndarray]:
     return {"id_bytes": np.frombuffer(b"".join(encoded), dtype=np.uint8), "id_end": ends}
 
 
-def load_index(directory: str | Path, cache: str | None = None) -> Index:
+def load_index(directory: str | Path, cache: str | None = None, retry_s: float = RETRY_S) -> Index:
     """Read the index of a split, and check that every local shard exists and has the right size.
 
     Args:
         directory: the split's directory; or a URL that fsspec opens (``https://``, ``s3://`` ...), whose shards are
             downloaded when they are needed.
         cache: local directory for the shards of a URL.
+        retry_s: seconds for which a download that fails is tried again.
 
     Raises:
         UserError: one line that says what is missing or damaged, and what is there.
+        DownloadError: a download failed for ``retry_s`` seconds.
     """
     directory = str(directory).rstrip("/")
-    path = fetch(f"{directory}/{NAME}", cache) if is_remote(directory) else Path(directory) / NAME
+    url = f"{directory}/{NAME}"
+    path = fetch(url, cache, retry_s=retry_s) if is_remote(directory) else Path(directory) / NAME
     if not path.is_file():
         raise UserError(_no_index(Path(directory)))
     header, columns = _read_index(path)
@@ -192,7 +212,7 @@ def load_index(directory: str | Path, cache: str | None = None) -> Index:
     settings = (header["split"], header["num_frames"], header["image_size"], header["store"])
     if not is_remote(directory):
         _check_shards(Path(directory), shards)
-    return Index(directory, *settings, shards, columns, cache)
+    return Index(directory, *settings, shards, columns, cache, retry_s)
 
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

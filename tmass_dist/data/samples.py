@@ -11,13 +11,14 @@ import re
 import zlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import simplejpeg
 
 from tmass_dist.data.frames import random_frame_indices, uniform_frame_indices
-from tmass_dist.data.index import Index
+from tmass_dist.data.index import Index, Sample
 from tmass_dist.data.tars import plain_members
 from tmass_dist.errors import UserError
 
@@ -40,11 +41,14 @@ def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]
 
     Raises:
         DamagedError: the shard is damaged at this sample.
+        DownloadError: the shard could not be downloaded.
     """
     sample = index.sample(number)
     path = index.path(sample)
-    with path.open("rb") as shard:
-        raw = os.pread(shard.fileno(), sample.size, sample.offset)
+    raw = _read_bytes(path, sample)
+    if index.is_remote and zlib.crc32(raw) != sample.crc32:  # is it the local copy that is damaged?
+        path = index.path(sample, verify=True)
+        raw = _read_bytes(path, sample)
     try:
         if zlib.crc32(raw) != sample.crc32:
             raise UserError("its checksum differs from the index")
@@ -58,6 +62,11 @@ def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]
         return meta | {"captions": captions}, list(members.values())
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedError(f"shard {path} is damaged at sample {sample.id!r}: {error}") from error
+
+
+def _read_bytes(path: Path, sample: Sample) -> bytes:
+    with path.open("rb") as shard:
+        return os.pread(shard.fileno(), sample.size, sample.offset)
 
 
 def read_into(

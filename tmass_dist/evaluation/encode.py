@@ -112,7 +112,8 @@ def encode_run(config: Config, *, only: str | None = None, store: Path | None = 
     weights = Path(only) if only else Path(config.run_dir) / "checkpoints" / "best.safetensors"
     if not weights.is_file():
         raise UserError(f"no checkpoint {weights}; train first, or name one with --checkpoint")
-    device, index = initialise(config.engine.timeout_s), load_index(config.data.test, config.data.cache)
+    device = initialise(config.engine.timeout_s)
+    index = load_index(config.data.test, config.data.cache, config.data.retry_s)
     given, store = store, store or Path(config.run_dir) / "evaluation" / "features"
     made_from = feature_store.fingerprint(
         sha256_of(weights), [shard.sha256 for shard in index.shards], config.model.num_frames

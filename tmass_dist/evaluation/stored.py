@@ -131,7 +131,7 @@ class Stored:
     def shards(self) -> Index | None:
         """The split's shards, for the report's pictures, if they are still where they were."""
         try:
-            return load_index(self.index["shards"], self.config.data.cache)
+            return load_index(self.index["shards"], self.config.data.cache, self.config.data.retry_s)
         except (KeyError, ValueError):
             return None
 

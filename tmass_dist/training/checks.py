@@ -44,14 +44,14 @@ def load_splits(config: Config) -> tuple[Index, Index]:
     """The training split, and the split that selects the checkpoint."""
     from tmass_dist.data.index import load_index
 
-    cache = config.data.cache
-    training = load_index(config.data.train, cache)
+    remote = (config.data.cache, config.data.retry_s)
+    training = load_index(config.data.train, *remote)
     if config.evaluation.selected_on == "test":
-        selection = load_index(config.data.test, cache)
+        selection = load_index(config.data.test, *remote)
     elif config.data.val is None:
         training, selection = training.hold_out(config.data.holdout)
     else:
-        selection = load_index(config.data.val, cache)
+        selection = load_index(config.data.val, *remote)
     for path in config.data.captions:
         training = training.with_captions(path)
     return training, selection
