@@ -54,7 +54,7 @@ class PackSettings:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} must be at least 1")
         if not 0 <= self.max_bad <= 1:  # also not a number
-            raise UserError(f"--max-bad is {self.max_bad}; it is a share from 0 to 1, or from 0% to 100%")
+            raise UserError(f"--max-bad must be a share from 0 to 1, or from 0% to 100%; it is {self.max_bad}")
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,7 @@ def _read_record(records: Path, out: Path, number: int, inputs: str) -> _ShardRe
 
 
 def _share(text: str) -> float:
+    """A share, as ``0.01`` or ``1%``."""
     return float(text.removesuffix("%")) / 100 if text.endswith("%") else float(text)
 
 
@@ -210,6 +211,20 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shard-size", type=int, default=256, help="videos in a shard (256)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding processes (one a core)")
+    limits = Limits()
+    parser.add_argument(
+        "--time-limit-s",
+        type=float,
+        default=limits.seconds,
+        help=f"seconds for one video, else it goes into quarantine ({limits.seconds:g})",
+    )
+    parser.add_argument(
+        "--memory-limit-gb",
+        type=float,
+        default=limits.memory_gb,
+        help=f"memory for one video, else it goes into quarantine ({limits.memory_gb:g})",
+    )
+    parser.add_argument("--allow-outside", action="store_true", help="rows may name files outside of --videos")
     parser.add_argument("--part", metavar="I/N", help="pack every N-th shard from the I-th, and write no index")
     parser.add_argument(
         "--max-bad", type=_share, default=0.01, help="largest share of bad videos that is still a success (1%%)"
@@ -231,12 +246,19 @@ def main() -> None:
         recipe,
         shard_size=arguments.shard_size,
         workers=arguments.workers,
+        limits=Limits(arguments.time_limit_s, arguments.memory_limit_gb),
         max_bad=arguments.max_bad,
         part=share_of(arguments.part, "--part") if arguments.part else (0, 1),
     )
     if not arguments.videos.is_dir():
         raise UserError(f"no directory {arguments.videos}")
-    rows, counts = read_rows(arguments.source, arguments.annotations, arguments.videos, arguments.split)
+    rows, counts = read_rows(
+        arguments.source,
+        arguments.annotations,
+        arguments.videos,
+        arguments.split,
+        allow_outside=arguments.allow_outside,
+    )
     print(counts)
     make_shards(rows, arguments.videos, arguments.out, settings)
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shards.own_videos import Row
 from shards.pack_video import BadVideoError, Recipe, pack_video
-from shards.sources import Row
+from tmass_dist.errors import UserError
 
 AHEAD = 8
 """Videos for each worker that are packed before the oldest one is taken; it bounds the memory of waiting results."""
@@ -23,7 +24,14 @@ class Limits:
     """What one video may use."""
 
     seconds: float = 1800.0
+    """Of wall-clock time."""
     memory_gb: float = 4.0
+    """In addition to what the worker process has when it starts. Enforced on Linux only."""
+
+    def __post_init__(self) -> None:
+        for option, value in (("--time-limit-s", self.seconds), ("--memory-limit-gb", self.memory_gb)):
+            if not 0 < value < float("inf"):
+                raise UserError(f"{option} is {value}; it must be above 0 and finite")
 
 
 @dataclass(frozen=True)
@@ -107,25 +115,31 @@ def _cause_of_death(exit_code: int | None) -> str:
 
 
 def _start_worker(memory_gb: float) -> None:
-    """Limit this process's memory, and end it when the packing process ends."""
+    """Import what packing needs, limit this process's memory, and end it when the packing process ends."""
+    import multiprocessing
     import multiprocessing.connection
-    import resource
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the packing process answers it
-    import av
+    import av  # noqa: F401
     import simplejpeg  # noqa: F401
 
-    av.logging.set_level(av.logging.PANIC)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the packing process answers it
     parent = multiprocessing.parent_process()
     if parent is not None:
+        threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True).start()
+    status = Path("/proc/self/status")
+    if status.is_file():
+        import resource
 
-        def wait_for_parent() -> None:
-            multiprocessing.connection.wait([parent.sentinel])
-            os._exit(1)
-
-        threading.Thread(target=wait_for_parent, daemon=True).start()
-    if hasattr(resource, "RLIMIT_DATA"):
+        used = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmData:"))
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        limit = int(memory_gb * 2**30)
+        limit = used * 1024 + int(memory_gb * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit if hard < 0 else min(limit, hard), hard))
+
+
+def _exit_after(sentinel: int) -> None:
+    """End this process when the one behind ``sentinel`` has ended, however that happened."""
+    import multiprocessing.connection
+
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)

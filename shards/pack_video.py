@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from shards.sources import Row
+from shards.own_videos import Row
+from tmass_dist.data.index_checks import MAX_FRAMES, MAX_IMAGE_SIZE
 from tmass_dist.data.video import BadVideoError, Choose, Timeline, at_rate, read_video, uniform
 from tmass_dist.errors import UserError
 
@@ -28,9 +29,9 @@ class Recipe:
     """JPEG frames, or the video file itself."""
 
     def __post_init__(self) -> None:
-        for name in ("num_frames", "image_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+        for name, largest in (("num_frames", MAX_FRAMES), ("image_size", MAX_IMAGE_SIZE)):
+            if not 1 <= getattr(self, name) <= largest:
+                raise UserError(f"--{name.replace('_', '-')} must be from 1 to {largest}")
         if self.rate is not None and not 0 < self.rate < float("inf"):
             raise UserError("--rate must be above 0 frames a second, and finite")
         if not 1 <= self.quality <= 100:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shards.sources import Row
+from shards.own_videos import Row
 from tmass_dist.data.index import Sample, Shard
 from tmass_dist.data.samples import safe_key
 from tmass_dist.data.tars import scan_tar

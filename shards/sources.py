@@ -1,41 +1,52 @@
-"""The annotation files of each data set, as published, with their oddities: rows to pack.
+"""The annotations of each data set, in the form in which they were published: the rows to pack.
 
 A row is ``id``, ``path`` (below the videos' directory), ``captions``, and where the file says so ``start`` and ``end``
-in seconds; every further field is kept in the sample's JSON, below ``fields``.
+in seconds. All other fields are kept in the sample's JSON, below ``fields``.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import math
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shards.annotation_files import find_file, read_json, read_lines, read_table
+from shards.own_videos import Row, files_passed_over, read_folder, read_manifest, seconds
 from tmass_dist.errors import UserError
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: how its files are read, and what was published of its splits."""
+    """A data set: how its files are read, and the published size of its splits."""
 
     read: Callable[[Path, Path, str], list[Row]]
-    """Of the annotations, the videos and the split."""
+    """Rows, from the annotations, the videos and the split."""
     videos: dict[str, int]
-    """Videos of each split of the literature."""
+    """Published number of videos of each split; empty if any split may be named."""
     files: str
-    """What ``--annotations`` names."""
+    """What ``--annotations`` must name; empty if it is not needed."""
+    passed_over: Callable[[Path, Path], str] = lambda annotations, videos: ""
+    """Says what is not packed, from the annotations and the videos."""
 
 
-def read_rows(source: str, annotations: Path | None, videos: Path, split: str) -> tuple[list[Row], str]:
-    """The rows of a split, in the file's order, and a line that sets their number beside the published one.
+def read_rows(
+    source: str, annotations: Path | None, videos: Path, split: str, *, allow_outside: bool = False
+) -> tuple[list[Row], str]:
+    """The rows of a split in the order of the file, and a line with their number beside the published one.
+
+    Args:
+        source: a key of :data:`SOURCES`.
+        annotations: the data set's own file or directory.
+        videos: the directory of the videos.
+        split: its name.
+        allow_outside: whether a row may name a file outside ``videos``.
 
     Raises:
-        UserError: in one line, the file or line that is wrong, or the splits there are.
+        UserError: the file or line that is wrong, or the splits that exist.
     """
     known = SOURCES[source]
     if annotations is None:
@@ -45,50 +56,55 @@ def read_rows(source: str, annotations: Path | None, videos: Path, split: str) -
     if known.videos and split not in known.videos:
         raise UserError(f"{source} has no split {split!r}; it has {', '.join(known.videos)}")
     rows = known.read(annotations, videos, split)
-    seen: set[str] = set()
+    if not rows:
+        raise UserError(f"{annotations} has no videos of split {split!r}")
+    ids: set[str] = set()
     for row in rows:
-        if row["id"] in seen:
-            raise UserError(f"{annotations}: the id {row['id']!r} is there twice in split {split}")
-        seen.add(row["id"])
-        if not row["captions"] or not all(isinstance(text, str) and text.strip() for text in row["captions"]):
-            raise UserError(f"{annotations}: {row['id']!r} has no caption, or an empty one")
+        _check_row(row, annotations, allow_outside)
+        if row["id"] in ids:
+            raise UserError(f"{annotations}: the id {row['id']!r} occurs twice in split {split}")
+        ids.add(row["id"])
     counts = f"{source} {split}: {len(rows)} videos, {sum(len(row['captions']) for row in rows)} captions"
     if known.videos:
         counts += f" (published: {known.videos[split]} videos)"
-    return rows, counts
+    passed_over = known.passed_over(annotations, videos)
+    return rows, f"{counts}; {passed_over}" if passed_over else counts
 
 
-def _file(directory: Path, *names: str) -> Path:
-    """The first of ``names`` that is there; ``directory`` itself where it is a file."""
-    if directory.is_file():
-        return directory
-    for name in names:
-        if (directory / name).is_file():
-            return directory / name
-    there = ", ".join(sorted(p.name for p in directory.iterdir())[:8]) if directory.is_dir() else "it does not exist"
-    raise UserError(f"no {' or '.join(names)} in {directory}: {there}")
+def _check_row(row: Row, annotations: Path, allow_outside: bool) -> None:
+    """Raise a UserError that names the row if a field has the wrong type, or the path leaves the directory."""
+    name, path, captions = row["id"], row["path"], row["captions"]
+    if not _is_text(name):
+        raise UserError(f"{annotations}: the id {name!r} is not a text")
+    if not captions or not isinstance(captions, list) or not all(map(_is_text, captions)):
+        raise UserError(f"{annotations}: {name!r} has no caption, or one that is empty or not a text")
+    if not _is_text(path) or "\0" in path:
+        raise UserError(f"{annotations}: the path {path!r} of {name!r} is not a path")
+    inside = os.path.normpath(path)
+    if not allow_outside and (os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir):
+        raise UserError(
+            f"{annotations}: the file {path} of {name!r} is outside the directory of the videos; "
+            "--allow-outside permits that"
+        )
+    for edge in ("start", "end"):
+        value = row.get(edge)
+        if value is None:
+            row.pop(edge, None)
+        elif isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise UserError(f"{annotations}: the {edge} of {name!r} is {value!r}, which is no number of seconds")
+    if row.get("end", math.inf) <= row.get("start", 0):
+        raise UserError(f"{annotations}: {name!r} ends at {row['end']} s, before it starts")
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-
-
-def _table(path: Path, *columns: str) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = set(columns) - set(reader.fieldnames or ())
-        if missing:
-            raise UserError(f"{path} lacks the column {', '.join(sorted(missing))}; it has {reader.fieldnames}")
-        return list(reader)
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that is not blank and can be written in UTF-8."""
+    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
 
 
 def _with_suffix(videos: Path, stem: str, default: str = ".mp4") -> str:
-    """The file of an id below ``videos``, whatever its container; one that is missing is named by the packing."""
-    for suffix in (default, ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v"):
-        if (videos / f"{stem}{suffix}").is_file():
+    """The file of an id below ``videos``, whatever its container; packing reports a missing one."""
+    for suffix in (default, ".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg"):
+        if "\0" not in stem and (videos / f"{stem}{suffix}").is_file():
             return f"{stem}{suffix}"
     return f"{stem}{default}"
 
@@ -100,20 +116,40 @@ def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     return groups
 
 
+def _entries(path: Path, value: Any, *keys: str) -> list[dict[str, Any]]:
+    """``value`` as a list of objects that have all ``keys``, as strings.
+
+    Raises:
+        UserError: the first entry that is not.
+    """
+    if not isinstance(value, list):
+        raise UserError(f"{path} does not hold a list of entries with {' and '.join(keys)}")
+    for number, entry in enumerate(value, start=1):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
+            raise UserError(f"{path}: entry {number} has no {' and '.join(keys)} of texts")
+    return value
+
+
 def _msrvtt(annotations: Path, videos: Path, split: str) -> list[Row]:
     if split == "test":
-        table = _table(_file(annotations, "MSRVTT_JSFUSION_test.csv"), "video_id", "sentence")
-        captions = _grouped((row["video_id"], row["sentence"]) for row in table)
+        table = read_table(find_file(annotations, "MSRVTT_JSFUSION_test.csv"), "video_id", "sentence")
+        captions = _grouped((row["video_id"], row["sentence"]) for _, row in table)
         ids = list(captions)
     else:
         name = {"train": "MSRVTT_train.9k.csv", "train-7k": "MSRVTT_train.7k.csv"}[split]
-        ids = [row["video_id"] for row in _table(_file(annotations, name), "video_id")]
-        path = _file(annotations, "MSRVTT_data.json")
-        captions = _grouped((s["video_id"], s["caption"]) for s in _json(path)["sentences"])
-        lacking = [video for video in ids if video not in captions]
-        if lacking:
-            raise UserError(f"{path} has no caption of {len(lacking)} videos of {name}: {', '.join(lacking[:5])}")
+        ids = [row["video_id"] for _, row in read_table(find_file(annotations, name), "video_id")]
+        path = find_file(annotations, "MSRVTT_data.json")
+        content = read_json(path)
+        sentences = content.get("sentences") if isinstance(content, dict) else None
+        captions = _grouped((s["video_id"], s["caption"]) for s in _entries(path, sentences, "video_id", "caption"))
+        _check_listed(ids, captions, path, name)
     return [{"id": i, "path": _with_suffix(videos, i), "captions": captions[i]} for i in ids]
+
+
+def _check_listed(ids: list[str], captions: dict[str, list[str]], path: Path, name: str) -> None:
+    missing = [video for video in ids if video not in captions]
+    if missing:
+        raise UserError(f"{path} has no caption of {len(missing)} videos of {name}: {', '.join(missing[:5])}")
 
 
 def _lsmdc(annotations: Path, videos: Path, split: str) -> list[Row]:
@@ -122,16 +158,14 @@ def _lsmdc(annotations: Path, videos: Path, split: str) -> list[Row]:
         "val": "LSMDC16_annos_val.csv",
         "test": "LSMDC16_challenge_1000_publictect.csv",
     }[split]
-    path = _file(annotations, name)
+    path = find_file(annotations, name)
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        fields = line.strip("\r\n").split("\t")
+    for number, line in read_lines(path):
+        fields = line.split("\t")
         if len(fields) != 6:
             raise UserError(f"{path} line {number} has {len(fields)} fields and not 6, separated by tabs")
         pairs.append((fields[0].strip().replace('"', ""), fields[5].strip()))
-    # A clip has several lines in training and validation: its sentences, together.
+    # In training and validation, several lines describe a clip: its sentences are put together.
     return [
         {"id": clip, "path": f"{clip.split('.')[0][:-3]}/{clip}.avi", "captions": sentences}
         for clip, sentences in _grouped(pairs).items()
@@ -139,22 +173,21 @@ def _lsmdc(annotations: Path, videos: Path, split: str) -> list[Row]:
 
 
 def _didemo(annotations: Path, videos: Path, split: str) -> list[Row]:
-    path = _file(annotations, f"didemo_{split}_label.csv")
+    path = find_file(annotations, f"didemo_{split}_label.csv")
     rows = []
-    for row in _table(path, "video_path", "starts", "ends", "text"):
+    for line, row in read_table(path, "video_path", "starts", "ends", "text"):
         name = Path(row["video_path"]).name  # the directory is another machine's
         stem, suffix = (name, "") if not re.search(r"\.\w{2,4}$", name) else name.rsplit(".", 1)
-        found = _with_suffix(videos, stem, f".{suffix}" if suffix else ".mp4")
         start, end = (re.findall(r"-?[\d.]+", row[key]) for key in ("starts", "ends"))
         if not start or not end:
-            raise UserError(f"{path}: {name} has no window: {row['starts']!r} to {row['ends']!r}")
+            raise UserError(f"{path} line {line}: {name} has no window: {row['starts']!r} to {row['ends']!r}")
         rows.append(
             {
                 "id": stem,
-                "path": found,
+                "path": _with_suffix(videos, stem, f".{suffix}" if suffix else ".mp4"),
                 "captions": [" ".join(row["text"].split())],
-                "start": float(start[0]),
-                "end": float(end[0]),
+                "start": seconds(start[0], f"{path} line {line}: starts"),
+                "end": seconds(end[0], f"{path} line {line}: ends"),
             }
         )
     return rows
@@ -164,109 +197,41 @@ def _vatex(annotations: Path, videos: Path, split: str) -> list[Row]:
     captions: dict[str, list[str]] = {}
     files = [annotations] if annotations.is_file() else sorted(annotations.glob("vatex*.json"))
     for path in files:
-        content = _json(path)
-        pairs = content.items() if isinstance(content, dict) else ((entry["videoID"], entry) for entry in content)
-        captions |= {video: entry["enCap"] for video, entry in pairs if "enCap" in entry}
+        content = read_json(path)
+        if isinstance(content, dict):
+            entries = content
+        else:
+            entries = {entry["videoID"]: entry for entry in _entries(path, content, "videoID")}
+        for video, entry in entries.items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("enCap", []), list):
+                raise UserError(f"{path}: enCap of {video} is not a list of captions")
+            if "enCap" in entry:
+                captions[video] = entry["enCap"]
     if not captions:
         raise UserError(f"no vatex*.json with English captions (enCap) in {annotations}")
     lists = annotations.parent if annotations.is_file() else annotations
-    listed = _file(lists, f"{split}_list.txt", f"vatex_{split}.txt", f"{split}.txt").read_text(encoding="utf-8")
-    ids = [line.strip() for line in listed.splitlines() if line.strip()]
-    lacking = [video for video in ids if video not in captions]
-    if lacking:
-        raise UserError(f"{annotations} has no caption of {len(lacking)} listed videos: {', '.join(lacking[:5])}")
+    listed = find_file(lists, f"{split}_list.txt", f"vatex_{split}.txt", f"{split}.txt")
+    ids = [line for _, line in read_lines(listed)]
+    _check_listed(ids, captions, annotations, listed.name)
     return [{"id": i, "path": _with_suffix(videos, i), "captions": captions[i]} for i in ids]
 
 
 def _charades(annotations: Path, videos: Path, split: str) -> list[Row]:
-    table = _table(_file(annotations, f"Charades_v1_{split}.csv"), "id", "script", "descriptions", "actions")
+    path = find_file(annotations, f"Charades_v1_{split}.csv")
     rows = []
-    for row in table:
+    for line, row in read_table(path, "id", "script", "descriptions", "actions"):
         texts = [" ".join(text.split()) for text in row["descriptions"].split(";") if text.strip()]
         # Retrieval papers take the descriptions, one paragraph a video; the script is what was acted.
         text = " ".join(texts) or " ".join(row["script"].split())
-        actions = [triplet.split() for triplet in row["actions"].split(";") if triplet.strip()]
-        about = {"script": row["script"], "actions": [[a, float(s), float(e)] for a, s, e in actions]}
-        rows.append({"id": row["id"], "path": _with_suffix(videos, row["id"]), "captions": [text], **about})
+        actions = []
+        for triplet in filter(str.strip, row["actions"].split(";")):
+            action, *edges = triplet.split()
+            if len(edges) != 2:
+                raise UserError(f"{path} line {line}: the action {triplet!r} is not a class, a start and an end")
+            actions.append([action, *(seconds(edge, f"{path} line {line}: an action's time") for edge in edges)])
+        fields = {"script": row["script"], "actions": actions}
+        rows.append({"id": row["id"], "path": _with_suffix(videos, row["id"]), "captions": [text], **fields})
     return rows
-
-
-def _lines(path: Path, needed: set[str]) -> list[tuple[int, Row]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            missing = needed - set(row)
-        except (json.JSONDecodeError, TypeError) as error:
-            raise UserError(f"{path} line {number} is not JSON: {error}") from error
-        if missing:
-            raise UserError(f"{path} line {number} lacks {', '.join(sorted(missing))}")
-        rows.append((number, row))
-    return rows
-
-
-def _manifest(annotations: Path, videos: Path, split: str) -> list[Row]:
-    if not annotations.is_file():
-        raise UserError(f"no annotations {annotations}")
-    rows, splits, seen = [], set(), set()
-    for number, row in _lines(annotations, {"id", "path", "captions", "split"}):
-        if not isinstance(row["captions"], list) or not row["captions"]:
-            raise UserError(f"{annotations} line {number}: captions must be a list with at least one text")
-        splits.add(row["split"])
-        if row["split"] == split:
-            if row["id"] in seen:
-                raise UserError(f"{annotations} line {number}: the id {row['id']!r} is there twice")
-            seen.add(row["id"])
-            rows.append({key: value for key, value in row.items() if key != "split"})
-    if not rows:
-        raise UserError(f"{annotations} has no row of split {split!r}; it has {', '.join(sorted(splits)) or 'none'}")
-    return rows
-
-
-def _folder(annotations: Path, videos: Path, split: str) -> list[Row]:
-    """Videos beside ``captions.jsonl`` or ``captions.csv``, or each with a ``.txt`` of its name, a caption a line."""
-    if annotations.is_file():
-        table = annotations
-    else:
-        table = next((p for p in (annotations / f"captions{s}" for s in (".jsonl", ".csv")) if p.is_file()), None)
-    if table is None:
-        texts = {text.stem: text.read_text(encoding="utf-8").splitlines() for text in sorted(annotations.glob("*.txt"))}
-        entries = [
-            {"file": video.name, "caption": line.strip()}
-            for video in sorted(videos.iterdir())
-            if video.suffix != ".txt" and video.stem in texts
-            for line in texts[video.stem]
-            if line.strip()
-        ]
-        if not entries:
-            raise UserError(f"{annotations} has no captions.jsonl, no captions.csv and no .txt named as a video")
-    elif table.suffix == ".csv":
-        entries = [{k: v for k, v in row.items() if v and k} for row in _table(table, "file", "caption")]
-        lacking = [number for number, row in enumerate(entries, start=2) if not {"file", "caption"} <= set(row)]
-        if lacking:
-            raise UserError(f"{table} row {lacking[0]} has no file or no caption")
-    else:
-        entries = [row for _, row in _lines(table, {"file", "caption"})]
-    splits = {str(entry["split"]) for entry in entries if "split" in entry}
-    chosen = [entry for entry in entries if str(entry.get("split", split)) == split]
-    if not chosen:
-        raise UserError(f"{table} has no row of split {split!r}; it has {', '.join(sorted(splits))}")
-    rows: dict[str, Row] = {}
-    for entry in chosen:
-        further = {key: value for key, value in entry.items() if key not in ("file", "caption", "split")}
-        for edge in ("start", "end"):
-            if edge in further:
-                further[edge] = float(further[edge])
-        name = str(entry["file"])
-        row = rows.setdefault(name, {"id": name.rsplit(".", 1)[0], "path": name, "captions": [], **further})
-        row["captions"].append(entry["caption"])
-    stems = [row["id"] for row in rows.values()]
-    for row in rows.values():  # a.mp4 and a.avi are two videos
-        if stems.count(row["id"]) > 1:
-            row["id"] = row["path"]
-    return list(rows.values())
 
 
 SOURCES = {
@@ -289,6 +254,6 @@ SOURCES = {
     "charades": Source(
         _charades, {"train": 7985, "test": 1863}, "a directory with Charades_v1_train.csv and Charades_v1_test.csv"
     ),
-    "manifest": Source(_manifest, {}, "JSON lines: id, path, captions, split, and start and end in seconds"),
-    "folder": Source(_folder, {}, ""),
+    "manifest": Source(read_manifest, {}, "JSON lines: id, path, captions, split, and start and end in seconds"),
+    "folder": Source(read_folder, {}, "", files_passed_over),
 }

@@ -25,6 +25,28 @@ def run(*arguments: str, timeout_s: float = 240, **environment: str) -> subproce
 
 
 @pytest.fixture(scope="session")
+def demo_videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated videos with a manifest of three splits."""
+    from shards.demo_data import generate
+    from tests.packing import SIZES
+
+    out = tmp_path_factory.mktemp("videos")
+    generate(out, SIZES, seed=0)
+    return out
+
+
+@pytest.fixture(scope="session")
+def demo_shards(demo_videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training split of ``demo_videos``, packed."""
+    from tests.packing import pack
+
+    out = tmp_path_factory.mktemp("shards")
+    done = pack(demo_videos, out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Shards of a small generated data set, as overrides."""
     out = tmp_path_factory.mktemp("demo")

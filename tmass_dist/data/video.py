@@ -1,23 +1,41 @@
-"""From a video to pictures: PyAV, sequential, no seeks; only the frames that are kept are converted."""
+"""From a video file to pictures, by PyAV: decoded from the start without seeking; only chosen frames are converted.
 
-# Shapes: F frames, S side of a picture in pixels; RGBX is red, green, blue and a byte without meaning.
+What counts as damage is stated in docs/data.md: frames that were never filmed are not returned.
+"""
+
+# Shapes: S side of a picture in pixels; RGBX is red, green, blue and a byte without meaning.
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tmass_dist.data.frames import window_frame_indices
+from tmass_dist.data.square import square_picture
+
+CONCEALING_CODECS = frozenset(
+    {"mpeg1video", "mpeg2video", "mpeg4", "h263", "flv", "flv1", "mjpeg", "wmv1", "wmv2"}
+    | {"msmpeg4", "msmpeg4v1", "msmpeg4v2", "msmpeg4v3"}
+)
+"""Their decoders fill damaged parts of a picture in without marking the frame. They are told to fail instead. Other
+decoders mark the frame, and some refuse good files if they are told the same."""
+END_FRAMES = 16
+"""Decoders hold back up to so many frames. Damage within so many frames of the last one is a torn end; as many frames
+may be missing at the start."""
+GAP_S, GAP_INTERVALS, CONSTANT_SHARE = 0.5, 5, 0.9
+"""Frames are missing where a video of constant rate pauses longer than both; of its intervals 90 % must be equal."""
 
 
 class BadVideoError(ValueError):
-    """A video that cannot be packed; the message is the reason written to the quarantine."""
+    """A video that cannot be packed; the message is the reason that goes into the quarantine."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +50,11 @@ class Timeline:
 
     @cached_property
     def is_constant(self) -> bool:
-        """Whether every frame comes where the frame rate says, to one frame."""
+        """Whether every frame is shown when the frame rate says, to within one frame."""
         return bool((np.abs(self.times_s * self.fps - np.arange(len(self))) <= 1).all())
 
     def frame_at(self, seconds: float) -> float:
-        """The frame number at a time; of a constant rate as the authors count, in fractions of a frame."""
+        """The frame number at a time; at a constant rate in fractions of a frame, as the authors count."""
         return seconds * self.fps if self.is_constant else float(np.searchsorted(self.times_s, seconds))
 
     def window(self, start_s: float | None, end_s: float | None) -> tuple[float, float]:
@@ -44,9 +62,21 @@ class Timeline:
         end = float(len(self)) if end_s is None else min(float(len(self)), self.frame_at(end_s))
         return self.frame_at(start_s or 0.0), end
 
+    def first_gap(self) -> int | None:
+        """The number of the first frame before which frames are missing, or None."""
+        intervals = np.diff(self.times_s)
+        if len(intervals) < 2:
+            return None
+        typical = float(np.median(intervals))
+        is_equal = np.abs(intervals - typical) <= 0.1 * typical + 0.0015  # Matroska counts in milliseconds
+        if is_equal.mean() < CONSTANT_SHARE:
+            return None
+        gaps = np.flatnonzero(intervals > max(GAP_S, GAP_INTERVALS * typical))
+        return int(gaps[0]) + 1 if len(gaps) else None
+
 
 Choose = Callable[[Timeline], list[int]]
-"""Which frames to take of a video; ValueError where it has none there."""
+"""Which frames to take of a video, by number; a ValueError if there are none."""
 
 
 def uniform(num_frames: int, start_s: float | None = None, end_s: float | None = None) -> Choose:
@@ -75,21 +105,22 @@ def read_video(
 ) -> tuple[list[np.ndarray], dict[str, Any]]:
     """The chosen frames, uint8 ``(S, S, 4)`` RGBX: upright, the short side resized (bicubic), the centre square.
 
-    Frames are counted by decoding, since headers lie: the header, or packets where it has no count, says which frames
-    to keep in the first pass, and where other frames decode, a second pass takes the right ones. Memory holds ``F``
-    pictures.
+    Frames are counted by decoding, since headers can be wrong. The first pass keeps the frames that would be chosen if
+    the header is right (or the packets, if it has no count); if other frames decode, a second pass keeps the right
+    ones. Memory holds the chosen pictures only.
 
     Args:
         source: a file, or its bytes.
-        choose: which frames.
+        choose: which frames; called with the claimed timeline and then with the decoded one.
         side: of the pictures, pixels.
-        end_s: nothing after it is decoded.
+        end_s: decoding stops at this time.
 
     Returns:
-        The frames, and facts: frames decoded, those taken, what the decoder complained of, seconds and codec.
+        The frames, and facts: frames decoded, those taken, the damage at the end if any, rate, seconds and codec.
 
     Raises:
-        BadVideoError: nothing decodes, no video stream, the file is missing, or has no frame there.
+        BadVideoError: the file is missing, has no video stream, does not decode, is damaged before its end, or has no
+            frame in the chosen part.
     """
     if isinstance(source, Path) and not source.is_file():
         raise BadVideoError("the file is missing")
@@ -108,27 +139,47 @@ def read_video(
 
 
 def _open(source: Path | bytes) -> Any:
+    """A container and its video stream."""
     import av
 
+    content = io.BytesIO(source) if isinstance(source, bytes) else str(source)
     try:
-        container = av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source))
+        container = av.open(content, metadata_errors="ignore")  # titles are often in another encoding
     except av.FFmpegError as error:
-        raise BadVideoError(" ".join(str(error).split())) from error
-    # The picture on a record's sleeve is a stream of one frame, and no video.
+        raise BadVideoError(_words(error)) from error
+    # A cover picture is a stream of one frame, and no video.
     streams = [s for s in container.streams.video if not s.disposition & s.disposition.attached_pic]
     if not streams:
         container.close()
         raise BadVideoError("no video stream")
-    streams[0].thread_type = "NONE"
-    return container, streams[0]
+    stream = streams[0]
+    stream.thread_type = "NONE"
+    if stream.codec_context.name in CONCEALING_CODECS:
+        stream.codec_context.options = {"err_detect": "explode"}
+    return container, stream
+
+
+def _words(error: Exception) -> str:
+    """What an error of ffmpeg says about a file; too little memory says nothing about it and is raised again."""
+    if isinstance(error, MemoryError):
+        raise error
+    return re.sub(r"^\[Errno \d+\] ", "", " ".join(str(error).split()))
 
 
 def _rate(stream: Any) -> float:
     return float(stream.average_rate or stream.base_rate or 25)
 
 
+def _claimed_timeline(source: Path | bytes, stream: Any) -> Timeline:
+    """What would decode if the header is right, or else if every packet decodes."""
+    rate = _rate(stream)
+    num_bytes = source.stat().st_size if isinstance(source, Path) else len(source)
+    if 0 < stream.frames <= num_bytes:  # a header may claim billions
+        return Timeline(np.arange(stream.frames) / rate, rate)
+    return _count_packets(source)
+
+
 def _count_packets(source: Path | bytes) -> Timeline:
-    """What would decode if every packet does."""
     import av
 
     container, stream = _open(source)
@@ -139,7 +190,7 @@ def _count_packets(source: Path | bytes) -> Timeline:
                 if packet.size:
                     time = packet.pts if packet.pts is not None else packet.dts
                     times.append(len(times) / rate if time is None else float(time * packet.time_base))
-        except av.FFmpegError:  # a torn end; decoding tells where
+        except av.FFmpegError:  # decoding will find out where the file is torn
             pass
     times_s = np.sort(np.array(times or [0.0]))
     return Timeline(times_s - times_s[0], rate)
@@ -149,58 +200,119 @@ def _decode(
     source: Path | bytes, choose: Choose, side: int, end_s: float | None
 ) -> tuple[dict[int, np.ndarray], Timeline, dict[str, Any]]:
     """One pass: the frames that would be chosen if the header is right, when each frame is shown, and facts."""
-    import av
-
     kept: dict[int, np.ndarray] = {}
     times: list[float] = []
-    damaged = None
+    damage: tuple[int, str] | None = None
     container, stream = _open(source)
-    with container:
+    # Without their first key frame, concealing decoders start from a grey picture.
+    needs_key, skipped = stream.codec_context.name in CONCEALING_CODECS, 0
+    with container, _error_messages() as messages:
         rate = _rate(stream)
-        claimed = Timeline(np.arange(stream.frames) / rate, rate) if stream.frames else _count_packets(source)
         try:
-            wanted = set(choose(claimed))
-        except ValueError:  # the count of what decodes will tell
+            wanted = set(choose(_claimed_timeline(source, stream)))
+        except ValueError:  # the decoded timeline will tell
             wanted = set()
-        try:
-            for frame in container.decode(stream):
-                time = len(times) / rate if frame.time is None else frame.time
-                if end_s is not None and times and time - times[0] > end_s:
-                    break
-                if len(times) in wanted:
-                    kept[len(times)] = _picture(frame, side)
-                times.append(time)
-        except av.FFmpegError as error:
-            damaged = str(error)
+        for frame, complaint in _frames(container, stream, messages):
+            if complaint and damage is None:
+                damage = len(times), complaint
+            if damage is not None and len(times) > damage[0] + END_FRAMES:
+                raise BadVideoError(_damaged_before_end(times, damage))
+            if frame is None:
+                continue
+            if needs_key and not frame.key_frame:
+                skipped += 1
+                continue
+            needs_key = False
+            time = len(times) / rate if frame.time is None else frame.time
+            if end_s is not None and times and time - times[0] > end_s:
+                break
+            if len(times) in wanted and damage is None:
+                try:
+                    kept[len(times)] = square_picture(frame, side)
+                except ValueError as error:
+                    raise BadVideoError(str(error)) from error
+            times.append(time)
+        claimed_s = float(stream.duration * stream.time_base) if stream.duration else None
+    if skipped > END_FRAMES:
+        raise BadVideoError(f"its first {skipped} frames have no key frame to start from")
     times_s = np.array(times)
-    if times:
-        times_s -= times_s[0]
+    timeline = Timeline(times_s - times_s[0] if times else times_s, rate)
+    gap = timeline.first_gap()
+    if gap is not None and (damage is None or gap < damage[0]):
+        damage = gap, f"frames are missing before {timeline.times_s[gap]:.2f} s"
+        if len(times) > gap + END_FRAMES:
+            raise BadVideoError(_damaged_before_end(times, damage))
+    if damage is not None:
+        timeline = Timeline(timeline.times_s[: damage[0]], rate)
+    seconds = float(timeline.times_s[-1]) + 1 / rate if len(timeline) else 0.0
+    complaint = damage[1] if damage else None
+    if complaint is None and end_s is None and claimed_s is not None and claimed_s > max(seconds + 0.5, 1.05 * seconds):
+        complaint = f"the header claims {claimed_s:.1f} s"
     facts = {
-        "num_decoded_frames": len(times),
-        "damaged_end": damaged,
+        "num_decoded_frames": len(timeline),
+        "num_skipped_frames": skipped,
+        "damaged_end": complaint,
         "fps": round(rate, 3),
-        "seconds": round(float(times_s[-1]) + 1 / rate, 3) if times else 0.0,
+        "seconds": round(seconds, 3),
         "codec": stream.codec_context.name,
     }
-    return kept, Timeline(times_s, rate), facts
+    return {k: picture for k, picture in kept.items() if k < len(timeline)}, timeline, facts
 
 
-@cache
-def _reformatter() -> Any:
-    """One for all frames: to lay out a filter takes longer than to apply it."""
-    from av.video.reformatter import VideoReformatter
-
-    return VideoReformatter()
+def _damaged_before_end(times: list[float], damage: tuple[int, str]) -> str:
+    position, complaint = damage
+    shown = times[min(position, len(times) - 1)] - times[0]
+    return f"it is damaged before its end, at frame {position} ({shown:.2f} s): {complaint}"
 
 
-def _picture(frame: Any, side: int) -> np.ndarray:
-    short = min(frame.width, frame.height)
-    # The long side to an even number: swscale takes three times as long for an odd one.
-    width, height = (max(side, 2 * round(length * side / short / 2)) for length in (frame.width, frame.height))
-    # One step of swscale converts colours and resizes; its bicubic filter widens with the ratio, as an antialias does.
-    # To RGBA it takes a third of the time that it takes to RGB; more than one thread helps no process of several.
-    converted = _reformatter().reformat(frame, width, height, format="rgba", interpolation="BICUBIC", threads=1)
-    left, top = (width - side) // 2, (height - side) // 2
-    square = converted.to_ndarray()[top : top + side, left : left + side]
-    quarter_turns = round((getattr(frame, "rotation", 0) or 0) / 90)
-    return np.ascontiguousarray(np.rot90(square, quarter_turns))
+def _frames(container: Any, stream: Any, messages: list[tuple[int, str, str]]) -> Iterator[tuple[Any, str]]:
+    """Each frame with the complaint about it, or None with a complaint about what did not decode."""
+    import av
+
+    names = container.format.name, stream.codec_context.name
+    messages.clear()  # of opening the file
+    try:
+        for packet in container.demux(stream):
+            complaint = "the file marks a packet as corrupt" if packet.is_corrupt else ""
+            frames = []
+            try:
+                frames = packet.decode()
+            except av.FFmpegError as error:
+                complaint = _words(error)
+            complaint = complaint or _damage_in(messages, *names)
+            if complaint:
+                yield None, complaint
+            for frame in frames:
+                yield frame, "the decoder marks a frame as corrupt" if frame.is_corrupt else ""
+    except av.FFmpegError as error:
+        yield None, _words(error)
+    if complaint := _damage_in(messages, *names):
+        yield None, complaint
+
+
+@contextmanager
+def _error_messages() -> Iterator[list[tuple[int, str, str]]]:
+    """A list that receives what ffmpeg logs as errors: level, name of the component, message."""
+    import av.logging
+
+    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # the same message may be about the next file
+    try:
+        with av.logging.Capture() as messages:
+            yield messages
+    finally:
+        av.logging.set_level(level)
+        av.logging.set_skip_repeated(skips)
+
+
+def _damage_in(messages: list[tuple[int, str, str]], container_format: str, codec: str) -> str:
+    """The first message about damage; the list is emptied.
+
+    Demuxers complain about damage only. Of the decoders only HEVC's is listened to, which marks no frame; others also
+    complain about good files.
+    """
+    found = (text for _, name, text in messages if name == container_format or name == codec == "hevc")
+    message = " ".join(next(found, "").split())
+    messages.clear()
+    return message
