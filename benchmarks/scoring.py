@@ -40,11 +40,11 @@ def ours(num_texts: int, num_videos: int, device: str = "cpu", precision: str = 
     """Every text against every video, noise drawn for each text, 64 texts at a time."""
     import torch
 
-    from tmass_dist.evaluation.blocks import TILES
+    from tmass_dist.evaluation.blocks import TILE_SIZES
     from tmass_dist.evaluation.scoring import Gallery
     from tmass_dist.noise import keyed_noise
 
-    tile_texts, tile_videos = TILES[device]
+    tile_texts, tile_videos = TILE_SIZES[device]
     kind = getattr(torch, precision)
     head, text, frames = _inputs(num_texts, num_videos)
     head, text, frames = head.to(device), text.to(device), frames.to(device)

@@ -71,7 +71,7 @@ class RankedJob:
         import torch
 
         from tmass_dist.distributed import StopRequest, finish, is_main
-        from tmass_dist.evaluation.encode import encode_run, evaluate
+        from tmass_dist.evaluation.run import encode_run, evaluate_run
         from tmass_dist.training.loop import train
 
         torch.set_num_threads(self.cpu_threads)
@@ -83,7 +83,7 @@ class RankedJob:
         if "encode" in self.do:
             encode_run(self.config)
         if "evaluate" in self.do:
-            evaluate(self.config)
+            evaluate_run(self.config)
         finish()
         _ignore_signals()
 

@@ -14,6 +14,7 @@ from launch.resources import Resources
 from tmass_dist.config import Config, load_config
 from tmass_dist.data.remote import is_remote
 from tmass_dist.errors import UserError
+from tmass_dist.evaluation.settings import BLOCK_SETTINGS, scoring_overrides
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,10 @@ def evaluation(config: Config, resources: Resources, folder: Path, tasks: int, *
     command = ("-m", "tmass_dist.evaluate", "--features", str(out / "features"), "--out", str(out))
     one = resources.one_task()
     steps = [Step("encode", [_ranked(config, resources, folder, ("encode",))], resources)] if encode else []
-    shares = [CommandJob((*command, "--shard", f"{n}/{tasks}"), str(folder), one.cpus) for n in range(tasks)]
-    report = CommandJob(command, str(folder), one.cpus)
+    # Also features that were encoded before are scored with the settings of this submission.
+    blocks = scoring_overrides(config, BLOCK_SETTINGS)
+    shares = [CommandJob((*command, "--shard", f"{n}/{tasks}", *blocks), str(folder), one.cpus) for n in range(tasks)]
+    report = CommandJob((*command, *scoring_overrides(config)), str(folder), one.cpus)
     return [*steps, Step("score", shares, resources.one_task(gpu=True)), Step("report", [report], one)]
 
 

@@ -1,8 +1,9 @@
-"""The equations of the paper, one pair at a time and unfolded: slow, plain, and what the fast scores must equal."""
+"""Slow and plain references: the equations of the paper one pair at a time, and ranks of whole matrices."""
 
 import torch
 from torch import Tensor
 
+from tmass_dist.evaluation.ranking import DSL_SCALE, rank
 from tmass_dist.models.head import RetrievalHead
 from tmass_dist.models.pooling import XPool
 
@@ -14,7 +15,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def pooled(head: RetrievalHead, asking_D: Tensor, frames_FD: Tensor) -> Tensor:
-    """One video as one vector sees it, ``(D,)``."""
+    """One video pooled upon one text (or sample), ``(D,)``."""
     pool = head.pooling
     if not isinstance(pool, XPool):
         return _unit(frames_FD).mean(dim=0)
@@ -48,3 +49,20 @@ def similarities(
             row.append(max(_unit(s) @ _unit(pooled(head, a, frames_FD)) for s, a in zip(samples, asked)))
         rows.append(torch.stack(row))
     return torch.stack(rows)
+
+
+def rank_texts(similarity_TV: Tensor, owner_T: Tensor) -> Tensor:
+    """Text-to-video ranks of a whole matrix; videos need no caption."""
+    assert not torch.isnan(similarity_TV).any()
+    return (similarity_TV >= similarity_TV.gather(1, owner_T[:, None])).sum(dim=1)
+
+
+def rank_videos(similarity_TV: Tensor, owner_T: Tensor) -> Tensor:
+    """Video-to-text ranks of a whole matrix, with texts in any order."""
+    order = owner_T.argsort(stable=True)
+    return rank(lambda: [similarity_TV[order]], owner_T[order], similarity_TV.shape[1]).v2t_V
+
+
+def dsl(similarity_TV: Tensor) -> Tensor:
+    """Each similarity times its softmax over the queries (rows). Source: Cheng et al., 2021, arXiv:2109.04290."""
+    return similarity_TV * (DSL_SCALE * similarity_TV).softmax(dim=0)

@@ -13,10 +13,10 @@ from tests.conftest import run
 from tests.loaders import TOKENIZE, copied, global_batches, make_loaders
 from tests.resharded import reshard
 from tmass_dist.data.index import Index, Sample, Shard, load_index, make_columns
-from tmass_dist.data.loader import iterate_videos
 from tmass_dist.data.order import epoch_batches, rounds, substitutes
 from tmass_dist.data.samples import DamagedError, read_sample
 from tmass_dist.data.transforms import augment
+from tmass_dist.data.videos import iterate_videos, num_batches
 from tmass_dist.errors import PeerLostError
 
 
@@ -93,10 +93,42 @@ def test_evaluation_meets_every_video_once(packed: Path) -> None:
     seen = [
         video
         for rank in range(3)
-        for batch in iterate_videos(index, rank=rank, world_size=3, batch_size=2, tokenize=TOKENIZE)
+        for batch in iterate_videos(
+            index, batches=range(num_batches(index, 2))[rank::3], batch_size=2, tokenize=TOKENIZE
+        )
         for video in batch.video_ids
     ]
     assert sorted(seen) == sorted(index.ids)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_workers_decode_the_same_videos_for_evaluation(packed: Path, num_workers: int) -> None:
+    index = load_index(packed)
+    batches = range(num_batches(index, 2))
+    read = {
+        workers: [
+            (batch.pixels_BFHWC.clone(), batch.tokens_TL, batch.video_ids, batch.captions, batch.caption_ids)
+            for batch in iterate_videos(
+                index, batches=batches, batch_size=2, tokenize=TOKENIZE, num_frames=5, num_workers=workers
+            )
+        ]
+        for workers in (0, num_workers)
+    }
+    assert len(read[0]) == len(read[num_workers]) == len(batches)
+    for one, other in zip(read[0], read[num_workers]):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1]) and one[2:] == other[2:]
+
+
+def test_a_damaged_video_stops_an_evaluation_with_workers_too(packed: Path, tmp_path: Path) -> None:
+    shutil.copytree(packed, tmp_path / "copy")
+    index = load_index(tmp_path / "copy")
+    sample = index.sample(len(index) - 1)
+    with index.path(sample).open("r+b") as file:
+        file.seek(sample.offset + sample.size // 2)
+        file.write(b"damaged")
+    with pytest.raises(DamagedError, match="checksum"):
+        batches = range(num_batches(index, 2))
+        list(iterate_videos(index, batches=batches, batch_size=2, tokenize=TOKENIZE, num_workers=2))
 
 
 def test_held_out_videos_are_the_same_in_every_run_and_in_no_batch(packed: Path) -> None:
@@ -156,7 +188,7 @@ def test_a_damaged_sample_has_the_same_substitute_on_any_world_size(
     assert pairs[1] == pairs[2] == pairs[4]
     assert len({video for video, _ in pairs[1]}) == 4 and not {index.id_of(n) for n in bad} & {v for v, _ in pairs[1]}
     with pytest.raises(DamagedError, match="checksum"):
-        list(iterate_videos(index, rank=0, world_size=1, batch_size=4, tokenize=TOKENIZE))
+        list(iterate_videos(index, batches=range(num_batches(index, 4)), batch_size=4, tokenize=TOKENIZE))
 
 
 def test_substitutes_hold_no_video_of_the_batch_and_are_disjoint() -> None:

@@ -14,7 +14,7 @@ from tests.conftest import ROOT, run
 from tmass_dist import TMass
 from tmass_dist.config import load_config
 from tmass_dist.errors import UserError
-from tmass_dist.evaluation.blocks import Scorer
+from tmass_dist.evaluation.blocks import BlockScorer
 from tmass_dist.evaluation.features import Features
 from tmass_dist.models.tmass import build_model
 
@@ -57,7 +57,7 @@ def test_similarity_is_that_of_the_evaluation(model: TMass) -> None:
     frames_VFD, text_TD = model.encode_videos(CLIPS), model.encode_text(TEXTS[:2])
     owners = [("a", 0), ("b", 0)]
     features = Features(["a", "b"], frames_VFD, owners, TEXTS[:2], text_TD, torch.arange(2))
-    expected_TV = Scorer(model.head, features, model.config).score(0)
+    expected_TV = BlockScorer(model.head, features, model.config).score(slice(0, len(features.owner_T)))
     torch.testing.assert_close(model.similarity(TEXTS[:2], frames_VFD), expected_TV, rtol=0, atol=1e-6)
 
 

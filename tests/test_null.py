@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from tests.oracle import rank_texts, rank_videos
 from tmass_dist.config import ModelConfig
-from tmass_dist.evaluation.ranking import metrics, rank_texts, rank_videos
+from tmass_dist.evaluation.ranking import metrics
 from tmass_dist.evaluation.scoring import score
 from tmass_dist.models.head import build_head
 from tmass_dist.noise import keyed_noise

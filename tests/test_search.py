@@ -14,7 +14,7 @@ from tests.ranks import on_ranks
 from tmass_dist import TMass
 from tmass_dist.config import load_config
 from tmass_dist.errors import UserError
-from tmass_dist.evaluation.blocks import Scorer
+from tmass_dist.evaluation.blocks import BlockScorer
 from tmass_dist.evaluation.features import Features
 from tmass_dist.evaluation.search import FrameIndex, candidates
 from tmass_dist.models.tmass import build_model
@@ -77,7 +77,7 @@ def test_a_search_is_the_evaluation_of_the_same_gallery(export: Path, gallery: P
     features = Features(
         list(opened.rows), opened.frames(rows), owners, QUERIES, text_TD, torch.zeros(3, dtype=torch.int64)
     )
-    exact_TV = Scorer(model.head, features, model.config).score(0)
+    exact_TV = torch.cat(list(BlockScorer(model.head, features, model.config).scores()))
     for results, row_V in zip(Searcher(model, opened).search(QUERIES, k=len(rows)), exact_TV):
         expected = sorted(zip(row_V.tolist(), features.video_ids), reverse=True)
         assert [result.id for result in results] == [video_id for _, video_id in expected]

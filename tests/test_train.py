@@ -35,6 +35,10 @@ def test_run_directory_holds_a_labelled_result(whole: Path) -> None:
     assert result["post_processing"] == "none" and result["checkpoint"].endswith("best.safetensors")
     for direction in ("t2v", "v2t"):
         assert {"R@1", "R@5", "R@10", "MdR", "MnR"} <= set(result[direction])
+    best = json.loads((whole / "checkpoints" / "best.json").read_text())
+    assert (best["selected_on"], best["protocol"], best["num_trials"]) == ("val", "query_conditioned", 20)
+    tau = best["query_scoring_tau"]
+    assert f"query scoring of these towers (tau {tau}, chosen on validation)" in result["baselines"]
     assert (whole / "config.yaml").is_file() and "step 6/6" in (whole / "train.log").read_text()
 
 
@@ -44,7 +48,12 @@ def test_tensorboard_has_every_tag_once_a_step(whole: Path) -> None:
     events = EventAccumulator(str(whole / "tensorboard")).Reload()
     tags = {"loss/total", "loss/stochastic", "loss/support", "optim/lr_towers", "optim/lr_head", "optim/grad_norm"}
     tags |= {"model/logit_scale", "model/mean_radius", "speed/videos_per_s", "speed/data_wait", "speed/memory_gb"}
-    tags |= {"speed/tflops", "optim/grad_norm_towers", "model/positive_similarity", "final/val_t2v_R@1"}
+    tags |= {
+        "speed/tflops",
+        "optim/grad_norm_towers",
+        "model/positive_similarity",
+        "final/val_query_conditioned_t2v_R@1",
+    }
     split = {f"speed/{name}_s" for name in ("data", "encode", "head", "communication", "optimizer")}
     assert tags | split <= set(events.Tags()["scalars"])
     assert all(event.value > 0 for name in split for event in events.Scalars(name))
@@ -72,13 +81,13 @@ def test_export_loads_without_deepspeed_and_gives_the_same_similarities(whole: P
 import sys, torch
 from pathlib import Path
 from tmass_dist import TMass
-from tmass_dist.evaluation.stored import Stored
+from tmass_dist.evaluation.stored import StoredSplit
 model = TMass.from_pretrained({str(tmp_path / "model")!r})
-stored = Stored(Path({str(whole / "evaluation" / "features")!r}), [], Path({str(tmp_path)!r}))
+stored = StoredSplit(Path({str(whole / "evaluation" / "features")!r}), [])
 texts = stored.features.captions
 torch.testing.assert_close(model.encode_text(texts), stored.features.text_TD, rtol=1e-5, atol=1e-5)
-similarity_TV = model.similarity(texts[:64], stored.features.frames_VFD)
-torch.testing.assert_close(similarity_TV, stored.scorer.score(0), rtol=0, atol=1e-5)
+similarity_TV = model.similarity(texts, stored.features.frames_VFD)
+torch.testing.assert_close(similarity_TV, torch.cat(list(stored.scorer.scores())), rtol=0, atol=1e-5)
 assert "deepspeed" not in sys.modules
 """
     done = run("-c", code)

@@ -228,6 +228,12 @@ class EvaluationConfig:
     """``dsl`` normalises by all test queries, ``qbnorm`` by a bank of training queries."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the products with the samples. ``bfloat16`` is faster; its error is in docs/performance.md."""
+    feature_precision: Literal["float32", "float16"] = "float32"
+    """Precision of stored features. ``float16`` halves the store; every result states it."""
+    baselines: Literal["auto", "none", "features", "all"] = "auto"
+    """Rows of the tables to compare with. ``features``: mean pooling, best frame and query scoring of the same
+    features; ``all``: also the scores before training; ``auto``: as ``all``, but nothing that needs a download, and
+    nothing for more than 250 million pairs."""
 
     def __post_init__(self) -> None:
         _require(self.window >= 1, "evaluation.window", self.window, "at least 1")
@@ -298,8 +304,14 @@ def find_config(name: str) -> Path:
     raise UserError(f"no config file {name!r}, neither here nor in configs/, which has {pages}")
 
 
-def load_config(name: str, overrides: list[str] | None = None) -> Config:
+def load_config(name: str, overrides: list[str] | None = None, *, allow_env: bool = True) -> Config:
     """The defaults, changed by a config file, then by dotted overrides (``optim.lr=1e-5``).
+
+    Args:
+        name: a path, or the name of a file of ``configs/``.
+        overrides: ``key=value`` each.
+        allow_env: whether ``${...}`` may call a resolver such as ``oc.env``. False for files that others wrote: they
+            could read environment variables of this machine.
 
     Raises:
         UserError: an unknown key (the nearest one is named), a value of the wrong type, or one out of range.
@@ -313,11 +325,13 @@ def load_config(name: str, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise UserError(f"{name}: {error}") from error
-    return make_config(page, overrides, name)
+    return make_config(page, overrides, name, allow_env=allow_env)
 
 
-def make_config(settings: Any, overrides: list[str] | None = None, name: str = "the settings") -> Config:
-    """The defaults, changed by ``settings`` (nested dictionaries), then by dotted overrides.
+def make_config(
+    settings: Any, overrides: list[str] | None = None, name: str = "the settings", *, allow_env: bool = True
+) -> Config:
+    """The defaults, changed by ``settings`` (nested dictionaries), then by dotted overrides; see :func:`load_config`.
 
     Raises:
         UserError: as :func:`load_config`; ``name`` says where the settings come from.
@@ -329,6 +343,9 @@ def make_config(settings: Any, overrides: list[str] | None = None, name: str = "
     for override in overrides or []:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"{override!r} is not an override; write key=value, for example optim.lr=1e-5")
+    if not allow_env:
+        plain = settings if isinstance(settings, dict) else OmegaConf.to_container(settings, resolve=False)
+        _refuse_resolvers(plain, name)
     try:
         changes = OmegaConf.merge(settings, OmegaConf.from_dotlist(overrides or []))
         _check_keys(OmegaConf.to_container(changes, resolve=True), Config)
@@ -338,6 +355,22 @@ def make_config(settings: Any, overrides: list[str] | None = None, name: str = "
         raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
     except YAMLError as error:
         raise UserError(f"an override is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _refuse_resolvers(value: Any, name: str) -> None:
+    """Raise an error if a string of the settings calls a resolver (``${oc.env:HOME}``); it never prints the value."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _refuse_resolvers(key, name)
+            _refuse_resolvers(item, name)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_resolvers(item, name)
+    elif isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
+        raise UserError(
+            f"{name} reads the environment of this machine ({value[:60]!r}); write the value there, or, if you trust "
+            "the file, use a command that has --allow-env"
+        )
 
 
 def _require_config(value: object) -> Config:
@@ -374,6 +407,7 @@ _FREE_KEYS = (
     | {f"data.{key}" for key in ("cache", "cache_gb", "retry_s")}
     | {f"engine.{key}" for key in ("zero_stage", "micro_batch", "head_memory_mb", "checkpoint_activations", "compile")}
     | {f"engine.{key}" for key in ("nonfinite", "timeout_s", "keep", "peak_tflops")}
+    | {"evaluation.baselines", "evaluation.feature_precision"}
 )
 
 

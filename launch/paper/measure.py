@@ -13,9 +13,9 @@ import torch
 
 from tmass_dist.cli import write_json
 from tmass_dist.evaluation import ranking
-from tmass_dist.evaluation.blocks import Scorer
+from tmass_dist.evaluation.blocks import BlockScorer
 from tmass_dist.evaluation.report import COLUMNS, summary
-from tmass_dist.evaluation.stored import Stored
+from tmass_dist.evaluation.stored import StoredSplit
 from tmass_dist.models.head import RetrievalHead
 
 
@@ -42,13 +42,13 @@ def measure(run: Path, *, protocol: str = "query_conditioned", post: str = "none
         return json.loads(cached.read_text(encoding="utf-8"))
     overrides = [f"evaluation.protocol={protocol}", f"evaluation.post_processing={post}"]
     overrides += ["evaluation.precision=float32", f"stochastic.num_trials={max(trials, 1)}"]
-    stored = Stored(run / "evaluation" / "features", overrides)
+    stored = StoredSplit(run / "evaluation" / "features", overrides)
     scorer = stored.scorer
     if trials == 0:
-        scorer = Scorer(RetrievalHead(scorer.head.pooling, None), stored.features, stored.config)
+        scorer = BlockScorer(RetrievalHead(scorer.head.pooling, None), stored.features, stored.config)
     began = time.perf_counter()
     with torch.inference_mode():
-        blocks = [scorer.score(start) for start in scorer.starts]
+        blocks = list(scorer.scores())
     seconds = time.perf_counter() - began
     processing = stored.config.evaluation.post_processing
     ranks = ranking.rank(lambda: blocks, stored.features.owner_T, len(stored.features.video_ids), processing)
@@ -56,7 +56,7 @@ def measure(run: Path, *, protocol: str = "query_conditioned", post: str = "none
         "protocol": protocol,
         "post_processing": post,
         "trials": trials,
-        "selected_on": stored.config.evaluation.selected_on,
+        "selected_on": stored.selection.get("selected_on", "unknown"),
         "num_texts": len(stored.features.caption_ids),
         "num_videos": len(stored.features.video_ids),
         "seconds": seconds,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tmass_dist.evaluation import radii
-from tmass_dist.evaluation.stored import Stored
+from tmass_dist.evaluation.stored import StoredSplit
 
 
 class Radii:
@@ -25,12 +25,12 @@ class Radii:
     """
 
     def __init__(self, run: Path) -> None:
-        self.stored = Stored(run / "evaluation" / "features", [])
+        self.stored = StoredSplit(run / "evaluation" / "features", [])
         self.features, mass = self.stored.features, self.stored.scorer.head.mass
         assert mass is not None
         self.mass = mass
         with torch.inference_mode():
-            self.score_TV = torch.cat([self.stored.scorer.score(start) for start in self.stored.scorer.starts])
+            self.score_TV = torch.cat(list(self.stored.scorer.scores()))
             self.norm_TV = torch.stack([self.radius_VD(t).abs().sum(dim=1) for t in range(len(self.score_TV))])
         owner_T = self.features.owner_T
         texts_T = torch.arange(len(owner_T))

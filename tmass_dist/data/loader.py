@@ -42,17 +42,6 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class VideoBatch:
-    """Videos for evaluation with all their captions; ``caption_ids`` are (video id, slot)."""
-
-    pixels_BFHWC: Tensor
-    video_ids: list[str]
-    tokens_TL: Tensor
-    captions: list[str]
-    caption_ids: list[tuple[str, int]]
-
-
-@dataclass(frozen=True)
 class _WorkerBatch:
     """What a worker returns of a batch; the pixels are in shared memory."""
 
@@ -63,7 +52,7 @@ class _WorkerBatch:
     damaged: list[tuple[str, str]]
 
 
-def _shared_array(shape: tuple[int, ...], kind: type) -> np.ndarray:
+def shared_array(shape: tuple[int, ...], kind: type) -> np.ndarray:
     """An array that this process shares with the processes it forks; unlike /dev/shm it may use all memory."""
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
     return np.frombuffer(mmap.mmap(-1, size), dtype=kind).reshape(shape)
@@ -81,9 +70,9 @@ class _RankBatches(Dataset):
         # The memory is reused, because allocating it for each batch takes half as long as decoding. One batch is in
         # use, a GPU may still copy the one before, and each worker prepares PREFETCH.
         shape = (PREFETCH * config.num_workers + 2, local, frames, index.image_size, index.image_size, 3)
-        self.pixels = _shared_array(shape, np.uint8)
+        self.pixels = shared_array(shape, np.uint8)
         # The sample that each worker reads, for the message about a worker that hangs.
-        self.reading = _shared_array((max(1, config.num_workers),), np.int64)
+        self.reading = shared_array((max(1, config.num_workers),), np.int64)
         self.reading[:] = -1
         self.order = make_order(index, config, seed)
 
@@ -143,7 +132,7 @@ class _StepsFrom(Sampler):
             step += 1
 
 
-def _prepare_worker(_: int) -> None:
+def prepare_worker(_: int) -> None:
     # SLURM signals every process of a step; only the training process may act on it.
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -207,7 +196,7 @@ class TrainLoader:
                 batch_size=None,
                 sampler=_StepsFrom(start_step),
                 num_workers=self._num_workers,
-                worker_init_fn=_prepare_worker,
+                worker_init_fn=prepare_worker,
                 multiprocessing_context="fork" if self._num_workers else None,
                 prefetch_factor=PREFETCH if self._num_workers else None,
                 timeout=self._timeout_s if self._num_workers else 0,
@@ -249,27 +238,3 @@ class TrainLoader:
         numbers = [int(number) for number in self._dataset.reading if number >= 0]
         names = sorted({index.shards[index.sample(number).shard].name for number in numbers})
         return f" reading {', '.join(names)} of {index.directory}" if names else ""
-
-
-def iterate_videos(
-    index: Index, *, rank: int, world_size: int, batch_size: int, tokenize: Tokenize, num_frames: int = 12
-) -> Iterator[VideoBatch]:
-    """Every video of the split once over all ranks, with all its captions; the ranks take whole batches in turn.
-
-    The videos of a batch do not depend on the number of ranks, so neither does the rounding of their encodings.
-
-    Raises:
-        DamagedError: a sample is damaged; evaluation replaces nothing.
-    """
-    for start in range(rank * batch_size, len(index), world_size * batch_size):
-        numbers = range(start, min(start + batch_size, len(index)))
-        pixels = torch.empty(len(numbers), num_frames, index.image_size, index.image_size, 3, dtype=torch.uint8)
-        metas = [read_into(pixels[row].numpy(), index, number) for row, number in enumerate(numbers)]
-        captions = [(meta["id"], slot, text) for meta in metas for slot, text in enumerate(meta["captions"])]
-        yield VideoBatch(
-            pixels,
-            [meta["id"] for meta in metas],
-            tokenize([text for *_, text in captions]),
-            [text for *_, text in captions],
-            [(video_id, slot) for video_id, slot, _ in captions],
-        )

@@ -1,14 +1,14 @@
-"""Every text against every video in blocks of texts: each block is one file, kept over a kill, shared out over tasks.
+"""Blocks of scores: some texts against every video. A block is one file, kept after a kill and shared out over tasks.
 
-A block's scores depend on nothing but the block: the same bits come from 1 task and from 64.
+The scores of a block depend on that block alone: the same bits come from 1 task and from 64.
 """
 
 # Shapes: T texts, V videos, M trials, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +19,24 @@ from tmass_dist.config import Config
 from tmass_dist.distributed import own_device
 from tmass_dist.evaluation.features import Features
 from tmass_dist.evaluation.scoring import Gallery
+from tmass_dist.models.pooling import XPool
 from tmass_dist.noise import keyed_noise, text_key
 
 if TYPE_CHECKING:
     from tmass_dist.models.head import RetrievalHead
 
-# Texts and videos of a tile: on a processor what is in hand stays in its caches, a GPU wants few and large kernels.
-TILES = {"cpu": (16, 128), "cuda": (64, 512)}
-BLOCK = 64
-"""Texts of a block; it bounds the noise bank (64 texts x 20 trials x 512 dimensions are 2.6 MB)."""
+TILE_SIZES = {"cpu": (16, 128), "cuda": (64, 512)}
+"""Texts and videos scored at a time: on a CPU a tile stays in the caches, a GPU wants few and large kernels."""
+
+TEXTS_PER_BLOCK = 64
+"""Most texts of a block, unless one video has more; it bounds the noise (64 texts x 20 trials x 512 x 4 B = 2.6 MB)."""
+
+GALLERY_BYTES = 2**29
+"""A prepared gallery larger than this is not kept: its videos are prepared again, a tile at a time, for each group of
+blocks."""
+
+GROUP_BYTES = 2**29
+"""Scores and noise of a group of blocks, which are computed together where the gallery is not kept."""
 
 
 def caption_noise(
@@ -58,79 +67,137 @@ def caption_noise(
     return noise_TN.view(-1, num_trials, width).to(device)
 
 
-@dataclass
-class Scorer:
-    """The similarities of a split, block by block."""
+def split_into_blocks(owner_T: Tensor, limit: int = TEXTS_PER_BLOCK) -> list[slice]:
+    """Cut texts into blocks of at most ``limit``, all captions of a video in one block.
 
-    head: RetrievalHead
-    features: Features
-    config: Config
+    Args:
+        owner_T: number of each text's video; non-decreasing.
+        limit: most texts of a block; a video with more captions has a block of its own.
+    """
+    counts = owner_T.unique_consecutive(return_counts=True)[1].tolist()
+    blocks, start, end = [], 0, 0
+    for count in counts:
+        if end > start and end + count - start > limit:
+            blocks.append(slice(start, end))
+            start = end
+        end += count
+    return [*blocks, slice(start, end)] if end > start else blocks
 
-    def __post_init__(self) -> None:
+
+class BlockScorer:
+    """The similarities of a split, block by block.
+
+    Args:
+        head: scores on this process's device, in evaluation mode.
+        features: of the split.
+        config: protocol, precision, noise and seed.
+    """
+
+    def __init__(self, head: RetrievalHead, features: Features, config: Config) -> None:
+        self.features, self.config = features, config
         self.device = own_device()
-        self.head = self.head.to(self.device).eval()
+        self.head = head.to(self.device).eval()
+        self.tile_texts, self.tile_videos = TILE_SIZES[self.device.type]
         # The published protocol needs all captions of every video in one call; it is for parity on small sets.
-        published = self.config.evaluation.protocol == "published_code"
-        num_texts = len(self.features.text_TD)
-        self.block = num_texts if published else BLOCK
-        self.starts = list(range(0, num_texts, self.block))
-        self._gallery: Gallery | None = None
+        published = config.evaluation.protocol == "published_code"
+        self.blocks = [slice(0, len(features.owner_T))] if published else split_into_blocks(features.owner_T)
+        """The rows of each block; they cover all texts in order."""
+        self._whole_gallery: Gallery | None = None
 
     def gallery(self, frames_VFD: Tensor) -> Gallery:
-        """Any videos, prepared where they will be scored."""
-        return Gallery(self.head, frames_VFD.to(self.device), tile_videos=TILES[self.device.type][1])
+        """Any videos, prepared on this process's device."""
+        return Gallery(self.head, frames_VFD.to(self.device).float(), tile_videos=self.tile_videos)
 
-    def score(self, start: int, gallery: Gallery | None = None) -> Tensor:
-        """Similarity ``(block, V)``, on the CPU, of the texts from ``start`` on; see :func:`caption_noise`.
+    def score(self, texts: slice, gallery: Gallery | None = None) -> Tensor:
+        """Similarity ``(block, V)``, on the CPU, of some texts with every video; see :func:`caption_noise`.
 
         Args:
-            start: first text of the block.
-            gallery: other videos than the whole split.
+            texts: rows of the texts, usually one of ``blocks``.
+            gallery: videos other than the whole split.
         """
         if gallery is None:
-            self._gallery = gallery = self._gallery or self.gallery(self.features.frames_VFD)
-        rows = slice(start, start + self.block)
-        width = self.features.text_TD.shape[1]
-        noise_TMD = None
-        if self.head.mass is not None:
-            noise_TMD = caption_noise(self.features.captions[rows], self.config, width, self.device)
-        found = gallery.score(
-            self.features.text_TD[rows].to(self.device),
+            self._whole_gallery = self._whole_gallery or self.gallery(self.features.frames_VFD)
+            gallery = self._whole_gallery
+        return self._score(texts, self._noise(texts), gallery)
+
+    def scores(self, blocks: Iterable[slice] | None = None) -> Iterator[Tensor]:
+        """The similarities ``(block, V)`` of ``blocks`` (by default all of them), in order.
+
+        Where the prepared gallery is larger than ``GALLERY_BYTES``, the memory is that of one group of blocks and one
+        tile of videos; the scores are the same bits.
+        """
+        blocks = list(self.blocks if blocks is None else blocks)
+        if self._gallery_bytes() <= GALLERY_BYTES or self.config.evaluation.protocol == "published_code":
+            yield from map(self.score, blocks)
+            return
+        frames_VFD = self.features.frames_VFD
+        for group in self._groups(blocks):
+            noises = [self._noise(texts) for texts in group]
+            rows = [torch.empty(texts.stop - texts.start, len(frames_VFD)) for texts in group]
+            for start in range(0, len(frames_VFD), self.tile_videos):
+                videos = slice(start, start + self.tile_videos)
+                gallery = self.gallery(frames_VFD[videos])
+                for texts, noise_TMD, row_TV in zip(group, noises, rows):
+                    row_TV[:, videos] = self._score(texts, noise_TMD, gallery)
+            yield from rows
+
+    def scores_of(self, text: int) -> Tensor:
+        """Similarity ``(V,)`` of one text with every video, from its block."""
+        [block] = [block for block in self.blocks if block.start <= text < block.stop]
+        return next(self.scores([block]))[text - block.start]
+
+    def _score(self, texts: slice, noise_TMD: Tensor | None, gallery: Gallery) -> Tensor:
+        published = self.config.evaluation.protocol == "published_code"
+        similarity_TV = gallery.score(
+            self.features.text_TD[texts].to(self.device).float(),
             noise_TMD,
             protocol=self.config.evaluation.protocol,
             pooled_by=self.config.model.pooled_by,
-            caption_owner_T=self.features.owner_T[rows],
+            caption_owner_T=self.features.owner_T[texts],
             precision=getattr(torch, self.config.evaluation.precision),
-            tile_texts=TILES[self.device.type][0],
+            tile_texts=self.tile_texts,
         ).cpu()
-        # The published protocol has no number where a video lacks a caption slot; such a video cannot win.
-        return found.nan_to_num(-2.0) if self.config.evaluation.protocol == "published_code" else found
+        # The published protocol gives NaN where a video lacks a caption slot; such a video cannot win.
+        return similarity_TV.nan_to_num(-2.0) if published else similarity_TV
+
+    def _noise(self, texts: slice) -> Tensor | None:
+        """Noise ``(block, M, D)`` of some texts; None for a head without a mass."""
+        if self.head.mass is None:
+            return None
+        return caption_noise(self.features.captions[texts], self.config, self.features.text_TD.shape[1], self.device)
+
+    def _gallery_bytes(self) -> int:
+        """About what the prepared gallery takes: frames and their directions, and the pooling's keys and basis."""
+        num_videos, num_frames, width = self.features.frames_VFD.shape
+        pool = self.head.pooling
+        vectors = (pool.num_heads + 1) * num_frames + 2 if isinstance(pool, XPool) else 1
+        return 4 * num_videos * width * (2 * num_frames + vectors)
+
+    def _groups(self, blocks: list[slice]) -> Iterator[list[slice]]:
+        """Blocks whose scores and noise together take at most ``GROUP_BYTES``; at least one."""
+        num_values = len(self.features.frames_VFD) + self.config.stochastic.num_trials * self.features.text_TD.shape[1]
+        limit = GROUP_BYTES // (4 * num_values)
+        group: list[slice] = []
+        for texts in blocks:
+            if group and sum(t.stop - t.start for t in (*group, texts)) > limit:
+                yield group
+                group = []
+            group.append(texts)
+        if group:
+            yield group
 
 
-class Tiles:
-    """Blocks on disk."""
+class BlockFiles:
+    """Blocks of scores in a directory, one file each.
 
-    def __init__(self, directory: Path, scorer: Scorer, log: Any = print) -> None:
+    Args:
+        directory: of the files; its name stands for everything that the scores depend on.
+        scorer: computes the blocks that are missing.
+        log: is told of damaged files.
+    """
+
+    def __init__(self, directory: Path, scorer: BlockScorer, log: Any = print) -> None:
         self.directory, self.scorer, self.log = directory, scorer, log
-
-    def _path(self, start: int) -> Path:
-        return self.directory / f"rows-{start:09d}.safetensors"
-
-    def _read(self, start: int) -> Tensor | None:
-        """A finished block, or None; one that is damaged is named, and will be computed again."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        path = self._path(start)
-        if not path.is_file():
-            return None
-        try:
-            found = load_file(path)["similarity"]
-        except (SafetensorError, KeyError, OSError) as error:
-            self.log(f"{path} is damaged ({error}): computing it again")
-            return None
-        rows = len(self.scorer.features.text_TD[start : start + self.scorer.block])
-        return found if found.shape == (rows, len(self.scorer.features.frames_VFD)) else None
 
     def compute(self, number: int, count: int) -> None:
         """Write the blocks of task ``number`` of ``count`` that are not there yet."""
@@ -138,15 +205,49 @@ class Tiles:
         from tqdm import tqdm
 
         self.directory.mkdir(parents=True, exist_ok=True)
-        mine = self.scorer.starts[number::count]
-        for start in tqdm(mine, desc="score", unit="block", disable=number > 0 or len(mine) < 8):
-            if self._read(start) is None:
-                aside = self._path(start).with_suffix(f".{number}.tmp")
-                save_file({"similarity": self.scorer.score(start)}, aside)
-                aside.replace(self._path(start))
+        own = self.scorer.blocks[number::count]
+        missing = [texts for texts in own if self._read(texts) is None]
+        quiet = number > 0 or len(own) < 8
+        scores = self.scorer.scores(missing)
+        for texts, block_TV in tqdm(zip(missing, scores), "score", len(missing), unit="block", disable=quiet):
+            temporary = self._path(texts).with_suffix(f".{number}.tmp")
+            save_file({"similarity": block_TV}, temporary, metadata={"sha256": _sha256(block_TV)})
+            temporary.replace(self._path(texts))
 
     def blocks(self) -> Iterator[Tensor]:
-        """Every block in order; one that is missing is computed here."""
-        for start in self.scorer.starts:
-            found = self._read(start)
-            yield self.scorer.score(start) if found is None else found
+        """Every block in order; one that is missing or damaged is computed here."""
+        for texts in self.scorer.blocks:
+            block_TV = self._read(texts)
+            yield next(self.scorer.scores([texts])) if block_TV is None else block_TV
+
+    def scores_of(self, text: int) -> Tensor:
+        """Similarity ``(V,)`` of one text with every video."""
+        [texts] = [block for block in self.scorer.blocks if block.start <= text < block.stop]
+        block_TV = self._read(texts)
+        return self.scorer.scores_of(text) if block_TV is None else block_TV[text - texts.start]
+
+    def _path(self, texts: slice) -> Path:
+        return self.directory / f"rows-{texts.start:09d}.safetensors"
+
+    def _read(self, texts: slice) -> Tensor | None:
+        """A finished block, or None; a damaged one is named, and will be computed again."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self._path(texts)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                block_TV, checksum = file.get_tensor("similarity"), (file.metadata() or {})["sha256"]
+            if block_TV.shape != (texts.stop - texts.start, len(self.scorer.features.video_ids)):
+                raise ValueError(f"its shape is {tuple(block_TV.shape)}")
+            if _sha256(block_TV) != checksum:
+                raise ValueError("its checksum differs")
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            self.log(f"{path} is damaged ({error}): computing it again")
+            return None
+        return block_TV
+
+
+def _sha256(block_TV: Tensor) -> str:
+    return hashlib.sha256(block_TV.contiguous().numpy().data).hexdigest()

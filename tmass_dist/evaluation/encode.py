@@ -1,14 +1,15 @@
-"""Encode a split by the towers, over all ranks, and keep it as a feature store."""
+"""Encode a split by the towers, over all ranks: in memory for validation, into a feature store for evaluation."""
 
 # Shapes: T texts, V videos, F frames, D embedding width.
 
 from __future__ import annotations
 
-import dataclasses
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmass_dist.config import Config, to_yaml
+from tmass_dist.config import Config
 from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -20,156 +21,151 @@ if TYPE_CHECKING:
     from tmass_dist.evaluation.ranking import Bank, Ranks
     from tmass_dist.models.tmass import RetrievalModel
 
+BATCHES_PER_CHUNK = 4
+"""Batches of a chunk. Ranks encode whole chunks in turn, each is a file: an encoding that was killed resumes there."""
 
-def encode_part(model: RetrievalModel, index: Index, tokenize: Any, config: Config, device: torch.device) -> Part:
-    """Encode this rank's share of a split, in batches that any number of ranks cuts the same."""
+
+def encode_batches(
+    model: RetrievalModel,
+    index: Index,
+    tokenize: Any,
+    config: Config,
+    device: torch.device,
+    batches: Sequence[int],
+) -> Part:
+    """Encode some batches of a split; the batches are the same for any number of ranks.
+
+    Args:
+        model: in evaluation mode, on ``device``.
+        index: the split.
+        tokenize: texts to token ids.
+        config: of the run.
+        device: on which to encode.
+        batches: numbers of batches of ``data.eval_batch_size`` videos.
+    """
     import torch
 
-    from tmass_dist.data.loader import iterate_videos
     from tmass_dist.data.transforms import resize_centre_crop
-    from tmass_dist.distributed import rank, world_size
+    from tmass_dist.data.videos import iterate_videos
     from tmass_dist.evaluation.features import Part
 
-    width, frames = model.towers.embed_dim, config.model.num_frames
-    part = Part([], torch.empty(0, frames, width), [], [], torch.empty(0, width))
-    frame_parts, text_parts = [part.frames_VFD], [part.text_TD]
-    batches = iterate_videos(
+    width, num_frames = model.towers.embed_dim, config.model.num_frames
+    frame_parts, text_parts = [torch.empty(0, num_frames, width)], [torch.empty(0, width)]
+    video_ids: list[str] = []
+    caption_ids: list[tuple[str, int]] = []
+    captions: list[str] = []
+    videos = iterate_videos(
         index,
-        rank=rank(),
-        world_size=world_size(),
+        batches=batches,
         batch_size=config.data.eval_batch_size,
         tokenize=tokenize,
-        num_frames=frames,
+        num_frames=num_frames,
+        num_workers=config.data.num_workers,
+        timeout_s=config.engine.timeout_s,
     )
     with torch.inference_mode():
-        for batch in batches:
+        for batch in videos:
             pixels = resize_centre_crop(batch.pixels_BFHWC.to(device), model.towers.image_size)
             frame_parts.append(model.towers.encode_frames(pixels).float().cpu())
             text_parts.append(model.towers.encode_text(batch.tokens_TL.to(device)).float().cpu())
-            part.video_ids.extend(batch.video_ids)
-            part.caption_ids.extend(batch.caption_ids)
-            part.captions.extend(batch.captions)
-    return dataclasses.replace(part, frames_VFD=torch.cat(frame_parts).clone(), text_TD=torch.cat(text_parts).clone())
+            video_ids += batch.video_ids
+            caption_ids += batch.caption_ids
+            captions += batch.captions
+        frames_VFD, text_TD = torch.cat(frame_parts), torch.cat(text_parts)
+    # Copies outside inference mode are ordinary tensors.
+    return Part(video_ids, frames_VFD.clone(), caption_ids, captions, text_TD.clone())
 
 
 def encode(model: RetrievalModel, index: Index, tokenize: Any, config: Config, device: torch.device) -> Features:
-    """Encode a split over all ranks; every rank gets all of it."""
-    from tmass_dist.distributed import all_gather_objects
+    """Encode a split over all ranks; every rank gets all features."""
+    from tmass_dist.data.videos import num_batches
+    from tmass_dist.distributed import all_gather_objects, rank, world_size
     from tmass_dist.evaluation.features import merge
 
-    parts = all_gather_objects(encode_part(model, index, tokenize, config, device))
-    return merge(parts, index.ids)
+    own = range(num_batches(index, config.data.eval_batch_size))[rank() :: world_size()]
+    return merge(all_gather_objects(encode_batches(model, index, tokenize, config, device, own)), index.ids)
 
 
 def ranks_of(head: Any, features: Features, config: Config, bank: Bank | None = None) -> Ranks:
-    """Score and rank a split; each rank of the job scores every world-size-th block of texts."""
+    """Score and rank a split; each rank scores its share of the blocks, and the ranks exchange ranks, not scores."""
+    import dataclasses
+
     import torch
 
-    from tmass_dist.distributed import all_gather_objects, rank, world_size
+    from tmass_dist.distributed import all_gather_objects, rank, share_failure, world_size
     from tmass_dist.evaluation import ranking
-    from tmass_dist.evaluation.blocks import Scorer
+    from tmass_dist.evaluation.blocks import BlockScorer
 
-    scorer = Scorer(head, features, config)
+    scorer = BlockScorer(head, features, config)
+    own = scorer.blocks[rank() :: world_size()]
+    failure = None
+    own_scores: list[Tensor] = []
     with torch.inference_mode():
-        mine = {start: scorer.score(start) for start in scorer.starts[rank() :: world_size()]}
-    blocks: dict[int, Tensor] = {}
-    for part in all_gather_objects(mine):
-        blocks |= part
-    ordered = [blocks[start] for start in scorer.starts]
-    post, num_videos = config.evaluation.post_processing, len(features.video_ids)
-    return ranking.rank(lambda: ordered, features.owner_T, num_videos, post, bank)
+        own_scores = [scores_TV.clone() for scores_TV in scorer.scores(own)]
+    try:
+        for texts, scores_TV in zip(own, own_scores):
+            ranking.check_numbers(scores_TV, texts.start)
+    except UserError as error:
+        failure = error
+    share_failure(failure)
+
+    def combine(values: Tensor, operation: str) -> Tensor:
+        parts = torch.stack(all_gather_objects(values))
+        return torch.logsumexp(parts, dim=0) if operation == "logsumexp" else getattr(parts, operation)(dim=0)
+
+    owner_T = features.owner_T
+    own_owner = torch.cat([owner_T[:0], *(owner_T[texts] for texts in own)])
+    post = config.evaluation.post_processing
+    found = ranking.rank(lambda: own_scores, own_owner, len(features.video_ids), post, bank, combine)
+    t2v_T = torch.empty_like(owner_T)
+    for parts in all_gather_objects(list(zip(own, found.t2v_T.split([texts.stop - texts.start for texts in own])))):
+        for texts, ranks in parts:
+            t2v_T[texts] = ranks
+    return dataclasses.replace(found, t2v_T=t2v_T, owner_T=owner_T)
 
 
-def encode_run(config: Config, *, only: str | None = None, store: Path | None = None) -> Path:
-    """Encode the test split by the best checkpoint of ``config.run_dir``; every rank calls it.
-
-    A store that holds just these features is left as it is.
+def encode_to_store(
+    model: RetrievalModel,
+    index: Index,
+    tokenize: Any,
+    config: Config,
+    device: torch.device,
+    store: Path,
+    about: dict[str, Any],
+) -> None:
+    """Encode a split over all ranks into a feature store; chunks that an earlier, killed call left are used.
 
     Args:
-        config: the run.
-        only: a weights file in place of the run's best.
-        store: where to keep them; by default ``<run>/evaluation/features``.
-
-    Returns:
-        The store; its index also holds the scores before training.
-
-    Raises:
-        UserError: no checkpoint, weights of another model, or a ``store`` that holds something else.
+        model: in evaluation mode, on ``device``.
+        index, tokenize, config, device: as :func:`encode_batches` takes them.
+        store: its directory.
+        about: what the store's index says; ``fingerprint`` names what the features are made from.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
+    from tmass_dist.data.videos import num_batches
+    from tmass_dist.distributed import barrier, is_main, rank, share_failure, world_size
+    from tmass_dist.evaluation.features import StoreWriter, load_part, merge, save_part
 
-    from tmass_dist.data.index import load_index
-    from tmass_dist.data.remote import is_remote, sha256_of
-    from tmass_dist.distributed import all_gather_objects, barrier, initialise, is_main, rank, world_size
-    from tmass_dist.evaluation import features as feature_store
-    from tmass_dist.evaluation.report import summary
-    from tmass_dist.models.backbone import build_tokenizer, load_weights
-    from tmass_dist.models.head import RetrievalHead
-    from tmass_dist.models.pooling import MeanPool
-    from tmass_dist.models.tmass import build_model
-
-    weights = Path(only) if only else Path(config.run_dir) / "checkpoints" / "best.safetensors"
-    if not weights.is_file():
-        raise UserError(f"no checkpoint {weights}; train first, or name one with --checkpoint")
-    device = initialise(config.engine.timeout_s)
-    index = load_index(config.data.test, config.data.cache, config.data.retry_s)
-    given, store = store, store or Path(config.run_dir) / "evaluation" / "features"
-    made_from = feature_store.fingerprint(
-        sha256_of(weights), [shard.sha256 for shard in index.shards], config.model.num_frames
-    )
-    there = all_gather_objects(feature_store.fingerprint_of(store) if is_main() else None)[0]
-    if there == made_from:
-        return store
-    if there is not None and given is not None:
-        raise UserError(
-            f"{store} holds features of another model or split (fingerprint {there}, asked for {made_from}); "
-            "give another directory, or remove it"
-        )
-    tokenize = build_tokenizer(config.model.architecture)
-    model = build_model(config.model).to(device).eval()
-    untrained = encode(model, index, tokenize, config, device)
-    before = {
-        "mean pooling, before training": summary(ranks_of(RetrievalHead(MeanPool(), None), untrained, config)),
-        "zero-shot (untrained head)": summary(ranks_of(model.head, untrained, config)),
-    }
+    size = config.data.eval_batch_size
+    batches = range(num_batches(index, size))
+    chunks = [batches[start : start + BATCHES_PER_CHUNK] for start in range(0, len(batches), BATCHES_PER_CHUNK)]
+    directory = store / f"encoding-{about['fingerprint']}-{size}"
+    paths = [directory / f"chunk-{number:06d}.safetensors" for number in range(len(chunks))]
+    failure = None
     try:
-        loaded = load_file(weights)
-    except SafetensorError as error:
-        raise UserError(f"{weights} is torn, or not a file of weights: {error}") from error
-    load_weights(model, loaded, str(weights))
+        for chunk, path in list(zip(chunks, paths))[rank() :: world_size()]:
+            if load_part(path) is None:
+                save_part(path, encode_batches(model, index, tokenize, config, device, chunk))
+    except UserError as error:
+        failure = error
+    share_failure(failure)
     if is_main():
-        (store / "index.json").unlink(missing_ok=True)
-    barrier()
-    feature_store.save_part(store, rank(), encode_part(model.to(device), index, tokenize, config, device))
-    barrier()
-    if is_main():
-        head = {name: value.cpu().contiguous() for name, value in model.head.state_dict().items()}
-        save_file(head, store / "head.safetensors")
-        about = {
-            "config": to_yaml(config),
-            "split": index.split,
-            "shards": index.directory if is_remote(index.directory) else str(Path(index.directory).resolve()),
-            "checkpoint": str(weights),
-            "before_training": before,
-        }
-        feature_store.save_index(store, world_size(), index.ids, made_from, about)
-    barrier()
-    return store
-
-
-def evaluate(config: Config, *, only: str | None = None, store: Path | None = None, out: Path | None = None) -> None:
-    """Encode, score and report; every rank calls it, rank 0 writes ``<run>/evaluation/`` and prints the tables.
-
-    The road is that of a job array: each rank leaves its blocks of scores on disk, and rank 0 puts them together.
-    """
-    from tmass_dist.distributed import barrier, is_main, rank, world_size
-    from tmass_dist.evaluation.stored import Stored
-
-    store = encode_run(config, only=only, store=store)
-    stored = Stored(store, [], out or Path(config.run_dir) / "evaluation")
-    stored.tiles.compute(rank(), world_size())
-    barrier()
-    if is_main():
-        stored.report()
+        shape = (config.model.num_frames, model.towers.embed_dim)
+        writer = StoreWriter(store, index.ids, shape, config.evaluation.feature_precision)
+        for chunk, path in zip(chunks, paths):
+            part = load_part(path)
+            if part is None:
+                raise UserError(f"{path} is missing or damaged; run the command again")
+            writer.add(merge([part], index.ids[chunk.start * size : chunk.stop * size]))
+        writer.finish(model.head.state_dict(), about)
+        shutil.rmtree(directory)
     barrier()

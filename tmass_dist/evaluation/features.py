@@ -1,4 +1,4 @@
-"""The feature store: texts and frames encoded once, in safetensors parts keyed by id, with an index that is checked."""
+"""The features of a split, and the feature store: a directory that keeps them, memory-mapped and checked."""
 
 # Shapes: T texts, V videos, F frames, D embedding width.
 
@@ -6,23 +6,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tmass_dist.cli import write_json
 from tmass_dist.data.remote import sha256_of
 from tmass_dist.errors import UserError
 
-VERSION = 1
+VERSION = 2
+INDEX, FRAMES, TEXTS, CAPTIONS, HEAD = "index.json", "frames.npy", "texts.npy", "captions.jsonl", "head.safetensors"
+FILES = (FRAMES, TEXTS, CAPTIONS, HEAD)
+"""Files of a store beside its index."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank encoded; row ``i`` of the tensors belongs to entry ``i`` of the lists."""
+    """Some encoded videos with their captions; row ``i`` of a tensor belongs to entry ``i`` of its list of ids."""
 
     video_ids: list[str]
     frames_VFD: Tensor
@@ -33,22 +38,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Features:
-    """A whole split: videos in the order asked for, the captions of each in the order of their slots."""
+    """The features of a whole split: videos in the split's order, the captions of each video in packed order."""
 
     video_ids: list[str]
     frames_VFD: Tensor
+    """float32, or float16 in a store of that precision; may be memory-mapped: take a few videos at a time."""
     caption_ids: list[tuple[str, int]]
     captions: list[str]
     text_TD: Tensor
     owner_T: Tensor
-    """Number of each text's video; never falls."""
+    """Number of each text's video; non-decreasing."""
 
 
 def merge(parts: Iterable[Part], video_ids: list[str]) -> Features:
-    """Put the parts together in the order of ``video_ids``; a video that came twice counts once.
+    """One ``Features`` of all parts, in the order of ``video_ids``; a video that is in two parts counts once.
 
     Raises:
-        UserError: videos that no part holds, videos without a caption, captions of unknown videos: counted and named.
+        UserError: videos missing from every part, videos without a caption, captions of unknown videos, features that
+            are not finite; each counted and named.
     """
     frames: dict[str, Tensor] = {}
     texts: dict[str, dict[int, tuple[Tensor, str]]] = {}
@@ -56,18 +63,18 @@ def merge(parts: Iterable[Part], video_ids: list[str]) -> Features:
         frames.update(zip(part.video_ids, part.frames_VFD))
         for (video_id, slot), text_D, caption in zip(part.caption_ids, part.text_TD, part.captions):
             texts.setdefault(video_id, {})[slot] = (text_D, caption)
-    wanted = set(video_ids)
-    for what, ids in (
+    known = set(video_ids)
+    for problem, ids in (
         ("videos were encoded by no rank", [v for v in video_ids if v not in frames]),
         ("videos have no caption", [v for v in video_ids if v not in texts]),
-        ("captioned videos are not in the gallery", [v for v in texts if v not in wanted]),
+        ("captioned videos are not in the gallery", [v for v in texts if v not in known]),
     ):
         if ids:
-            raise UserError(f"{len(ids)} {what}: {', '.join(ids[:5])}")
+            raise UserError(f"{len(ids)} {problem}: {', '.join(ids[:5])}")
     if not video_ids:
         raise UserError("the gallery is empty: there is no video to retrieve")
     rows = [(n, v, slot, *texts[v][slot]) for n, v in enumerate(video_ids) for slot in sorted(texts[v])]
-    return Features(
+    features = Features(
         video_ids=list(video_ids),
         frames_VFD=torch.stack([frames[video_id] for video_id in video_ids]),
         caption_ids=[(video_id, slot) for _, video_id, slot, _, _ in rows],
@@ -75,104 +82,202 @@ def merge(parts: Iterable[Part], video_ids: list[str]) -> Features:
         text_TD=torch.stack([text_D for *_, text_D, _ in rows]),
         owner_T=torch.tensor([number for number, *_ in rows]),
     )
+    check_finite(features)
+    return features
+
+
+def check_finite(features: Features) -> None:
+    """Raise a UserError that names the videos and captions whose features are not finite."""
+    bad_videos = ~torch.isfinite(features.frames_VFD).flatten(1).all(dim=1)
+    bad_texts = ~torch.isfinite(features.text_TD).all(dim=1)
+    names = [features.video_ids[i] for i in bad_videos.nonzero().flatten().tolist()]
+    bad_ids = [features.caption_ids[i] for i in bad_texts.nonzero().flatten().tolist()]
+    names += [f"{video_id} caption {slot}" for video_id, slot in bad_ids]
+    if names:
+        raise UserError(f"{len(names)} features are not finite numbers: {', '.join(names[:5])}")
 
 
 def fingerprint(*parts: Any) -> str:
-    """Of names, numbers and files' checksums: what features were made from."""
+    """16 hexadecimal digits of a hash of names, numbers and checksums."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def save_part(directory: Path, number: int, part: Part) -> None:
-    """Write one rank's part aside and rename it."""
+def save_part(path: Path, part: Part) -> None:
+    """Write a part to a ``.safetensors`` file, by rename."""
     from safetensors.torch import save_file
 
-    directory.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     ids = {"video_ids": part.video_ids, "caption_ids": part.caption_ids, "captions": part.captions}
     tensors = {"frames_VFD": part.frames_VFD.contiguous(), "text_TD": part.text_TD.contiguous()}
-    aside = directory / f"part-{number:05d}.tmp"
-    save_file(tensors, aside, metadata={"ids": json.dumps(ids)})
-    aside.replace(directory / f"part-{number:05d}.safetensors")
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"ids": json.dumps(ids)})
+    temporary.replace(path)
 
 
-def save_index(directory: Path, num_parts: int, video_ids: list[str], made_from: str, about: dict[str, Any]) -> None:
-    """Write the index, last: a store without one is not believed.
+def load_part(path: Path) -> Part | None:
+    """A part that :func:`save_part` wrote, or None where there is no readable one."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            ids = json.loads(file.metadata()["ids"])
+            frames_VFD, text_TD = file.get_tensor("frames_VFD"), file.get_tensor("text_TD")
+        caption_ids = [(video_id, slot) for video_id, slot in ids["caption_ids"]]
+        return Part(ids["video_ids"], frames_VFD, caption_ids, ids["captions"], text_TD)
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+class StoreWriter:
+    """Writes the split's features into a store, some videos at a time and in the split's order.
 
     Args:
-        directory: of the store.
-        num_parts: parts that were written.
+        directory: of the store; an index in it is removed, so that an unfinished store is never read.
         video_ids: every video of the split, in order.
-        made_from: fingerprint of the weights and the split.
-        about: what else a reader needs: the config as YAML, the split's name, the checkpoint.
+        shape: ``(F, D)`` of a video's features.
+        precision: ``float32`` or ``float16``.
     """
-    names = [f"part-{number:05d}.safetensors" for number in range(num_parts)]
-    content = {
-        "version": VERSION,
-        "fingerprint": made_from,
-        "video_ids": video_ids,
-        "parts": {name: sha256_of(directory / name) for name in names},
-        **about,
-    }
-    aside = directory / "index.json.tmp"
-    aside.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    aside.replace(directory / "index.json")
+
+    def __init__(self, directory: Path, video_ids: list[str], shape: tuple[int, int], precision: str) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / INDEX).unlink(missing_ok=True)
+        self.directory, self.video_ids, self.precision = directory, video_ids, precision
+        whole = (len(video_ids), *shape)
+        self._frames = np.lib.format.open_memmap(directory / FRAMES, "w+", np.dtype(precision), whole)
+        self._texts: list[np.ndarray] = []
+        self._captions = (directory / CAPTIONS).open("w", encoding="utf-8")
+        self._num_videos = 0
+
+    def add(self, features: Features) -> None:
+        """The next videos of the split, with their captions.
+
+        Raises:
+            UserError: features that the precision cannot hold (named).
+        """
+        kind = getattr(torch, self.precision)
+        if kind != torch.float32:
+            rounded = replace(features, frames_VFD=features.frames_VFD.to(kind), text_TD=features.text_TD.to(kind))
+            check_finite(rounded)
+            features = rounded
+        end = self._num_videos + len(features.video_ids)
+        assert features.video_ids == self.video_ids[self._num_videos : end]
+        self._frames[self._num_videos : end] = features.frames_VFD.numpy()
+        self._texts.append(features.text_TD.numpy())
+        for (video_id, slot), caption in zip(features.caption_ids, features.captions):
+            self._captions.write(json.dumps([video_id, slot, caption], ensure_ascii=True) + "\n")
+        self._num_videos = end
+
+    def finish(self, head: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Write what is left, and the index last.
+
+        Args:
+            head: the head's ``state_dict``.
+            about: what a reader needs to know of the store: ``fingerprint``, ``config`` (YAML), ``split``, ``shards``,
+                ``checkpoint``, ``weights_sha256`` and what selected the checkpoint.
+        """
+        from safetensors.torch import save_file
+
+        assert self._num_videos == len(self.video_ids)
+        self._frames.flush()
+        self._captions.close()
+        np.save(self.directory / TEXTS, np.concatenate(self._texts))
+        save_file({name: value.cpu().contiguous() for name, value in head.items()}, self.directory / HEAD)
+        write_index(self.directory, {"video_ids": self.video_ids, "precision": self.precision, **about})
+
+
+def write_index(directory: Path, about: dict[str, Any]) -> None:
+    """Write ``index.json`` with the checksums of the store's files and of itself."""
+    content = {**about, "version": VERSION, "files": {name: sha256_of(directory / name) for name in FILES}}
+    write_json(directory / INDEX, content | {"checksum": fingerprint(content)})
 
 
 def read_index(directory: Path) -> dict[str, Any]:
     """The index of a store.
 
     Raises:
-        UserError: there is none, it is damaged, or of a newer version.
+        UserError: there is none, it is damaged, or of another version.
     """
-    path = directory / "index.json"
+    path = directory / INDEX
     if not path.is_file():
-        raise UserError(
-            f"no features in {directory}: index.json is missing; encode with --run RUN --features {directory}"
-        )
+        raise UserError(f"no features in {directory}: {INDEX} is missing; encode with --run RUN --features {directory}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["version"] > VERSION:
-            raise UserError(f"{path} was written by a newer version ({content['version']}); this one reads {VERSION}")
-        return content | {"parts": dict(content["parts"]), "video_ids": list(content["video_ids"])}
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        version = content["version"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); encode again") from error
+    if version != VERSION:
+        age = "a newer" if isinstance(version, int) and version > VERSION else "an older"
+        raise UserError(f"{path} was written by {age} version ({version}); this one reads {VERSION}: encode again")
+    checksum = content.pop("checksum", None)
+    if checksum != fingerprint(content):
+        raise UserError(f"{path} is damaged: its checksum differs; encode again")
+    for key, kind in _INDEX_KEYS.items():
+        if not isinstance(content.get(key), kind):
+            raise UserError(f"{path} is damaged: {key} is missing or of another type; encode again")
+    return content
+
+
+_INDEX_KEYS = {
+    "fingerprint": str,
+    "config": str,
+    "checkpoint": str,
+    "weights_sha256": str,
+    "video_ids": list,
+    "files": dict,
+}
 
 
 def fingerprint_of(directory: Path) -> str | None:
-    """What the store there was made from; None where there is none that can be read."""
+    """What the store in ``directory`` was made from; None where there is no readable store."""
     try:
         return read_index(directory)["fingerprint"]
-    except (ValueError, KeyError):
+    except UserError:
         return None
 
 
 def load_features(directory: Path) -> Features:
-    """Read every part, check it, and put the split together.
+    """The store's features; the tensors stay on disk and are memory-mapped.
 
     Raises:
-        UserError: a part that is missing or damaged, ids that no part holds, features that are not numbers.
+        UserError: a file that is missing or damaged (the checksum of every file is compared).
     """
-    from safetensors import SafetensorError, safe_open
-
     index = read_index(directory)
-    parts = []
-    for name, checksum in index["parts"].items():
+    for name in FILES:
         path = directory / name
-        if not path.is_file() or sha256_of(path) != checksum:
+        if not path.is_file() or sha256_of(path) != index["files"].get(name):
             state = "damaged" if path.is_file() else "missing"
-            raise UserError(f"{path} is {state}; remove {directory / 'index.json'} and encode again")
-        try:
-            with safe_open(path, "pt") as file:
-                ids = json.loads(file.metadata()["ids"])
-                frames_VFD, text_TD = file.get_tensor("frames_VFD"), file.get_tensor("text_TD")
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise UserError(f"{path} is no part of a feature store: {error}") from error
-        caption_ids = [(video_id, slot) for video_id, slot in ids["caption_ids"]]
-        parts.append(Part(ids["video_ids"], frames_VFD, caption_ids, ids["captions"], text_TD))
-    features = merge(parts, index["video_ids"])
-    bad = torch.isnan(features.frames_VFD).flatten(1).any(dim=1).nonzero().flatten().tolist()
-    ids = [features.video_ids[i] for i in bad]
-    bad = torch.isnan(features.text_TD).any(dim=1).nonzero().flatten().tolist()
-    ids += [f"{features.caption_ids[i][0]} caption {features.caption_ids[i][1]}" for i in bad]
-    if ids:
-        raise UserError(f"{len(ids)} features are not numbers: {', '.join(ids[:5])}")
-    return features
+            raise UserError(f"{path} is {state}; remove {directory / INDEX} and encode again")
+    try:
+        frames_VFD, text_TD = (torch.from_numpy(_mapped(directory / name)) for name in (FRAMES, TEXTS))
+        rows = list(_caption_rows(directory / CAPTIONS))
+        number_of = {str(video_id): number for number, video_id in enumerate(index["video_ids"])}
+        owner_T = torch.tensor([number_of[video_id] for video_id, _, _ in rows], dtype=torch.int64)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{directory} is no feature store: {error}; encode again") from error
+    if len(frames_VFD) != len(number_of) or len(text_TD) != len(rows) or frames_VFD.dim() != 3 or text_TD.dim() != 2:
+        raise UserError(f"{directory} is no feature store: ids and features differ in number; encode again")
+    return Features(
+        video_ids=index["video_ids"],
+        frames_VFD=frames_VFD,
+        caption_ids=[(video_id, slot) for video_id, slot, _ in rows],
+        captions=[caption for *_, caption in rows],
+        text_TD=text_TD,
+        owner_T=owner_T,
+    )
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """An array of floats on disk; "c" maps it copy-on-write, which torch takes without a warning."""
+    array = np.load(path, mmap_mode="c", allow_pickle=False)
+    if array.dtype not in (np.float32, np.float16):
+        raise ValueError(f"{path.name} holds {array.dtype}")
+    return array
+
+
+def _caption_rows(path: Path) -> Iterator[tuple[str, int, str]]:
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            video_id, slot, caption = json.loads(line)
+            yield str(video_id), int(slot), str(caption)

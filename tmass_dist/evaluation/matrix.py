@@ -17,7 +17,13 @@ from tmass_dist.evaluation.report import Report, summary
 
 
 def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> None:
-    """Rank a similarity matrix from anywhere; its protocol is whatever its maker did, and is labelled so.
+    """Rank the similarity matrix of any program, print both tables and write the report.
+
+    Args:
+        path: ``.npy``, floats ``(T, V)``.
+        truth: JSON list with the column of each row's video; None: the diagonal.
+        post: post-processing; without features there is no qbnorm.
+        out: directory of the report; None writes none.
 
     Raises:
         UserError: no matrix of numbers, or a truth that does not fit it.
@@ -35,12 +41,12 @@ def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> 
     num_texts, num_videos = matrix.shape
     if truth is None:
         if num_texts != num_videos:
-            raise UserError(f"{path} is {num_texts} x {num_videos}: the truth is on no diagonal; give --truth IDS.json")
+            raise UserError(f"{path} is {num_texts} x {num_videos}: its rows have no diagonal; give --truth IDS.json")
         owners = list(range(num_texts))
     else:
         try:
             owners = json.loads(truth.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{truth} cannot be read: {error}") from error
         fits = isinstance(owners, list) and len(owners) == num_texts
         if not fits or not all(isinstance(o, int) and 0 <= o < num_videos for o in owners):
@@ -55,6 +61,7 @@ def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> 
     ranks = ranking.rank(blocks, owner_T, num_videos, post)
     result: dict[str, Any] = {
         "protocol": "of the given similarities",
+        "num_trials": None,
         "num_texts": num_texts,
         "num_videos": num_videos,
         "selected_on": "unknown",
@@ -63,7 +70,7 @@ def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> 
         **summary(ranks),
     }
     ids = [(str(owner), int(row)) for owner, row in zip(owner_T.tolist(), order)]
-    report = Report(result, ranks, [""] * num_texts, ids, {})
+    report = Report(result, ranks, [""] * num_texts, ids)
     if out is not None:
         report.write(out)
     report.show()

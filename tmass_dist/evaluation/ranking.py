@@ -1,6 +1,6 @@
-"""From similarities to ranks and metrics; pure. Rows are texts, columns videos; ties count against us.
+"""From similarities to ranks and metrics. Rows are texts, columns videos; a tie counts against us.
 
-The similarities come as blocks of rows, read as often as needed, so that no more than one of them is in memory.
+The similarities come as blocks of rows, which may be read several times: one block is in memory at a time.
 """
 
 # Shapes: T texts, V videos.
@@ -12,80 +12,93 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from tmass_dist.errors import UserError
 
 Blocks = Callable[[], Iterable[Tensor]]
-"""Gives the rows from the first to the last, in blocks of any size, every time it is called."""
+"""Returns all rows in order, in blocks of any size, each time it is called."""
 
 PostProcessing = Literal["none", "dsl", "qbnorm"]
+
+CombineOverRanks = Callable[[Tensor, Literal["amax", "sum", "logsumexp"]], Tensor]
+"""Reduces a tensor of one rank's rows over all ranks."""
+
+RECALL_AT = (1, 5, 10, 50, 100)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """1-based ranks of the right answer."""
+    """1-based ranks of the correct answer."""
 
     t2v_T: Tensor
     v2t_V: Tensor
+    owner_T: Tensor
+    """Number of each text's video."""
 
 
 def rank(
-    blocks: Blocks, owner_T: Tensor, num_videos: int, post: PostProcessing = "none", bank: Bank | None = None
+    blocks: Blocks,
+    owner_T: Tensor,
+    num_videos: int,
+    post: PostProcessing = "none",
+    bank: Bank | None = None,
+    combine: CombineOverRanks | None = None,
 ) -> Ranks:
     """Rank both directions.
 
-    Text to video: each text's own video among all. Video to text: each video is asked by its best caption against
-    the best caption of every other video.
+    Text to video: each text's own video among all videos. Video to text: a video's best caption among the best captions
+    of all videos.
 
     Args:
-        blocks: similarities, higher is closer.
-        owner_T: number of the video that each text belongs to; it never falls.
+        blocks: similarities; higher is closer.
+        owner_T: number of the video that each row belongs to; non-decreasing.
         num_videos: columns.
-        post: ``dsl`` sees all queries, ``qbnorm`` a bank of training queries: transductive, and labelled so.
-        bank: what ``qbnorm`` needs.
+        post: ``dsl`` needs all queries, ``qbnorm`` a bank of training queries; both are transductive.
+        bank: needed for ``qbnorm``.
+        combine: for several ranks, each with the rows of some videos: ``v2t_V`` is of all of them, ``t2v_T`` of the
+            rank's own rows.
 
     Raises:
         UserError: a similarity that is not a number (rows named), a video without a caption, or too few rows.
     """
     if (owner_T.diff() < 0).any():
         raise UserError("texts must come in the order of their videos")
-    captioned = torch.bincount(owner_T, minlength=num_videos) > 0
-    if not captioned.all():
-        bad = (~captioned).nonzero().flatten().tolist()
+    captioned_V = torch.bincount(owner_T, minlength=num_videos)
+    captioned_V = combine(captioned_V, "sum") if combine else captioned_V
+    if not (captioned_V > 0).all():
+        bad = (captioned_V == 0).nonzero().flatten().tolist()
         raise UserError(f"{len(bad)} videos have no caption: {bad[:5]}")
     if post == "qbnorm" and bank is None:
         raise UserError("qbnorm needs a bank of training queries: give --bank FEATURES")
-    over_texts = _log_sum_exp_of_columns(blocks, num_videos) if post == "dsl" else None
+    over_texts_V = None
+    if post == "dsl":
+        over_texts_V = _log_sum_exp_of_columns(blocks, num_videos)
+        over_texts_V = combine(over_texts_V, "logsumexp") if combine else over_texts_V
 
     def processed() -> Iterable[tuple[int, Tensor, Tensor]]:
         start = 0
-        for block in blocks():
-            bad = torch.isnan(block).any(dim=1).nonzero().flatten()
-            if len(bad):
-                rows = (bad + start).tolist()
-                raise UserError(
-                    f"{len(rows)} texts have a similarity that is not a number; the first rows are {rows[:5]}"
-                )
-            t2v = v2t = block
-            if over_texts is not None:
-                t2v = block * (_SCALE * block - over_texts).exp()
-                v2t = block * (_SCALE * block).softmax(dim=1)
+        for block_TV in blocks():
+            check_numbers(block_TV, start)
+            t2v = v2t = block_TV
+            if over_texts_V is not None:
+                t2v = block_TV * (DSL_SCALE * block_TV - over_texts_V).exp()
+                v2t = block_TV * (DSL_SCALE * block_TV).softmax(dim=1)
             elif bank is not None and post == "qbnorm":
-                t2v = bank.normalised(block)
+                t2v = bank.normalised(block_TV)
             yield start, t2v, v2t
-            start += len(block)
+            start += len(block_TV)
         if start != len(owner_T):
             raise UserError(f"there are {start} rows of similarities and {len(owner_T)} texts")
 
-    t2v_ranks, own_best_V = [], torch.full((num_videos,), -torch.inf, dtype=torch.float64)
+    t2v_ranks, own_best_V = [owner_T[:0]], torch.full((num_videos,), -torch.inf, dtype=torch.float64)
     for start, t2v, v2t in processed():
         owner = owner_T[start : start + len(t2v)]
-        t2v_ranks.append((t2v >= t2v.gather(1, owner[:, None])).sum(dim=1))  # the own video counts once: 1-based
+        t2v_ranks.append((t2v >= t2v.gather(1, owner[:, None])).sum(dim=1))  # its own video counts once: 1-based
         own_best_V.scatter_reduce_(0, owner, v2t.gather(1, owner[:, None])[:, 0].to(own_best_V.dtype), "amax")
-    # A video's captions may lie in two blocks: its best row is carried over.
+    own_best_V = combine(own_best_V, "amax") if combine else own_best_V
+    # A video's captions may lie in two blocks: its best row so far is carried over.
     v2t_V, carried_V, current = torch.zeros(num_videos, dtype=torch.long), None, -1
     for start, _, v2t in processed():
         owner = owner_T[start : start + len(v2t)]
@@ -98,20 +111,28 @@ def rank(
             if carried_V is not None:
                 v2t_V += carried_V >= own_best_V
             carried_V, current = best_V, video
-    assert carried_V is not None
-    v2t_V += carried_V >= own_best_V
-    return Ranks(torch.cat(t2v_ranks), v2t_V)
+    if carried_V is not None:
+        v2t_V += carried_V >= own_best_V
+    return Ranks(torch.cat(t2v_ranks), combine(v2t_V, "sum") if combine else v2t_V, owner_T)
 
 
-_SCALE = 100.0
-"""Inverse temperature of the dual softmax (Cheng et al., 2021)."""
+def check_numbers(block_TV: Tensor, first_row: int) -> None:
+    """Raise a UserError that names the rows of a block that are not numbers."""
+    bad = torch.isnan(block_TV).any(dim=1).nonzero().flatten()
+    if len(bad):
+        rows = (bad + first_row).tolist()
+        raise UserError(f"{len(rows)} texts have a similarity that is not a number; the first rows are {rows[:5]}")
+
+
+DSL_SCALE = 100.0
+"""Inverse temperature of the dual softmax. Source: Cheng et al., 2021, arXiv:2109.04290."""
 
 
 def _log_sum_exp_of_columns(blocks: Blocks, num_videos: int) -> Tensor:
-    """``log sum_t exp(100 S)`` of every column, streamed."""
+    """``log sum_t exp(100 S)`` ``(V,)`` of every column."""
     total_V = torch.full((num_videos,), -torch.inf)
-    for block in blocks():
-        total_V = torch.logaddexp(total_V, torch.logsumexp(_SCALE * block, dim=0))
+    for block_TV in blocks():
+        total_V = torch.logaddexp(total_V, torch.logsumexp(DSL_SCALE * block_TV, dim=0))
     return total_V
 
 
@@ -119,65 +140,36 @@ class Bank:
     """Training queries against the gallery, for QB-Norm's dynamic inverted softmax.
 
     Source: Bogolin et al., CVPR 2022, arXiv:2112.12777.
+
+    Args:
+        blocks: similarities of the bank's queries (rows) with the gallery's videos.
+        num_videos: of the gallery.
+        beta: inverse temperature.
     """
 
     def __init__(self, blocks: Blocks, num_videos: int, beta: float = 20.0) -> None:
         self.beta = beta
         self.total_V = torch.full((num_videos,), -torch.inf)
-        self.hub_V = torch.zeros(num_videos, dtype=torch.bool)
-        for block in blocks():
-            self.total_V = torch.logaddexp(self.total_V, torch.logsumexp(beta * block, dim=0))
-            self.hub_V[block.argmax(dim=1)] = True  # the nearest video of some query of the bank
+        self.is_hub_V = torch.zeros(num_videos, dtype=torch.bool)
+        """Whether a video is the nearest of some query of the bank."""
+        for block_QV in blocks():
+            self.total_V = torch.logaddexp(self.total_V, torch.logsumexp(beta * block_QV, dim=0))
+            self.is_hub_V[block_QV.argmax(dim=1)] = True
 
-    def normalised(self, block: Tensor) -> Tensor:
-        """Rows whose nearest video is a hub are divided by what the bank's queries give each video."""
-        inverted = (self.beta * block - self.total_V).exp()
-        return torch.where(self.hub_V[block.argmax(dim=1)][:, None], inverted, block)
-
-
-def rank_texts(similarity_TV: Tensor, owner_T: Tensor) -> Tensor:
-    """Text to video from a whole matrix; see :func:`rank`. Videos need no caption."""
-    bad = torch.isnan(similarity_TV).any(dim=1).nonzero().flatten().tolist()
-    if bad:
-        raise UserError(f"{len(bad)} texts have a similarity that is not a number; the first rows are {bad[:5]}")
-    return (similarity_TV >= similarity_TV.gather(1, owner_T[:, None])).sum(dim=1)
-
-
-def rank_videos(similarity_TV: Tensor, owner_T: Tensor) -> Tensor:
-    """Video to text from a whole matrix; see :func:`rank`."""
-    order = owner_T.argsort(stable=True)
-    return rank(lambda: [similarity_TV[order]], owner_T[order], similarity_TV.shape[1]).v2t_V
+    def normalised(self, block_TV: Tensor) -> Tensor:
+        """Divides a row whose nearest video is a hub by the bank's sum over each video."""
+        inverted_TV = (self.beta * block_TV - self.total_V).exp()
+        return torch.where(self.is_hub_V[block_TV.argmax(dim=1)][:, None], inverted_TV, block_TV)
 
 
 def metrics(ranks: Tensor) -> dict[str, float]:
-    """R@K in percent, median and mean rank of 1-based ranks."""
-    recalls = {f"R@{k}": 100.0 * (ranks <= k).double().mean().item() for k in (1, 5, 10, 50, 100)}
+    """R@K in percent, median (MdR) and mean (MnR) of 1-based ranks."""
+    recalls = {f"R@{k}": 100.0 * (ranks <= k).double().mean().item() for k in RECALL_AT}
     return recalls | {"MdR": ranks.double().quantile(0.5).item(), "MnR": ranks.double().mean().item()}
 
 
-def intervals(ranks: Tensor, num_samples: int = 1000, seed: int = 0) -> dict[str, list[float]]:
-    """Bootstrap 95 % interval of each metric over the queries."""
-    rng, values = np.random.default_rng(seed), ranks.double().numpy()
-    names = list(metrics(ranks))
-    found = []
-    for _ in range(num_samples):
-        sample = values[rng.integers(len(values), size=len(values))]
-        recalls = [100.0 * float((sample <= k).mean()) for k in (1, 5, 10, 50, 100)]
-        found.append([*recalls, float(np.median(sample)), float(sample.mean())])
-    low, high = np.quantile(np.array(found), [0.025, 0.975], axis=0)
-    return {name: [float(a), float(b)] for name, a, b in zip(names, low, high)}
-
-
-def dsl(similarity_TV: Tensor) -> Tensor:
-    """Dual softmax of a whole matrix: each similarity times its softmax over the queries (rows).
-
-    Source: Cheng et al., 2021, arXiv:2109.04290.
-    """
-    return similarity_TV * (_SCALE * similarity_TV).softmax(dim=0)
-
-
 def chance(num_videos: int) -> dict[str, float]:
-    """Metrics of a random order of ``num_videos`` videos with one right answer."""
-    recall = {f"R@{k}": 100.0 * min(k, num_videos) / num_videos for k in (1, 5, 10, 50, 100)}
+    """Expected metrics of a random order of ``num_videos`` videos with one correct answer."""
+    recalls = {f"R@{k}": 100.0 * min(k, num_videos) / num_videos for k in RECALL_AT}
     middle = math.fsum((1, num_videos)) / 2
-    return recall | {"MdR": middle, "MnR": middle}
+    return recalls | {"MdR": middle, "MnR": middle}

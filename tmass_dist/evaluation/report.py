@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: metrics.json, ranks.csv, a markdown table and one self-contained page."""
+"""The files of an evaluation: metrics.json, the ranks as CSV, a markdown table and one self-contained page."""
 
 # Shapes: T texts, V videos, F frames, D embedding width.
 
@@ -8,7 +8,9 @@ import base64
 import csv
 import io
 import json
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +18,22 @@ import torch
 from torch import Tensor
 
 from tmass_dist.evaluation import radii
-from tmass_dist.evaluation.ranking import Ranks, chance, intervals, metrics
+from tmass_dist.evaluation.bootstrap import intervals
+from tmass_dist.evaluation.ranking import Ranks, chance, metrics
 from tmass_dist.pages import render_page
 from tmass_dist.pictures import figure, png
 
 if TYPE_CHECKING:
     from tmass_dist.config import Config
-    from tmass_dist.data.index import Index
-    from tmass_dist.evaluation.blocks import Scorer
     from tmass_dist.evaluation.features import Features
+    from tmass_dist.evaluation.stored import StoredSplit
 
 COLUMNS = ("R@1", "R@5", "R@10", "MdR", "MnR")
 THIS = "this result"
 
 
 def table(rows: dict[str, dict[str, float]], title: str) -> str:
-    """A plain table: one row a system, R@K in percent."""
+    """A plain table with a row for each system, R@K in percent."""
     width = max(len(name) for name in rows)
     lines = [title, " " * width + "".join(f"{column:>8}" for column in COLUMNS)]
     lines += [f"{name:<{width}}" + "".join(f"{row[column]:8.1f}" for column in COLUMNS) for name, row in rows.items()]
@@ -39,46 +41,59 @@ def table(rows: dict[str, dict[str, float]], title: str) -> str:
 
 
 def markdown(rows: dict[str, dict[str, float]], title: str) -> str:
-    """The same for a document."""
+    """The same table in markdown."""
     lines = [f"**{title}**", "", f"| system | {' | '.join(COLUMNS)} |", f"|---|{'---:|' * len(COLUMNS)}"]
     lines += [f"| {name} | {' | '.join(f'{row[column]:.1f}' for column in COLUMNS)} |" for name, row in rows.items()]
     return "\n".join(lines) + "\n"
 
 
-def label(result: dict[str, Any]) -> str:
-    """What every number is to be read with."""
-    transductive = " (transductive)" if result["post_processing"] != "none" else ""
-    return (
-        f"protocol {result['protocol']}, checkpoint selected on {result['selected_on']}, "
-        f"post-processing {result['post_processing']}{transductive}, {_precision(result)}"
-        f"{result['num_texts']} texts x {result['num_videos']} videos"
-    )
+def labels(config: Config, features: Features, index: dict[str, Any]) -> dict[str, Any]:
+    """What every result states: protocol, samples, selection split, post-processing, precisions, sizes, checkpoint.
 
-
-def labels(config: Config, features: Features, checkpoint: str) -> dict[str, Any]:
-    """What every result says of itself."""
-    found = {
-        "protocol": config.evaluation.protocol,
+    Args:
+        config: with the scoring settings.
+        features: that were scored.
+        index: of their store.
+    """
+    evaluation = config.evaluation
+    found: dict[str, Any] = {
+        "protocol": evaluation.protocol,
         "num_texts": len(features.caption_ids),
         "num_videos": len(features.video_ids),
         "num_trials": config.stochastic.num_trials if config.model.radius != "none" else None,
-        "selected_on": config.evaluation.selected_on,
-        "checkpoint": checkpoint,
-        "post_processing": config.evaluation.post_processing,
+        "split": index.get("split", "unknown"),
+        "selected_on": (index.get("selection") or {}).get("selected_on", "unknown"),
+        "checkpoint": index["checkpoint"],
+        "post_processing": evaluation.post_processing,
     }
-    precision = config.evaluation.precision
-    return found if precision == "float32" else found | {"precision": precision}
+    if evaluation.precision != "float32":
+        found["precision"] = evaluation.precision
+    if features.frames_VFD.dtype != torch.float32:
+        found["feature_precision"] = str(features.frames_VFD.dtype).removeprefix("torch.")
+    return found
 
 
-def _precision(result: dict[str, Any]) -> str:
-    """A word for labels, where the scores are not exact."""
-    return f"precision {result['precision']}, " if "precision" in result else ""
+def label(result: dict[str, Any]) -> str:
+    """The labels of a result in one line, to be read with every number of it."""
+    return ", ".join([*_scoring_words(result), f"{result['num_texts']} texts x {result['num_videos']} videos"])
+
+
+def _scoring_words(result: dict[str, Any]) -> list[str]:
+    transductive = " (transductive)" if result["post_processing"] != "none" else ""
+    words = [f"protocol {result['protocol']}"]
+    if result.get("num_trials"):
+        words.append(f"M = {result['num_trials']}")
+    words.append(f"checkpoint selected on {result['selected_on']}")
+    words.append(f"post-processing {result['post_processing']}{transductive}")
+    words += [f"{key.replace('_', ' ')} {result[key]}" for key in ("precision", "feature_precision") if key in result]
+    return words
 
 
 def summary(ranks: Ranks) -> dict[str, Any]:
-    """Metrics of both directions with their bootstrap 95 % intervals."""
+    """Metrics of both directions; ``intervals_95`` where there are at least two videos."""
     found: dict[str, Any] = {"t2v": metrics(ranks.t2v_T), "v2t": metrics(ranks.v2t_V)}
-    return found | {"intervals_95": {"t2v": intervals(ranks.t2v_T), "v2t": intervals(ranks.v2t_V)}}
+    limits = intervals(ranks)
+    return found | {"intervals_95": limits} if limits else found
 
 
 @dataclass
@@ -86,49 +101,59 @@ class Report:
     """One evaluation, ready to be written.
 
     Args:
-        result: what metrics.json holds.
+        result: content of metrics.json: the labels, both directions, intervals, and ``baselines`` by name.
         ranks: of every query.
         captions: of every text.
         caption_ids: video and slot of every text.
-        systems: further rows of the tables, by direction.
-        scorer: for the queries' pictures; None where only similarities are known.
-        index: shards of the split, for the videos' frames.
+        stored: for the pictures of single queries; None where only similarities are known.
+        scores_of: similarity ``(V,)`` of one text with every video; needed with ``stored``.
     """
 
     result: dict[str, Any]
     ranks: Ranks
     captions: list[str]
     caption_ids: list[tuple[str, int]]
-    systems: dict[str, dict[str, dict[str, float]]]
-    scorer: Scorer | None = None
-    index: Index | None = None
+    stored: StoredSplit | None = None
+    scores_of: Callable[[int], Tensor] | None = None
 
     def rows(self, direction: str) -> dict[str, dict[str, float]]:
-        """Every row of one direction's table."""
-        chances = {"chance": chance(self.result["num_videos"])}
-        return chances | self.systems.get(direction, {}) | {THIS: self.result[direction]}
+        """Every row of one direction's table. Baselines that were scored otherwise than the result say so."""
+        plain = self.result["protocol"] == "query_conditioned" and self.result["post_processing"] == "none"
+        note = "" if plain else " [query_conditioned, no post-processing]"
+        baselines = self.result.get("baselines", {})
+        rows = {"chance": chance(self.result["num_videos"])}
+        rows |= {f"{name}{note}": row[direction] for name, row in baselines.items()}
+        return rows | {THIS: self.result[direction]}
 
     def write(self, directory: Path) -> None:
-        """Write all four files, each aside and renamed."""
+        """Write all files, each by rename."""
         directory.mkdir(parents=True, exist_ok=True)
-        out = io.StringIO(newline="")
-        writer = csv.writer(out)
-        labels = {k: self.result[k] for k in ("protocol", "post_processing", "precision") if k in self.result}
-        writer.writerow(["video_id", "caption_slot", "rank", *labels])
-        for (video_id, slot), rank in zip(self.caption_ids, self.ranks.t2v_T.tolist()):
-            writer.writerow([video_id, slot, rank, *labels.values()])
         names = {"t2v": "text to video", "v2t": "video to text"}
         tables = "\n".join(markdown(self.rows(d), f"{name} ({label(self.result)})") for d, name in names.items())
+        texts = [(video_id, slot, rank) for (video_id, slot), rank in zip(self.caption_ids, self.ranks.t2v_T.tolist())]
+        first_text = torch.searchsorted(self.ranks.owner_T, torch.arange(len(self.ranks.v2t_V))).tolist()
+        video_ids = [self.caption_ids[text][0] for text in first_text]
         contents = {
             "metrics.json": json.dumps(self.result, indent=2) + "\n",
-            "ranks.csv": out.getvalue(),
+            "ranks.csv": self._csv(["video_id", "caption_slot", "rank"], texts),
+            "video_ranks.csv": self._csv(["video_id", "rank"], list(zip(video_ids, self.ranks.v2t_V.tolist()))),
             "table.md": tables,
             "report.html": self.html(),
         }
         for name, content in contents.items():
-            aside = directory / f"{name}.tmp"
-            aside.write_text(content, encoding="utf-8")
-            aside.replace(directory / name)
+            temporary = directory / f"{name}.tmp"
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(directory / name)
+
+    def _csv(self, columns: list[str], rows: list[tuple[Any, ...]]) -> str:
+        """The ranks of one direction, with the labels in every row."""
+        out = io.StringIO(newline="")
+        writer = csv.writer(out)
+        keys = ("protocol", "post_processing", "num_trials", "precision", "feature_precision")
+        labels = {key: self.result[key] for key in keys if self.result.get(key) is not None}
+        writer.writerow([*columns, *labels])
+        writer.writerows([*row, *labels.values()] for row in rows)
+        return out.getvalue()
 
     def show(self) -> None:
         """Print both tables."""
@@ -137,74 +162,98 @@ class Report:
 
     def html(self) -> str:
         """The page; every text in it is escaped."""
-        # A picture travels without its page: it carries the label too.
-        said = f"{self.result['protocol']}, {_precision(self.result)}post-processing {self.result['post_processing']}"
+        # A picture may be copied without its page, so it carries the labels too.
+        words = textwrap.fill(", ".join(_scoring_words(self.result)), 64)
         pictures = [
-            ("Recall", _recall_curve(self.ranks, said)),
-            ("Ranks of the right video", _histogram(self.ranks, said)),
+            ("Recall", _recall_curve(self.ranks, words)),
+            ("Ranks of the correct video", _histogram(self.ranks, words)),
         ]
-        intervals = self.result["intervals_95"]
+        intervals = self.result.get("intervals_95", {})
         return render_page(
             "report.html",
             label=label(self.result),
             columns=COLUMNS,
             tables={
-                name: {"rows": self.rows(direction), "intervals": intervals[direction]}
+                name: {"rows": self.rows(direction), "intervals": intervals.get(direction)}
                 for direction, name in (("t2v", "Text to video"), ("v2t", "Video to text"))
             },
-            pictures=[(name, _as_url(png, "png")) for name, png in pictures],
-            queries=self._queries() if self.scorer is not None else [],
+            pictures=[(name, _as_url(picture, "png")) for name, picture in pictures],
+            queries=self._queries() if self.stored is not None else [],
         )
 
     def _queries(self) -> list[dict[str, Any]]:
         """Best, typical and worst queries, chosen by rank, with what they retrieved and their radii."""
-        assert self.scorer is not None
+        assert self.stored is not None and self.scores_of is not None
         order = torch.argsort(self.ranks.t2v_T, stable=True).tolist()
         middle = len(order) // 2
-        chosen = [("best", i) for i in order[:2]] + [("typical", i) for i in order[middle : middle + 2]]
-        chosen += [("worst", i) for i in order[-2:]]
-        found = []
-        for kind, number in dict((i, (k, i)) for k, i in chosen).values():
-            block = self.scorer.block
-            row_V = self.scorer.score(number // block * block)[number % block]
-            truth = int(self.scorer.features.owner_T[number])
-            top = row_V.argsort(descending=True)[:3].tolist()
-            found.append(
+        chosen = [("best", text) for text in order[:2]] + [("typical", text) for text in order[middle : middle + 2]]
+        chosen += [("worst", text) for text in order[-2:]]
+        frames = _Frames(self.stored)
+        queries = []
+        for kind, text in {text: (kind, text) for kind, text in chosen}.values():
+            score_V = self.scores_of(text)
+            truth = int(self.ranks.owner_T[text])
+            shown = [
+                ("correct", truth),
+                *(("retrieved", video) for video in score_V.argsort(descending=True)[:3].tolist()),
+            ]
+            videos = [
                 {
-                    "kind": kind,
-                    "caption": self.captions[number],
-                    "rank": int(self.ranks.t2v_T[number]),
-                    "videos": [self._video(truth, row_V, "right"), *(self._video(v, row_V, "retrieved") for v in top)],
-                    "pictures": [_as_url(png, "png") for png in self._radii(number, truth)],
+                    "id": self.stored.features.video_ids[video],
+                    "score": float(score_V[video]),
+                    "role": role,
+                    "frames": frames.urls_of(video),
                 }
+                for role, video in shown
+            ]
+            pictures = [_as_url(picture, "png") for picture in self._radii(text, truth)]
+            rank = int(self.ranks.t2v_T[text])
+            queries.append(
+                {"kind": kind, "caption": self.captions[text], "rank": rank, "videos": videos, "pictures": pictures}
             )
-        return found
+        return queries
 
-    def _video(self, number: int, row_V: Tensor, role: str) -> dict[str, Any]:
-        assert self.scorer is not None
-        video_id = self.scorer.features.video_ids[number]
-        frames = []
-        if self.index is not None:
-            import numpy as np
-            import simplejpeg
-
-            from tmass_dist.data.samples import read_into
-
-            side = self.index.image_size
-            frames_FHWC = np.empty((min(4, self.index.num_frames or 4), side, side, 3), np.uint8)
-            read_into(frames_FHWC, self.index, self.index.ids.index(video_id))
-            frames = [_as_url(simplejpeg.encode_jpeg(frame, quality=85), "jpeg") for frame in frames_FHWC]
-        return {"id": video_id, "score": float(row_V[number]), "role": role, "frames": frames}
-
-    def _radii(self, number: int, truth: int) -> list[bytes]:
+    def _radii(self, text: int, truth: int) -> list[bytes]:
         """The supplementary's pictures: the radius vector of the pair beside five others; |R|_1 with every video."""
-        assert self.scorer is not None
-        if self.scorer.head.mass is None:
+        assert self.stored is not None
+        mass = self.stored.scorer.head.mass
+        if mass is None:
             return []
-        radius_VD = radii.radii_of(self.scorer.head.mass, self.scorer.features, number)
+        radius_VD = torch.cat([radii.radii_of(mass, part, text) for part in _video_tiles(self.stored.features)])
         others = [v for v in range(len(radius_VD)) if v != truth][:5]
-        title = "this text with every video; the right one in red"
+        title = "this text with every video; the correct one in red"
         return [radii.vectors(radius_VD, truth, others), radii.norms(radius_VD.abs().sum(dim=1), truth, title)]
+
+
+def _video_tiles(features: Features, size: int = 4096) -> Iterator[Features]:
+    """The same texts with some videos at a time, in float32."""
+    texts = replace(features, text_TD=features.text_TD.float())
+    for start in range(0, len(features.frames_VFD), size):
+        yield replace(texts, frames_VFD=features.frames_VFD[start : start + size].float())
+
+
+class _Frames:
+    """Small pictures of a split's videos, where its shards are still there."""
+
+    def __init__(self, stored: StoredSplit) -> None:
+        self.index, self.video_ids = stored.shards(), stored.features.video_ids
+
+    def urls_of(self, video: int) -> list[str]:
+        """Up to four frames as JPEG data URLs; none where the video cannot be read."""
+        if self.index is None:
+            return []
+        import numpy as np
+        import simplejpeg
+
+        from tmass_dist.data.samples import DamagedError, read_into
+
+        side = self.index.image_size
+        frames_FHWC = np.empty((min(4, self.index.num_frames or 4), side, side, 3), np.uint8)
+        try:
+            read_into(frames_FHWC, self.index, self.index.ids.index(self.video_ids[video]))
+        except (DamagedError, ValueError, OSError):
+            return []
+        return [_as_url(simplejpeg.encode_jpeg(frame, quality=85), "jpeg") for frame in frames_FHWC]
 
 
 def _as_url(content: bytes, kind: str) -> str:

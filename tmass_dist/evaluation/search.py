@@ -10,7 +10,7 @@ score as the exact evaluation. What the first stage loses is measured against th
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,12 @@ from torch import Tensor
 
 from tmass_dist.errors import UserError
 
-if TYPE_CHECKING:
-    from tmass_dist.evaluation.blocks import Scorer
-
 SAME_FRAME = 0.98
 """Cosine from which a frame counts as a repetition of the one before it and is not indexed."""
 EXHAUSTIVE = 50_000
 """Up to this many frames all are compared: as fast as the graph, and exact but for the 8 bits."""
+VIDEOS_PER_CALL = 4096
+"""Videos that are added to an index at a time; it bounds the memory."""
 EXPANSION = 512
 """Frames that a search of the graph keeps in hand; more find more and take longer."""
 
@@ -144,24 +143,8 @@ def candidates(text_TD: Tensor, frames_VFD: Tensor, num_candidates: int) -> Tens
     if not 1 <= num_candidates <= len(frames_VFD):
         raise UserError(f"--search is {num_candidates}; the gallery has {len(frames_VFD)} videos")
     index = FrameIndex(frames_VFD.shape[1], frames_VFD.shape[2])
-    index.add(np.arange(len(frames_VFD)), frames_VFD.float().numpy(), threads=1)
-    rows = index.candidates(F.normalize(text_TD, dim=-1).numpy(), num_candidates)
+    for start in range(0, len(frames_VFD), VIDEOS_PER_CALL):
+        tile_VFD = frames_VFD[start : start + VIDEOS_PER_CALL].float()
+        index.add(np.arange(start, start + len(tile_VFD)), tile_VFD.numpy(), threads=1)
+    rows = index.candidates(F.normalize(text_TD.float(), dim=-1).numpy(), num_candidates)
     return torch.from_numpy(np.stack(rows))
-
-
-def search_ranks(scorer: Scorer, num_candidates: int) -> Tensor:
-    """Text-to-video ranks ``(T,)`` of the two-stage search; V, the last rank, if the right video is not a candidate."""
-    features = scorer.features
-    found_TK = candidates(features.text_TD, features.frames_VFD, num_candidates)
-    ranks = torch.full((len(found_TK),), len(features.video_ids))
-    for start in scorer.starts:
-        # All candidates of the block's texts, prepared once.
-        rows = slice(start, start + scorer.block)
-        wanted, place_TK = found_TK[rows].unique(return_inverse=True)
-        gallery = scorer.gallery(features.frames_VFD[wanted])
-        similarity_TK = scorer.score(start, gallery).gather(1, place_TK)
-        hit_TK = found_TK[rows] == features.owner_T[rows, None]
-        own_T1 = similarity_TK.masked_fill(~hit_TK, -torch.inf).amax(dim=1, keepdim=True)
-        position_T = (similarity_TK >= own_T1).sum(dim=1)
-        ranks[rows] = torch.where(hit_TK.any(dim=1), position_T, ranks[rows])
-    return ranks

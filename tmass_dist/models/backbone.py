@@ -107,12 +107,16 @@ class Towers(nn.Module):
         return self.clip.encode_image(pixels.permute(0, 3, 1, 2)).unflatten(0, (num_videos, num_frames))
 
 
-def build_towers(architecture: str | dict[str, Any], pretrained: str | None) -> Towers:
+def build_towers(
+    architecture: str | dict[str, Any], pretrained: str | None, *, without_weights: bool = False
+) -> Towers:
     """Towers of an open_clip name, or of a description (.json) of one's own.
 
     Args:
         architecture: ``ViT-B-32-quickgelu``, a JSON file (a path, or one of ``configs/``), or its content.
         pretrained: None, an open_clip tag such as ``openai``, or a weights file (.safetensors, .pt).
+        without_weights: build what ``pretrained`` names (its normalisation of pixels) with random weights, for a
+            checkpoint to fill: nothing is read or downloaded.
 
     Raises:
         UserError: an unknown architecture (nearest names), or a file that is missing, torn or of another shape.
@@ -139,7 +143,7 @@ def build_towers(architecture: str | dict[str, Any], pretrained: str | None) -> 
         if tag and tag not in known:
             raise UserError(f"open_clip has no weights {tag!r} of {architecture}; it has {', '.join(known) or 'none'}")
         try:
-            clip = open_clip.create_model(architecture, pretrained=tag)
+            clip = open_clip.create_model(architecture, pretrained=None if without_weights else tag)
         except Exception as error:
             if tag is None:
                 raise
@@ -152,7 +156,7 @@ def build_towers(architecture: str | dict[str, Any], pretrained: str | None) -> 
             clip.logit_bias = nn.Parameter(clip.logit_bias.detach().reshape(1))
         pretrained = None if tag else pretrained
     towers = Towers(clip, embed_dim, context_length, normalisation)
-    if pretrained:
+    if pretrained and not without_weights:
         _load(towers.clip, find_file(pretrained))
     return towers
 

@@ -19,12 +19,15 @@ class RetrievalModel(nn.Module):
         self.towers, self.head = towers, head
 
 
-def build_model(config: ModelConfig, description: dict[str, Any] | None = None) -> RetrievalModel:
-    """Towers (pretrained or not) and a head in its initial state.
+def build_model(
+    config: ModelConfig, description: dict[str, Any] | None = None, *, without_weights: bool = False
+) -> RetrievalModel:
+    """Towers and a head in its initial state.
 
     Args:
         config: the settings.
         description: of the towers, in place of the file that ``config.architecture`` names.
+        without_weights: leave the towers' weights random, for a checkpoint to fill.
     """
-    towers = build_towers(description or config.architecture, config.pretrained)
+    towers = build_towers(description or config.architecture, config.pretrained, without_weights=without_weights)
     return RetrievalModel(towers, build_head(config, towers.embed_dim))

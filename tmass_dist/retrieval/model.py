@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tmass_dist.config import Config, load_config, make_config
 from tmass_dist.errors import UserError
-from tmass_dist.evaluation.blocks import BLOCK, caption_noise
+from tmass_dist.evaluation.blocks import TEXTS_PER_BLOCK, caption_noise
 from tmass_dist.evaluation.features import fingerprint
 from tmass_dist.evaluation.scoring import Gallery
 from tmass_dist.models.backbone import (
@@ -77,7 +77,7 @@ class TMass(
         trained: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.config: Config = make_config(settings, name="the model's config.json")
+        self.config: Config = make_config(settings, name="the model's config.json", allow_env=False)
         self.trained = trained or {}
         self.description = towers
         with _quiet():
@@ -289,10 +289,11 @@ class TMass(
         gallery = Gallery(self.head, frames_VFD.to(self.device).float())
         sampled = self.head.mass is not None and num_trials != 0
         rows = []
-        for start in range(0, len(texts), BLOCK):
-            some = list(texts[start : start + BLOCK])
+        for start in range(0, len(texts), TEXTS_PER_BLOCK):
+            rows_in_block = slice(start, start + TEXTS_PER_BLOCK)
+            some = list(texts[rows_in_block])
             noise = caption_noise(some, self.config, self.embed_dim, self.device, num_trials) if sampled else None
-            rows.append(gallery.score(text_TD[start : start + BLOCK], noise, pooled_by=self._pooled_by(sampled)))
+            rows.append(gallery.score(text_TD[rows_in_block], noise, pooled_by=self._pooled_by(sampled)))
         return torch.cat(rows)
 
     def _pooled_by(self, sampled: bool) -> Any:

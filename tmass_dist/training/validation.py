@@ -16,7 +16,8 @@ from tmass_dist.config import Config
 from tmass_dist.data.index import Index
 from tmass_dist.data.samples import read_into
 from tmass_dist.distributed import is_main
-from tmass_dist.evaluation.blocks import Scorer
+from tmass_dist.evaluation.baselines import choose_tau
+from tmass_dist.evaluation.blocks import BlockScorer
 from tmass_dist.evaluation.encode import encode, ranks_of
 from tmass_dist.evaluation.features import Features
 from tmass_dist.evaluation.ranking import metrics
@@ -78,7 +79,7 @@ class Validator:
         monitor.scalars({f"{split}/{protocol}/t2v_{name}": value for name, value in t2v.items()}, step)
         log.info("step %d: %s t2v R@1 %.1f (%s)", step, split, t2v["R@1"], protocol)
         self.history.append({"step": step, "R@1": t2v["R@1"]})
-        self.last_metrics = {f"{split}_t2v_{name}": value for name, value in t2v.items()}
+        self.last_metrics = {f"{split}_{protocol}_t2v_{name}": value for name, value in t2v.items()}
         if not is_main():
             return
         if improves([point["R@1"] for point in self.history], self.config.evaluation.window):
@@ -86,18 +87,31 @@ class Validator:
             temporary = self.directory / "best.safetensors.tmp"
             save_file(weights, temporary)
             os.replace(temporary, self.directory / "best.safetensors")
-            write_json(self.directory / "best.json", {"step": step, "selected_on": split, "R@1": t2v["R@1"]})
+            write_json(self.directory / "best.json", self._selection(step, t2v["R@1"], features))
         write_json(self.directory / "validation.json", self.history)
+
+    def _selection(self, step: int, recall: float, features: Features) -> dict[str, Any]:
+        """What selected the checkpoint, and what else the selection split chooses; evaluations state it."""
+        evaluation = self.config.evaluation
+        sampled = self.config.model.radius != "none"
+        return {
+            "step": step,
+            "selected_on": evaluation.selected_on,
+            "R@1": recall,
+            "protocol": evaluation.protocol,
+            "post_processing": evaluation.post_processing,
+            "num_trials": self.config.stochastic.num_trials if sampled else None,
+            "query_scoring_tau": choose_tau(features),
+        }
 
     def _queries(self, features: Features) -> Any:
         """The same few texts at each validation: the correct video, and below it the top-ranked one."""
-        scorer = Scorer(self.model.head, features, self.config)
+        scorer = BlockScorer(self.model.head, features, self.config)
         rows = []
         num_texts = len(features.owner_T)
         for number in np.linspace(0, num_texts - 1, min(QUERIES, num_texts)).astype(int):
-            start = int(number) // scorer.block * scorer.block
             with torch.inference_mode():
-                score_V = scorer.score(start)[int(number) - start]
+                score_V = scorer.scores_of(int(number))
             truth, top = int(features.owner_T[number]), int(score_V.argmax())
             rank = int((score_V >= score_V[truth]).sum())
             rows += [

@@ -1,0 +1,98 @@
+"""Evaluate a stored split: score, rank, add the baselines, write the report."""
+
+# Shapes: T texts, V videos.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from tmass_dist.config import Config
+from tmass_dist.errors import UserError
+from tmass_dist.evaluation import baselines, ranking
+from tmass_dist.evaluation.report import Report, labels, summary
+from tmass_dist.evaluation.stored import StoredSplit
+
+
+def check_request(config: Config, num_videos: int | None, *, bank: Path | None, num_candidates: int | None) -> None:
+    """Raise a UserError for a bank or a search that does not go with the settings, before anything is computed.
+
+    Args:
+        config: with the scoring settings.
+        num_videos: of the gallery; None where it is not known yet.
+        bank: feature store of training queries.
+        num_candidates: of the two-stage search.
+    """
+    evaluation = config.evaluation
+    if evaluation.post_processing == "qbnorm" and bank is None:
+        raise UserError("qbnorm needs a bank of training queries: give --bank FEATURES")
+    if bank is not None and evaluation.post_processing != "qbnorm":
+        raise UserError("--bank is used by --post-processing qbnorm only")
+    if num_candidates is None:
+        return
+    if evaluation.post_processing != "none" or evaluation.protocol != "query_conditioned":
+        raise UserError("--search has no post-processing and no published_code protocol; leave them out")
+    if num_candidates < 1:
+        raise UserError(f"--search is {num_candidates}; it needs at least one candidate")
+    if num_videos is not None and num_candidates > num_videos:
+        raise UserError(f"--search is {num_candidates}; the gallery has {num_videos} videos")
+
+
+def evaluate_store(stored: StoredSplit, out: Path, *, bank: Path | None = None) -> ranking.Ranks:
+    """Compute the blocks of scores that are missing below ``out``, rank, write the report to ``out`` and print it.
+
+    Args:
+        stored: the split.
+        out: directory of blocks and report.
+        bank: feature store of training queries, for qbnorm.
+
+    Raises:
+        UserError: a missing bank, or one that was encoded by another model.
+    """
+    config = stored.config
+    check_request(config, stored.num_videos, bank=bank, num_candidates=None)
+    query_bank = stored.bank(bank) if bank else None
+    blocks = stored.block_files(out)
+    blocks.compute(0, 1)
+    post = config.evaluation.post_processing
+    ranks = ranking.rank(blocks.blocks, stored.features.owner_T, stored.num_videos, post, query_bank)
+    result = labels(config, stored.features, stored.index)
+    if query_bank is not None:
+        result["bank"] = str(bank)
+    result |= summary(ranks) | {"baselines": baseline_rows(stored)}
+    report(stored, result, ranks, blocks.scores_of).write(out)
+    report(stored, result, ranks, blocks.scores_of).show()
+    print(f"report: {out / 'report.html'}")
+    return ranks
+
+
+def baseline_rows(stored: StoredSplit) -> dict[str, Any]:
+    """Metrics of the baselines that ``evaluation.baselines`` asks for, by name; all query-conditioned, unprocessed.
+
+    Raises:
+        UserError: rows before training are asked for, and the store has none.
+    """
+    wanted, features = stored.config.evaluation.baselines, stored.features
+    if wanted == "none":
+        return {}
+    before = stored.index.get("before_training")
+    if wanted == "all" and before is None:
+        raise UserError(
+            f"{stored.store} has no scores before training: evaluate with --run and evaluation.baselines=all first"
+        )
+    rows = dict(before or {}) if wanted in ("auto", "all") else {}
+    if wanted == "auto" and len(features.owner_T) * stored.num_videos > baselines.AUTOMATIC_PAIRS:
+        return rows
+    found = baselines.frame_baselines(features, stored.selection.get("query_scoring_tau"))
+    return rows | {name: summary(ranks) for name, ranks in found.items()}
+
+
+def report(
+    stored: StoredSplit, result: dict[str, Any], ranks: ranking.Ranks, scores_of: Callable[[int], Tensor]
+) -> Report:
+    """The report of a result."""
+    features = stored.features
+    return Report(result, ranks, features.captions, features.caption_ids, stored, scores_of)

@@ -1,0 +1,68 @@
+"""Two-stage search of a stored split: candidates by an index, then the exact score of the best K, with its metrics."""
+
+# Shapes: T texts, V videos, K candidates.
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tmass_dist.cli import write_json
+from tmass_dist.evaluation import ranking
+from tmass_dist.evaluation.evaluation import check_request, evaluate_store
+from tmass_dist.evaluation.report import label, labels, table
+from tmass_dist.evaluation.search import candidates
+
+if TYPE_CHECKING:
+    from tmass_dist.evaluation.blocks import BlockScorer
+    from tmass_dist.evaluation.stored import StoredSplit
+
+
+def search_ranks(scorer: BlockScorer, num_candidates: int) -> Tensor:
+    """Text-to-video ranks ``(T,)`` of the two stages; V, the last one, where the correct video is no candidate."""
+    features = scorer.features
+    candidate_TK = candidates(features.text_TD, features.frames_VFD, num_candidates)
+    ranks = torch.full((len(candidate_TK),), len(features.video_ids))
+    for texts in scorer.blocks:
+        # The candidates of any text of the block, prepared a tile at a time.
+        videos, column_TK = candidate_TK[texts].unique(return_inverse=True)
+        tiles = [
+            scorer.score(texts, scorer.gallery(features.frames_VFD[tile])) for tile in videos.split(scorer.tile_videos)
+        ]
+        similarity_TK = torch.cat(tiles, dim=1).gather(1, column_TK)
+        is_own_TK = candidate_TK[texts] == features.owner_T[texts, None]
+        own_T1 = similarity_TK.masked_fill(~is_own_TK, -torch.inf).amax(dim=1, keepdim=True)
+        position_T = (similarity_TK >= own_T1).sum(dim=1)
+        ranks[texts] = torch.where(is_own_TK.any(dim=1), position_T, ranks[texts])
+    return ranks
+
+
+def search_store(stored: StoredSplit, out: Path, num_candidates: int, *, compare_exact: bool) -> None:
+    """Search a stored split in two stages, print text-to-video metrics and write ``out/search.json``.
+
+    Args:
+        stored: the split.
+        out: directory of the results.
+        num_candidates: K.
+        compare_exact: also compute and report the exact scores, and what the search loses against them.
+
+    Raises:
+        UserError: settings that the search does not have, or more candidates than videos.
+    """
+    check_request(stored.config, stored.num_videos, bank=None, num_candidates=num_candidates)
+    result = labels(stored.config, stored.features, stored.index) | {"num_candidates": num_candidates}
+    exact = ranking.metrics(evaluate_store(stored, out).t2v_T) if compare_exact else None
+    with torch.inference_mode():
+        found = ranking.metrics(search_ranks(stored.scorer, num_candidates))
+    result["t2v"] = found
+    rows = {f"two stages, the best {num_candidates} re-ranked": found}
+    if exact is not None:
+        result["lost"] = {name: exact[name] - value for name, value in found.items()}
+        rows = {"exact": exact, **rows, "lost": result["lost"]}
+    print(table(rows, f"\ntext to video, two stages ({label(result)})"))
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "search.json", result)
+    print(f"search: {out / 'search.json'}")
