@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS = 1
 DEMO := build/demo
 
-.PHONY: install demo demo-data demo-towers test test-all test-slurm lint bench docs
+.PHONY: install demo demo-data demo-towers serve test test-all test-slurm lint bench docs
 install: .venv/installed
 
 .venv/installed: pyproject.toml setup.py
@@ -20,8 +20,15 @@ demo-data: install
 	done
 
 demo: demo-data
-	rm -rf runs/demo
+	rm -rf runs/demo $(DEMO)/gallery
 	$(BIN)/python launch/submit.py --cluster local --config demo.yaml
+
+runs/demo/checkpoints/best.safetensors:
+	$(MAKE) demo
+
+serve: runs/demo/checkpoints/best.safetensors
+	$(BIN)/python -m tmass_dist index runs/demo --videos $(DEMO)/videos/videos --out $(DEMO)/gallery
+	$(BIN)/python -m tmass_dist serve $(DEMO)/gallery --open
 
 demo-towers: install
 	$(BIN)/python shards/demo_towers.py --out configs/towers

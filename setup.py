@@ -5,5 +5,5 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["tmass_dist*"]), "tmass_dist.configs"],
     package_dir={"tmass_dist.configs": "configs"},
-    package_data={"*": ["py.typed", "*.html", "*.css", "*.js"], "tmass_dist.configs": ["*.yaml", "*/*"]},
+    package_data={"*": ["py.typed", "templates/*", "static/*"], "tmass_dist.configs": ["*.yaml", "*/*"]},
 )

@@ -15,6 +15,9 @@ OUTSIDE = {
     "torch.utils.tensorboard": {"tmass_dist/training/monitor.py"},
     "pebble": {"shards/pack_pool.py"},
     "webdataset": {"shards/shard_writer.py", "tmass_dist/data/tars.py"},
+    "usearch": {"tmass_dist/evaluation/search.py"},
+    "starlette": {"tmass_dist/web/app.py", "tmass_dist/serve.py"},
+    "uvicorn": {"tmass_dist/serve.py"},
     "omegaconf": {"tmass_dist/config.py"},
     "jinja2": {"tmass_dist/pages.py", "launch/paper/page.py"},
 }
@@ -35,6 +38,7 @@ ORDER = (
     {"tmass_dist.data"},
     {"tmass_dist.evaluation"},
     {"tmass_dist.retrieval"},
+    {"tmass_dist.web"},
     {"tmass_dist.training"},
     {
         "tmass_dist.train",

@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": ("tmass_dist.convert", "convert checkpoints of the authors' code, and back"),
     "index": ("tmass_dist.index", "encode videos into a gallery that can be searched"),
     "search": ("tmass_dist.search", "search a gallery by text"),
+    "serve": ("tmass_dist.serve", "search a gallery in the browser"),
     "config": ("tmass_dist.settings", "list every setting with its type, default and meaning"),
     "pack": ("shards.make_shards", "pack videos and captions into shards"),
     "verify": ("shards.verify_shards", "check packed shards"),

@@ -9,6 +9,7 @@ score as the exact evaluation. What the first stage loses is measured against th
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class FrameIndex:
                 raise UserError(f"{path} is damaged: {error}; make it again with tmass index") from error
             if self.index.ndim != width:
                 raise UserError(f"{path} has width {self.index.ndim}, not {width}; make it again with tmass index")
-        self.index.expansion_search = EXPANSION
+        self._lock = threading.Lock()  # usearch gives two searches at once the same scratch memory
 
     def __len__(self) -> int:
         """Number of frames in the index."""
@@ -117,8 +118,9 @@ class FrameIndex:
         if not size:
             return [np.empty(0, np.int64) for _ in query]
         while True:
-            self.index.expansion_search = max(EXPANSION, frames)
-            found = self.index.search(query, frames, exact=size <= EXHAUSTIVE)
+            with self._lock:
+                self.index.expansion_search = max(EXPANSION, frames)
+                found = self.index.search(query, frames, exact=size <= EXHAUSTIVE)
             keys = np.asarray(found.keys, np.int64).reshape(len(query), -1)
             counts = getattr(found, "counts", [keys.shape[1]])  # usearch has them only for several queries
             rows = [_first_of_each(line[:count] // self.num_frames)[:number] for line, count in zip(keys, counts)]

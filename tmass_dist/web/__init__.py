@@ -1,0 +1,1 @@
+"""The search page: a web server for one gallery."""

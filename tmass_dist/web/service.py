@@ -1,0 +1,127 @@
+"""What the server answers with: a searcher that loads in the background, and a limit on concurrent work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import anyio
+import anyio.to_thread
+
+from tmass_dist.errors import UserError
+from tmass_dist.retrieval.searcher import Result, Searcher
+
+Value = TypeVar("Value")
+
+WORKERS, MAX_WAITING, MAX_RESULTS = 2, 64, 100
+"""Searches that run at once, searches that may wait for them, and results of a search."""
+PLAYABLE = (".mp4", ".m4v", ".webm", ".mov", ".ogv")
+"""Endings of files that browsers may play; the page falls back to the frames where one cannot."""
+
+
+class BusyError(RuntimeError):
+    """Too many searches are waiting."""
+
+
+class NotReadyError(RuntimeError):
+    """The model is still loading, or could not be loaded."""
+
+
+class Service:
+    """A gallery behind the page.
+
+    Args:
+        load: loads gallery and model; it is called in a thread by :meth:`start`.
+    """
+
+    def __init__(self, load: Callable[[], Searcher]) -> None:
+        self._load = load
+        self._searcher: Searcher | None = None
+        self._failure: str | None = None
+        self._waiting = 0
+        self._limiter: anyio.CapacityLimiter | None = None
+
+    def start(self) -> None:
+        """Load in the background; meanwhile the page says so."""
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self._searcher = self._load()
+        except Exception as error:
+            self._failure = " ".join(str(error).split()) or type(error).__name__
+            if not isinstance(error, UserError):
+                raise  # its traceback belongs into the log
+
+    @property
+    def searcher(self) -> Searcher:
+        """The loaded searcher.
+
+        Raises:
+            NotReadyError: it is not loaded (yet).
+        """
+        if self._searcher is None:
+            raise NotReadyError(self._failure or "the model is loading; try again in a moment")
+        return self._searcher
+
+    def state(self) -> dict[str, Any]:
+        """Whether searches are possible, and what to tell the user if not."""
+        if self._failure:
+            return {"state": "failed", "message": self._failure, "videos": 0}
+        if self._searcher is None:
+            return {"state": "loading", "message": "The model is loading …", "videos": 0}
+        size = len(self._searcher.gallery)
+        empty = "The gallery is empty. Add videos with: tmass index MODEL --videos DIR --out GALLERY"
+        return {"state": "ready", "message": "" if size else empty, "videos": size}
+
+    async def run(self, work: Callable[[], Value]) -> Value:
+        """Run ``work`` in a thread.
+
+        Raises:
+            BusyError: too many calls are waiting.
+        """
+        if self._limiter is None:
+            self._limiter = anyio.CapacityLimiter(WORKERS)
+        if self._waiting >= WORKERS + MAX_WAITING:
+            raise BusyError("too many searches at once; try again in a moment")
+        self._waiting += 1
+        try:
+            return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+        finally:
+            self._waiting -= 1
+
+    def search(self, query: str, k: int, name: str | None) -> dict[str, Any]:
+        """Answer of ``/api/search``."""
+        [results] = self.searcher.search([query], k, name=name or None)
+        return {"query": query, **self._answer(results)}
+
+    def similar(self, row: int, k: int) -> dict[str, Any]:
+        """Answer of ``/api/similar``."""
+        video = self.searcher.gallery.video(row)
+        return {"similar_to": video.id, **self._answer(self.searcher.similar(row, k))}
+
+    def _answer(self, results: list[Result]) -> dict[str, Any]:
+        return {
+            "videos": len(self.searcher.gallery),
+            "absent": sum(result.absent for result in results),
+            "results": [
+                {
+                    "row": result.row,
+                    "id": result.id,
+                    "score": round(result.score, 4),
+                    "time_s": round(result.time_s, 3),
+                    "seconds": round(result.seconds, 3),
+                    "frame": result.frame,
+                    "times_s": result.times_s,
+                    "attention": result.attention,
+                    "thumbnails": [f"/thumbnail/{result.row}/{frame}.jpg" for frame in range(len(result.times_s))],
+                    "video": f"/video/{result.row}" if _is_playable(result) else None,
+                }
+                for result in results
+            ],
+        }
+
+
+def _is_playable(result: Result) -> bool:
+    return result.path.lower().endswith(PLAYABLE) and not result.absent
