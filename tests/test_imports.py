@@ -14,7 +14,7 @@ OUTSIDE = {
     "submitit": {"launch/cluster.py", "launch/job.py", "launch/local.py"},
     "torch.utils.tensorboard": {"tmass_dist/training/monitor.py"},
     "pebble": {"shards/pack_pool.py"},
-    "webdataset": {"shards/shard_writer.py", "tmass_dist/data/tars.py"},
+    "webdataset": {"shards/shard_writer.py"},
     "usearch": {"tmass_dist/evaluation/search.py"},
     "starlette": {"tmass_dist/web/app.py", "tmass_dist/serve.py"},
     "uvicorn": {"tmass_dist/serve.py"},

@@ -45,6 +45,8 @@ class Shard:
     name: str
     bytes: int
     sha256: str
+    directory: str = ""
+    """Directory or URL that holds the file; empty if it lies beside the index."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,9 @@ class Index:
     """Local directory for the shards of a split behind a URL."""
     retry_s: float = RETRY_S
     """Seconds for which a download that fails is tried again."""
+    caption_keys: tuple[str, ...] = ()
+    """For tar files of other programs: where a sample has its captions, see :mod:`tmass_dist.data.foreign`. Empty for
+    shards that this project packed."""
     extra_captions: dict[str, list[str]] = field(default_factory=dict)
     """Captions in addition to the packed ones, by id; see :meth:`with_captions`."""
 
@@ -95,11 +100,11 @@ class Index:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the shards are behind a URL."""
-        return is_remote(self.directory)
+        """Whether shards are behind a URL."""
+        return is_remote(self.directory) or any(is_remote(shard.directory) for shard in self.shards)
 
     def path(self, sample: Sample, *, verify: bool = False) -> Path:
-        """The local path of the sample's shard, which is downloaded first if the split is a URL.
+        """The local path of the sample's shard, which is downloaded first if it is behind a URL.
 
         Args:
             sample: a sample of this index.
@@ -109,10 +114,14 @@ class Index:
             UserError: the store has no such shard, or another file.
             DownloadError: the download failed for ``retry_s`` seconds.
         """
-        shard = self.shards[sample.shard]
-        if not self.is_remote:
-            return Path(self.directory) / shard.name
-        url = f"{self.directory}/{shard.name}"
+        return self.shard_path(self.shards[sample.shard], verify=verify)
+
+    def shard_path(self, shard: Shard, *, verify: bool = False) -> Path:
+        """The local path of a shard; otherwise as :meth:`path`."""
+        directory = shard.directory or self.directory
+        if not is_remote(directory):
+            return Path(directory) / shard.name
+        url = f"{directory}/{shard.name}"
         return fetch(url, self.cache, shard.bytes, shard.sha256, retry_s=self.retry_s, verify=verify)
 
     def with_captions(self, path: str | Path) -> Index:
@@ -170,7 +179,13 @@ class Index:
         from safetensors.numpy import save_file
 
         header = {name: getattr(self, name) for name in ("split", "num_frames", "image_size", "store")}
-        header |= {"version": VERSION, "shards": [asdict(shard) for shard in self.shards]}
+        shards = [asdict(shard) for shard in self.shards]
+        for shard in shards:
+            if not shard["directory"]:
+                del shard["directory"]
+        header |= {"version": VERSION, "shards": shards}
+        if self.caption_keys:
+            header["caption_keys"] = self.caption_keys
         temporary = Path(self.directory) / f"{NAME}.tmp"
         text = json.dumps(header, ensure_ascii=False)
         save_file(self.columns, temporary, metadata={"index": text, "sha256": checksum(text, self.columns)})
@@ -210,9 +225,12 @@ def load_index(directory: str | Path, cache: str | None = None, retry_s: float =
     header, columns = _read_index(path)
     shards = tuple(Shard(**shard) for shard in header["shards"])
     settings = (header["split"], header["num_frames"], header["image_size"], header["store"])
+    keys = tuple(header.get("caption_keys", ()))
     if not is_remote(directory):
         _check_shards(Path(directory), shards)
-    return Index(directory, *settings, shards, columns, cache, retry_s)
+    elif local := [shard.directory for shard in shards if shard.directory and not is_remote(shard.directory)]:
+        raise UserError(f"{url} names shards in {local[0]}, which may be read from a local index only")
+    return Index(directory, *settings, shards, columns, cache, retry_s, caption_keys=keys)
 
 
 def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -264,13 +282,18 @@ def _no_index(directory: Path) -> str:
 
 
 def _check_shards(directory: Path, shards: tuple[Shard, ...]) -> None:
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(directory) if entry.name.endswith(".tar")}
-    for shard in shards:
-        if shard.name not in sizes:
-            content = ", ".join(sorted(sizes)[:8]) or "no tar"
-            raise UserError(f"shard {directory / shard.name} is missing; {directory} holds {content}")
-        if sizes[shard.name] != shard.bytes:
-            raise UserError(
-                f"shard {directory / shard.name} has {sizes[shard.name]} bytes and its index says {shard.bytes}; "
-                "pack it again"
-            )
+    places = {shard.directory for shard in shards if not is_remote(shard.directory)}
+    for place in places:
+        local = Path(place) if place else directory
+        sizes: dict[str, int] = {}
+        if local.is_dir():
+            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(local) if entry.name.endswith(".tar")}
+        for shard in (shard for shard in shards if shard.directory == place):
+            if shard.name not in sizes:
+                content = ", ".join(sorted(sizes)[:8]) or "no tar"
+                raise UserError(f"shard {local / shard.name} is missing; {local} holds {content}")
+            if sizes[shard.name] != shard.bytes:
+                raise UserError(
+                    f"shard {local / shard.name} has {sizes[shard.name]} bytes and its index says {shard.bytes}; "
+                    + ("index it again" if place else "pack it again")
+                )

@@ -45,6 +45,10 @@ def check_header(header: dict[str, Any]) -> None:
         _require(not set(name) & set("/\\\0"), f"the shard name {name!r} is not a file name")
         _require(type(size) is int and 0 <= size < 2**62, f"the size of shard {name} is {size!r}")
         _require(isinstance(shard["sha256"], str), f"the checksum of shard {name} is not a string")
+        place = shard.get("directory", "")
+        _require(isinstance(place, str) and "\0" not in place, f"the directory of shard {name} is {place!r}")
+    keys = header.get("caption_keys", [])
+    _require(isinstance(keys, list) and all(isinstance(key, str) for key in keys), f"its caption_keys are {keys!r}")
 
 
 def check_columns(columns: Mapping[str, np.ndarray], shard_bytes: list[int]) -> None:

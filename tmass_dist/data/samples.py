@@ -10,15 +10,16 @@ import os
 import re
 import zlib
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import simplejpeg
 
+from tmass_dist.data.foreign import read_foreign_sample
 from tmass_dist.data.frames import random_frame_indices, uniform_frame_indices
 from tmass_dist.data.index import Index, Sample
+from tmass_dist.data.square import square_jpeg
 from tmass_dist.data.tars import plain_members
 from tmass_dist.errors import UserError
 
@@ -52,16 +53,25 @@ def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]
     try:
         if zlib.crc32(raw) != sample.crc32:
             raise UserError("its checksum differs from the index")
-        key, members = safe_key(sample.id), dict(plain_members(raw))
-        if f"{key}.json" not in members or not all(name.startswith(f"{key}.") for name in members):
-            raise UserError(f"its members are {', '.join(members)[:100]}, not those of {key}")
-        meta = json.loads(members.pop(f"{key}.json"))
+        if index.caption_keys:
+            meta, payload = read_foreign_sample(raw, sample.id, index.caption_keys)
+        else:
+            meta, payload = _read_own_sample(raw, sample.id)
         captions = [*meta["captions"], *index.extra_captions.get(sample.id, [])]
         if len(captions) != sample.num_captions:
             raise UserError(f"it has {len(captions)} captions and the index says {sample.num_captions}")
-        return meta | {"captions": captions}, list(members.values())
+        return meta | {"captions": captions}, payload
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedError(f"shard {path} is damaged at sample {sample.id!r}: {error}") from error
+
+
+def _read_own_sample(raw: bytes, sample_id: str) -> tuple[dict[str, Any], list[bytes]]:
+    """JSON and frames (or the clip) of a sample that this project packed."""
+    key, members = safe_key(sample_id), dict(plain_members(raw))
+    if f"{key}.json" not in members or not all(name.startswith(f"{key}.") for name in members):
+        raise UserError(f"its members are {', '.join(members)[:100]}, not those of {key}")
+    meta = json.loads(members.pop(f"{key}.json"))
+    return meta, list(members.values())
 
 
 def _read_bytes(path: Path, sample: Sample) -> bytes:
@@ -82,14 +92,22 @@ def read_into(
     """
     meta, payload = read_sample(index, number)
     num_frames = len(out_FHWC)
-    pick = uniform_frame_indices if rng_of is None else partial(random_frame_indices, rng=rng_of(meta["id"]))
+
+    def pick(length: int) -> list[int]:  # may be called twice, with the same answer
+        if rng_of is None:
+            return uniform_frame_indices(length, num_frames)
+        return random_frame_indices(length, num_frames, rng_of(meta["id"]))
+
     try:
         if index.store == "clip":
-            _decode_clip(out_FHWC, payload[0], meta["frame_window"], pick)
+            _decode_clip(out_FHWC, payload[0], meta.get("frame_window"), pick)
         else:
-            chosen = range(num_frames) if len(payload) == num_frames else pick(len(payload), num_frames)
+            chosen = range(num_frames) if len(payload) == num_frames else pick(len(payload))
             for frame_HWC, position in zip(out_FHWC, chosen, strict=True):
-                decode_jpeg(payload[position], frame_HWC)
+                if index.caption_keys:
+                    frame_HWC[:] = square_jpeg(payload[position], frame_HWC.shape[0])[..., :3]
+                else:
+                    decode_jpeg(payload[position], frame_HWC)
     except (ValueError, LookupError, TypeError) as error:
         raise DamagedError(f"sample {meta['id']!r} of {index.directory} does not decode: {error}") from error
     return meta
@@ -109,12 +127,15 @@ def decode_jpeg(jpeg: bytes, out_HWC: np.ndarray) -> None:
 
 
 def _decode_clip(
-    out_FHWC: np.ndarray, clip: bytes, frame_window: list[int], pick: Callable[[int, int], list[int]]
+    out_FHWC: np.ndarray, clip: bytes, frame_window: list[int] | None, pick: Callable[[int], list[int]]
 ) -> None:
-    from tmass_dist.data.video import read_video
+    """Decode frames of a clip, of the part that packing found or of the whole clip."""
+    from tmass_dist.data.video import Timeline, read_video
 
-    start, end = (int(edge) for edge in frame_window)
-    chosen = [start + position for position in pick(end - start, len(out_FHWC))]
-    frames, _ = read_video(clip, lambda _: chosen, out_FHWC.shape[1])
+    def choose(timeline: Timeline) -> list[int]:
+        start, end = (0, len(timeline)) if frame_window is None else (int(edge) for edge in frame_window)
+        return [start + position for position in pick(end - start)]
+
+    frames, _ = read_video(clip, choose, out_FHWC.shape[1])
     for out_HWC, frame in zip(out_FHWC, frames, strict=True):
         out_HWC[:] = frame[..., :3]

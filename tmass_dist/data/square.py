@@ -12,6 +12,9 @@ import numpy as np
 MAX_ASPECT = 64
 """Longer pictures (64:1) are refused: resizing them would take gigabytes."""
 
+MAX_PIXELS = 2**27
+"""Of a JPEG; larger ones are refused."""
+
 
 def square_picture(frame: Any, side: int) -> np.ndarray:
     """uint8 ``(S, S, 4)`` RGBX of an ``av.VideoFrame``: its short side resized (bicubic), the centre, upright.
@@ -29,6 +32,21 @@ def square_picture(frame: Any, side: int) -> np.ndarray:
     converted = _reformatter().reformat(frame, width, height, format="rgba", interpolation="BICUBIC", threads=1)
     left, top = (width - side) // 2, (height - side) // 2
     return np.ascontiguousarray(_upright(converted.to_ndarray()[top : top + side, left : left + side], frame))
+
+
+def square_jpeg(jpeg: bytes, side: int) -> np.ndarray:
+    """The same of a JPEG of any size.
+
+    Raises:
+        ValueError: it does not decode, or has more than ``MAX_PIXELS``.
+    """
+    import av
+    import simplejpeg
+
+    height, width = (int(length) for length in simplejpeg.decode_jpeg_header(jpeg)[:2])
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"a JPEG has {width}x{height} pixels")
+    return square_picture(av.VideoFrame.from_ndarray(simplejpeg.decode_jpeg(jpeg), format="rgb24"), side)
 
 
 @cache

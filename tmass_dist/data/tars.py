@@ -39,6 +39,16 @@ class TarContent:
     samples: list[TarSample]
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """WebDataset's key and suffix of a member: its name up to the first dot of its last part, and the rest in lower
+    case. Both are empty if the name has no suffix, or is reserved (``__...__``)."""
+    directory, slash, last = name.rpartition("/")
+    stem, dot, suffix = last.partition(".")
+    if not stem or not dot or (name.startswith("__") and name.endswith("__")):
+        return "", ""
+    return f"{directory}{slash}{stem}", suffix.lower()
+
+
 def scan_tar(path: Path) -> TarContent:
     """Read a tar file once and say where each of its samples lies.
 
@@ -48,15 +58,13 @@ def scan_tar(path: Path) -> TarContent:
     Raises:
         UserError: it is no tar file, is compressed, is cut off, or a sample has the same suffix twice.
     """
-    from webdataset.tariterators import base_plus_ext
-
     ranges: list[tuple[str, list[str], int, int]] = []
     with path.open("rb") as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    key, suffix = base_plus_ext(member.name) if member.isfile() else (None, None)
-                    if key is None or suffix is None:
+                    key, suffix = split_name(member.name) if member.isfile() else ("", "")
+                    if not key:
                         continue
                     end = member.offset_data + -(-member.size // BLOCK) * BLOCK
                     if not ranges or ranges[-1][0] != key:

@@ -1,0 +1,86 @@
+"""Samples of WebDataset tar files that other programs wrote: clips or numbered frames, with captions.
+
+A sample is a clip (``KEY.mp4``, ``.webm``, ...) or numbered frames (``KEY.000.jpg``, ...), with its captions in
+``KEY.txt`` (one caption) or under keys of ``KEY.json`` (a text or a list of texts).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from tmass_dist.data.tars import any_members, split_name
+from tmass_dist.errors import UserError
+
+TEXT = "txt"
+"""The caption key that means the member ``KEY.txt``; others are keys of ``KEY.json``."""
+CLIP_SUFFIXES = frozenset({"mp4", "webm", "mkv", "avi", "mov", "mpg", "mpeg", "m4v", "flv", "wmv", "ts"})
+_FRAME = re.compile(r"(\d+)\.jpe?g")
+
+
+def kind_of(suffixes: Iterable[str]) -> Literal["clip", "jpeg"] | None:
+    """What a sample with these members stores, or None if it has neither a clip nor numbered frames."""
+    suffixes = list(suffixes)
+    if any(suffix in CLIP_SUFFIXES for suffix in suffixes):
+        return "clip"
+    return "jpeg" if any(map(_FRAME.fullmatch, suffixes)) else None
+
+
+def captions_of(members: Mapping[str, bytes], caption_keys: Sequence[str]) -> list[str]:
+    """The captions of a sample, in the order of ``caption_keys``; blank ones and missing keys are left out.
+
+    Raises:
+        ValueError: a member is not UTF-8, or not a JSON object.
+    """
+    texts: list[Any] = []
+    fields = _fields(members) if any(key != TEXT for key in caption_keys) else {}
+    for key in caption_keys:
+        if key == TEXT:
+            texts.append(members.get(TEXT, b"").decode("utf-8-sig"))
+        else:
+            value = fields.get(key)
+            texts += value if isinstance(value, list) else [value]
+    return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
+
+
+def _fields(members: Mapping[str, bytes]) -> dict[str, Any]:
+    if "json" not in members:
+        return {}
+    fields = json.loads(members["json"].decode("utf-8-sig"))
+    if not isinstance(fields, dict):
+        raise UserError("its JSON is not an object")
+    return fields
+
+
+def read_foreign_sample(raw: bytes, sample_id: str, caption_keys: Sequence[str]) -> tuple[dict[str, Any], list[bytes]]:
+    """Id, captions and source of a sample, and its frames in the order of their numbers, or its clip as only item.
+
+    Args:
+        raw: the bytes of its members in the tar file.
+        sample_id: the key of its members, or something before it and a slash.
+        caption_keys: where its captions are.
+
+    Raises:
+        ValueError: the bytes are not those of one sample, or hold no video.
+    """
+    members: dict[str, bytes] = {}
+    source = ""
+    for name, content in any_members(raw):
+        key, suffix = split_name(name)
+        if not key:
+            continue
+        if key != sample_id and not sample_id.endswith(f"/{key}"):
+            raise UserError(f"it has the member {name!r}")
+        members[suffix] = content
+        if kind_of([suffix]) and not source:
+            source = name
+    meta = {"id": sample_id, "captions": captions_of(members, caption_keys), "source": source}
+    clips = [content for suffix, content in members.items() if suffix in CLIP_SUFFIXES]
+    if clips:
+        return meta, clips[:1]
+    numbered = [(int(match[1]), content) for suffix, content in members.items() if (match := _FRAME.fullmatch(suffix))]
+    if not numbered:
+        raise UserError("it has no clip and no numbered frames")
+    return meta, [content for _, content in sorted(numbered, key=lambda pair: pair[0])]
