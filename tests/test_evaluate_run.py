@@ -18,7 +18,7 @@ from tmass_dist.evaluation.run import encode_run, evaluate_run
 from tmass_dist.models.tmass import build_model
 
 
-def _make_run(data: list[str], directory: Path, *overrides: str) -> Path:
+def make_run(data: list[str], directory: Path, *overrides: str) -> Path:
     """A run directory as training leaves it, with weights that no training has touched."""
     config = load_config("demo.yaml", [*data, f"run_dir={directory}", "data.eval_batch_size=2", *overrides])
     (directory / "checkpoints").mkdir(parents=True)
@@ -50,7 +50,7 @@ def _metrics(directory: Path) -> dict:
 @pytest.fixture(scope="module")
 def made(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluated run; no test changes it."""
-    directory = _make_run(data, tmp_path_factory.mktemp("made") / "run")
+    directory = make_run(data, tmp_path_factory.mktemp("made") / "run")
     done = _evaluate("--run", str(directory))
     assert done.returncode == 0 and "(encoded)" in done.stdout, done.stderr
     return directory
@@ -136,7 +136,7 @@ def test_a_named_checkpoint_has_no_known_selection(evaluated: Path, tmp_path: Pa
 
 def test_a_trained_run_needs_no_pretrained_weights(data: list[str], tmp_path: Path) -> None:
     """``openai`` is no file here, so that loading it fails at once: nothing may try."""
-    directory = _make_run(data, tmp_path / "run", "model.pretrained=openai")
+    directory = make_run(data, tmp_path / "run", "model.pretrained=openai")
     done = _evaluate("--run", str(directory))
     assert done.returncode == 0, done.stderr
     rows = list(_metrics(directory / "evaluation")["baselines"])
@@ -145,7 +145,7 @@ def test_a_trained_run_needs_no_pretrained_weights(data: list[str], tmp_path: Pa
 
 
 def test_rows_before_training_are_added_when_they_are_asked_for(data: list[str], made: Path, tmp_path: Path) -> None:
-    directory = _make_run(data, tmp_path / "run")
+    directory = make_run(data, tmp_path / "run")
     assert _evaluate("--run", str(directory), "evaluation.baselines=none").returncode == 0
     assert _metrics(directory / "evaluation")["baselines"] == {}
     for name, rows in (("features", 3), ("all", 5), ("auto", 5)):
@@ -185,7 +185,7 @@ def _on_rank(run_dir: str, post: str) -> None:
 def test_ranks_give_the_files_of_one_process(
     data: list[str], made: Path, tmp_path: Path, num_ranks: int, post: str
 ) -> None:
-    directory = _make_run(data, tmp_path / "run")
+    directory = make_run(data, tmp_path / "run")
     (tmp_path / "meet").mkdir()
     on_ranks(num_ranks, _on_rank, str(directory), post, tmp_path=tmp_path / "meet")
     alone = tmp_path / "alone"

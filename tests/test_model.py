@@ -32,7 +32,9 @@ def model() -> TMass:
     with torch.no_grad():
         for value in whole.head.parameters():
             value.add_(0.05 * torch.randn_like(value))
-    return TMass.of_weights(config, whole.state_dict(), "this test", {"step": 7, "results": "| R@1 |"})
+    return TMass.of_weights(
+        config, whole.state_dict(), "this test", {"step": 7, "selected_on": "val", "results": "| R@1 |"}
+    )
 
 
 @pytest.fixture(scope="module")

@@ -98,13 +98,9 @@ def from_authors(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         if set(parts) != set("qkv"):
             raise UserError(f"the checkpoint lacks a part of {target}: it has {', '.join(sorted(parts))} of q, k, v")
         ours[target] = torch.cat([parts[letter] for letter in "qkv"])
-    missing = [
-        part for part in ("towers.clip.visual.", "towers.clip.transformer.", "head.pooling.") if not _any(ours, part)
-    ]
-    if unknown or missing:
+    if unknown or not ours:
         raise UserError(
-            f"this is not a checkpoint of the authors' code: {len(unknown)} unknown names ({', '.join(unknown[:3])}), "
-            f"nothing for {', '.join(missing) or 'nothing'}"
+            f"this is not a checkpoint of the authors' code: {len(unknown)} unknown names ({', '.join(unknown[:3])})"
         )
     return {name: value.detach().float().contiguous() for name, value in ours.items()}
 
@@ -143,8 +139,92 @@ def to_authors(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.contiguous() for name, value in theirs.items()}
 
 
-def _any(names: dict[str, Tensor], prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in names)
+def check_weights(ours: dict[str, Tensor], source: str) -> None:
+    """Check that ``ours`` are all weights of OpenAI's CLIP and of the T-MASS head, of shapes that fit together.
+
+    Raises:
+        UserError: weights that are missing, too many, of a wrong shape or not finite; the message names ``source``.
+    """
+    from tmass_dist.models.backbone import check_finite
+
+    shapes = {name: tuple(value.shape) for name, value in ours.items()}
+    expected = _expected_shapes(shapes, source)
+    problems = [f"lacks {name}" for name in expected if name not in shapes]
+    problems += [f"has {name} too" for name in shapes if name not in expected]
+    problems += [
+        f"{name} is {shapes[name]} and not {shape}"
+        for name, shape in expected.items()
+        if name in shapes and shapes[name] != shape
+    ]
+    if problems:
+        raise UserError(
+            f"{source} is not a whole model with OpenAI's CLIP and the T-MASS head, in {len(problems)} weights: "
+            f"{'; '.join(problems[:3])}"
+        )
+    check_finite(ours, source)
+
+
+_SIZES = {
+    "towers.clip.token_embedding.weight": 2,
+    "towers.clip.positional_embedding": 2,
+    "towers.clip.text_projection": 2,
+    "towers.clip.visual.conv1.weight": 4,
+    "towers.clip.visual.positional_embedding": 2,
+    "head.mass.linear.weight": 2,
+}
+"""Weights, with their number of dimensions, whose shapes determine those of all others."""
+
+
+def _expected_shapes(shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a whole model, of the sizes that some of its weights have."""
+    for name, dimensions in _SIZES.items():
+        if len(shapes.get(name, ())) != dimensions:
+            raise UserError(
+                f"{source} is not a whole model with OpenAI's CLIP and the T-MASS head: it lacks {name}, or its shape "
+                f"{shapes.get(name)} has not {dimensions} dimensions"
+            )
+    vocabulary, text_width = shapes["towers.clip.token_embedding.weight"]
+    embed_dim = shapes["towers.clip.text_projection"][1]
+    image_width, _, patch, _ = shapes["towers.clip.visual.conv1.weight"]
+    expected: dict[str, tuple[int, ...]] = {
+        "towers.clip.logit_scale": (1,),
+        "towers.clip.token_embedding.weight": (vocabulary, text_width),
+        "towers.clip.positional_embedding": (shapes["towers.clip.positional_embedding"][0], text_width),
+        "towers.clip.text_projection": (text_width, embed_dim),
+        "towers.clip.visual.class_embedding": (image_width,),
+        "towers.clip.visual.conv1.weight": (image_width, 3, patch, patch),
+        "towers.clip.visual.positional_embedding": (
+            shapes["towers.clip.visual.positional_embedding"][0],
+            image_width,
+        ),
+        "towers.clip.visual.proj": (image_width, embed_dim),
+        "head.mass.linear.weight": (embed_dim, shapes["head.mass.linear.weight"][1]),
+        "head.mass.linear.bias": (embed_dim,),
+    }
+    norms = [("towers.clip.ln_final", text_width)]
+    norms += [(f"towers.clip.visual.{name}", image_width) for name in ("ln_pre", "ln_post")]
+    linears = []
+    for module in HEAD_NAMES.values():
+        name = f"head.pooling.{module}"
+        if module.startswith("norm"):
+            norms.append((name, embed_dim))
+        else:
+            linears.append((name, embed_dim, embed_dim))
+    for tower, width in (("transformer", text_width), ("visual.transformer", image_width)):
+        prefix = f"towers.clip.{tower}.resblocks."
+        numbers = [int(n) for name in shapes if (n := name.removeprefix(prefix).partition(".")[0]).isdigit()]
+        for block in range(max(numbers, default=0) + 1):
+            name = f"{prefix}{block}"
+            expected |= {f"{name}.attn.in_proj_weight": (3 * width, width), f"{name}.attn.in_proj_bias": (3 * width,)}
+            hidden = (shapes.get(f"{name}.mlp.c_fc.bias") or (0,))[0]
+            linears += [(f"{name}.attn.out_proj", width, width)]
+            linears += [(f"{name}.mlp.c_fc", hidden, width), (f"{name}.mlp.c_proj", width, hidden)]
+            norms += [(f"{name}.{norm}", width) for norm in ("ln_1", "ln_2")]
+    for name, width in norms:
+        expected |= {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+    for name, rows, columns in linears:
+        expected |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+    return expected
 
 
 def read_authors(path: Path) -> dict[str, Tensor]:
@@ -180,6 +260,7 @@ def convert(source: Path, target: Path, page: str | None, overrides: list[str]) 
     from safetensors.torch import save_file
 
     weights = from_authors(read_authors(source))
+    check_weights(weights, str(source))
     if target.suffix == ".safetensors":
         if page or overrides:
             raise UserError("settings belong to an export; name a directory and not a .safetensors file")
@@ -212,15 +293,22 @@ def main() -> None:
         convert(arguments.source, arguments.target, arguments.config, arguments.overrides)
     else:
         import torch
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if arguments.config or arguments.overrides:
             raise UserError("--back takes no settings")
         source = arguments.source / "model.safetensors" if arguments.source.is_dir() else arguments.source
-        if not source.is_file():
-            raise UserError(f"no file {source}")
+        try:
+            weights = load_file(source)
+        except FileNotFoundError:
+            raise UserError(f"no file {source}") from None
+        except SafetensorError as error:
+            raise UserError(f"{source} is damaged, or not a file of weights: {error}") from error
+        check_weights(weights, str(source))
+        theirs = to_authors(weights)
         temporary = arguments.target.with_name(arguments.target.name + ".tmp")
-        torch.save({"state_dict": to_authors(load_file(source))}, temporary)
+        torch.save({"state_dict": theirs}, temporary)
         temporary.replace(arguments.target)
     print(f"{arguments.target} is written")
 

@@ -64,6 +64,7 @@ def labels(config: Config, features: Features, index: dict[str, Any]) -> dict[st
         "split": index.get("split", "unknown"),
         "selected_on": (index.get("selection") or {}).get("selected_on", "unknown"),
         "checkpoint": index["checkpoint"],
+        "weights_sha256": index["weights_sha256"],
         "post_processing": evaluation.post_processing,
     }
     if evaluation.precision != "float32":

@@ -223,11 +223,18 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return {k: v for k, v in weights.items() if k not in ("input_resolution", "context_length", "vocab_size")}
 
 
+def check_finite(weights: dict[str, Tensor], source: str) -> None:
+    """Raise a UserError that names the weights of ``source`` that are not floating point, or not finite."""
+    bad = [name for name, value in weights.items() if not (value.is_floating_point() and value.isfinite().all())]
+    if bad:
+        raise UserError(f"{source} is damaged: {len(bad)} weights are not finite numbers: {', '.join(bad[:3])}")
+
+
 def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
     """``load_state_dict`` that says what differs, and which settings the weights ask for.
 
     Raises:
-        UserError: names or shapes differ.
+        UserError: names or shapes differ, or numbers are not finite.
     """
     own = module.state_dict()
     differing = [
@@ -245,6 +252,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
             f"{source} is of another architecture in {len(differing)} names: {'; '.join(differing[:3])}"
             + (f". It asks for {', '.join(asks)}" if asks else "")
         )
+    check_finite({name: value for name, value in weights.items() if own[name].is_floating_point()}, source)
     module.load_state_dict(weights)
 
 

@@ -17,7 +17,7 @@ TEMPLATE = """---
 
 T-MASS (Wang et al., "Text Is MASS", CVPR 2024, arXiv:2403.17998) for text-video retrieval: {architecture} towers,
 {num_frames} frames per video, radius `{radius}`. Trained with tmass-dist{steps}, global batch {batch_size}, on
-`{data}`. The checkpoint was selected on the `{selected_on}` split.
+`{data}`. {selection}
 
 ## Results
 
@@ -56,7 +56,7 @@ def model_card(name: str, config: Config, trained: dict[str, Any], metadata: Mod
     Args:
         name: directory or repository of the model, used in the example.
         config: settings of its training run.
-        trained: ``step``, ``data`` and ``results`` (a markdown table that states its protocol), where known.
+        trained: ``step``, ``selected_on``, ``data`` and ``results`` (a markdown table with its protocol), where known.
         metadata: for the YAML header that the Hub reads.
     """
     model = config.model
@@ -70,7 +70,11 @@ def model_card(name: str, config: Config, trained: dict[str, Any], metadata: Mod
         steps=f" for {trained['step']} steps" if "step" in trained else "",
         batch_size=config.data.batch_size,
         data="/".join(Path(trained.get("data", "unknown data")).parts[-2:]),
-        selected_on=config.evaluation.selected_on,
+        selection=(
+            f"The checkpoint was selected on the `{trained['selected_on']}` split."
+            if "selected_on" in trained
+            else "What selected the checkpoint is not known."
+        ),
         results=trained.get("results", "Not evaluated yet.").strip(),
         width=trained.get("width", "width"),
         samples=f"the best of {config.stochastic.num_trials} samples per text" if sampled else "without samples",

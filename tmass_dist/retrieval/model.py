@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
 from tmass_dist.config import Config, load_config, make_config
+from tmass_dist.data.remote import sha256_of
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation.blocks import TEXTS_PER_BLOCK, caption_noise
 from tmass_dist.evaluation.features import fingerprint
@@ -98,14 +99,18 @@ class TMass(
         """
         run = Path(run)
         weights = Path(checkpoint) if checkpoint else run / "checkpoints" / "best.safetensors"
-        if not (run / "config.yaml").is_file() or not weights.is_file():
-            raise UserError(f"{run} has no config.yaml with {weights.relative_to(run)}; train it first")
-        config = load_config(str(run / "config.yaml"))
-        best, table = run / "checkpoints" / "best.json", run / "evaluation" / "table.md"
+        if not (run / "config.yaml").is_file():
+            raise UserError(f"{run} is no run directory: it has no config.yaml")
+        if not weights.is_file():
+            raise UserError(f"{run} has no weights {weights}; train it first")
+        config = load_config(str(run / "config.yaml"), allow_env=False)
         trained: dict[str, Any] = {"data": config.data.train}
-        if best.is_file():
-            trained["step"] = json.loads(best.read_text(encoding="utf-8"))["step"]
-        if table.is_file() and (run / "evaluation" / "metrics.json").is_file():
+        best = {} if checkpoint else _read_json(run / "checkpoints" / "best.json")
+        trained |= {key: best[key] for key in ("step", "selected_on") if key in best}
+        # A table of other weights is not this model's.
+        table = run / "evaluation" / "table.md"
+        evaluated = _read_json(run / "evaluation" / "metrics.json").get("weights_sha256")
+        if table.is_file() and evaluated == sha256_of(weights):
             trained["results"] = table.read_text(encoding="utf-8")
         return cls.of_weights(config, _read_weights(weights), str(weights), trained)
 
@@ -315,6 +320,15 @@ class TMass(
         unit_VFD = nn.functional.normalize(frames_VFD, dim=-1)
         cosine_VTF = nn.functional.normalize(text_TD, dim=-1) @ unit_VFD.transpose(1, 2)
         return (cosine_VTF * self.towers.logit_scale.exp()).softmax(dim=-1)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
