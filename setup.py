@@ -5,5 +5,4 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["tmass_dist*"]), "tmass_dist.configs"],
     package_dir={"tmass_dist.configs": "configs"},
-    package_data={"*": ["py.typed", "templates/*", "static/*"], "tmass_dist.configs": ["*.yaml", "*/*"]},
 )

@@ -51,7 +51,9 @@ def test_the_wheel_is_used_with_its_version_its_types_and_its_configs(tmass: Pat
         "print(pathlib.Path(tmass_dist.__file__).with_name('py.typed').is_file())\n"
         "print(load_config('vatex.yaml').run_dir, find_config('vatex.yaml'))\n"
         "from tmass_dist.models.tmass import build_model\n"
-        "print(build_model(load_config('demo.yaml').model).towers.embed_dim)"
+        "print(build_model(load_config('demo.yaml').model).towers.embed_dim)\n"
+        "folder = pathlib.Path(tmass_dist.__file__).parent\n"
+        "assert (folder / 'templates/base.html').is_file() and (folder / 'web/static/index.html').is_file()"
     )
     done = _run(tmass.with_name("python"), "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -87,7 +87,7 @@ def update(
         barrier()
         if is_main():
             gone = {rows[item.id] for item in new if item.id in rows} | {rows[video_id] for video_id in remove}
-            _finish(out, old, names, gone, fingerprint, source, model)
+            commit(out, old, names, gone, fingerprint, source, (model.num_frames, model.embed_dim))
         barrier()
     parts = [Part(out, name, 0) for name in names]
     failed += [(entry["id"], entry["reason"]) for part in parts for entry in part.failed]
@@ -168,11 +168,33 @@ def _encode_part(model: TMass, out: Path, name: str, sources: list[Source], stat
             for item, seconds in zip(batch.sources, batch.seconds_V)
         ]
     shape = (0, model.num_frames, model.embed_dim)
-    arrays = {
-        "frames": np.concatenate(frames) if frames else np.empty(shape, np.float16),
-        "times": np.concatenate(times) if times else np.empty(shape[:2], np.float32),
-        "thumbnail_ends": np.cumsum([len(jpeg) for jpeg in jpegs], dtype=np.int64),
-    }
+    frames_VFD = np.concatenate(frames) if frames else np.empty(shape, np.float16)
+    times_VF = np.concatenate(times) if times else np.empty(shape[:2], np.float32)
+    write_part(out, name, videos, failed, frames_VFD, times_VF, jpegs)
+
+
+def write_part(
+    out: Path,
+    name: str,
+    videos: list[dict[str, Any]],
+    failed: list[dict[str, Any]],
+    frames_VFD: np.ndarray,
+    times_VF: np.ndarray,
+    jpegs: list[bytes],
+) -> None:
+    """Write a part of a gallery.
+
+    Args:
+        out: directory of the gallery.
+        name: of the part.
+        videos: ``id``, ``path``, ``seconds`` and ``state`` of each video.
+        failed: ``id``, ``reason`` and ``state`` of each video that cannot be read.
+        frames_VFD: embeddings, float16.
+        times_VF: seconds of each frame, float32.
+        jpegs: V F thumbnails, those of a video together.
+    """
+    ends = np.cumsum([len(jpeg) for jpeg in jpegs], dtype=np.int64)
+    arrays = {"frames": frames_VFD, "times": times_VF, "thumbnail_ends": ends}
     for what in ARRAYS:
         with (out / f"{name}.{what}.npy").open("wb") as file:
             np.save(file, arrays[what])
@@ -200,12 +222,28 @@ def _thumbnails(batch: Batch) -> list[bytes]:
     return out
 
 
-def _finish(
-    out: Path, old: VideoGallery | None, names: list[str], gone: set[int], fingerprint: str, source: str, model: TMass
+def commit(
+    out: Path,
+    old: VideoGallery | None,
+    names: list[str],
+    gone: set[int],
+    fingerprint: str,
+    source: str,
+    shape: tuple[int, int],
 ) -> None:
-    """Bring the index up to date and write ``gallery.json``, then remove the index that it replaces."""
+    """Bring the index up to date and write ``gallery.json``, then remove the index that it replaces.
+
+    Args:
+        out: directory of the gallery.
+        old: the gallery as it was, if there was one.
+        names: parts to add, in order.
+        gone: rows that are no longer in it.
+        fingerprint: of the model.
+        source: where the model was loaded from.
+        shape: F and D.
+    """
     previous = out / old.about["index"]["file"] if old else None
-    index = FrameIndex(model.num_frames, model.embed_dim, previous)
+    index = FrameIndex(*shape, previous)
     if gone:
         index.remove(sorted(gone))
     first = old.num_rows if old else 0
@@ -219,8 +257,8 @@ def _finish(
     about = {
         "model": source,
         "fingerprint": fingerprint,
-        "num_frames": model.num_frames,
-        "width": model.embed_dim,
+        "num_frames": shape[0],
+        "width": shape[1],
         "parts": [*(old.about["parts"] if old else []), *names],
         "removed": sorted((old.removed if old else set()) | gone),
         "index": {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)},

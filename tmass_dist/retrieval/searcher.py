@@ -94,7 +94,7 @@ class Searcher:
         text_TD = self.model.encode_text(texts)
         number = max(k, candidates or self.num_candidates)
         rows_T = self.candidates(text_TD, number, name)
-        return [self._best(text, row_D, rows, k) for text, row_D, rows in zip(texts, text_TD, rows_T)]
+        return [self.best(text, row_D, rows, k) for text, row_D, rows in zip(texts, text_TD, rows_T)]
 
     def candidates(self, text_TD: Tensor, number: int, name: str | None = None) -> list[list[int]]:
         """Rows of the videos with the best single frame for each text, best first."""
@@ -114,7 +114,7 @@ class Searcher:
         )
         return [[rows[int(place)] for place in best[:, t].topk(number).indices] for t in range(len(text_TD))]
 
-    def _best(self, text: str, text_D: Tensor, rows: list[int], k: int) -> list[Result]:
+    def best(self, text: str, text_D: Tensor, rows: list[int], k: int) -> list[Result]:
         if not rows:
             return []
         frames_KFD = self.gallery.frames(rows)

@@ -1,0 +1,263 @@
+"""Search in large galleries: recall, latency, memory and the time to build the index, as JSON lines.
+
+``python benchmarks/search.py`` (about half an hour on 2 cores, 3 GB of disk), or ``--videos 10000``.
+The demo's lines need its gallery (``make serve``).
+
+The large gallery is generated. Random vectors would not do: in 512 dimensions all of them are equally far apart, which
+no graph index can search and no encoder produces. Here a scene is a cluster centre plus its own part, both with a
+decaying spectrum, a video has three scenes of several frames, and a text is a scene plus noise; the amounts are fitted
+to the cosines of the trained demo, which the first line shows beside those of the generated vectors.
+"""
+
+# Shapes: T texts, V videos, F frames, D embedding width.
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.parse
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+
+FRAMES, WIDTH, QUERIES, CLIENTS = 12, 512, 200, 8
+# Cosines of the demo (`tmass index runs/demo`, 200 test videos and their captions): mean or median, and deviation.
+DEMO = {"frames_of_two_videos_std": 0.34, "neighbouring_frames_median": 0.986, "text_with_its_best_frame": 0.916}
+CLUSTERS, SHARED, DECAY, FRAME_NOISE, TEXT_NOISE = 2000, 0.6, 0.735, 0.118, 0.44
+
+
+def line(name: str, **values: Any) -> None:
+    print(json.dumps({"benchmark": name, **values}), flush=True)
+
+
+class Generator:
+    """Vectors with the cosines of ``DEMO``; the same seed gives the same gallery."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.rng = np.random.default_rng(seed)
+        self.spectrum = np.arange(1, WIDTH + 1) ** -DECAY
+        self.spectrum /= np.sqrt((self.spectrum**2).mean())
+        self.centres = self._vectors(CLUSTERS)
+
+    def _vectors(self, number: int) -> np.ndarray:
+        return self.rng.standard_normal((number, WIDTH)).astype(np.float32) * self.spectrum.astype(np.float32)
+
+    def _noisy(self, vectors: np.ndarray, amount: float) -> np.ndarray:
+        # Noise with the same spectrum: without it, noise would be in directions that carry nothing else.
+        return vectors + amount * self._vectors(len(vectors))
+
+    def videos(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings ``(V, F, D)`` float16, and one scene of each video ``(V, D)``."""
+        cluster = self.rng.integers(CLUSTERS, size=3 * number)
+        scenes = SHARED**0.5 * self.centres[cluster] + (1 - SHARED) ** 0.5 * self._vectors(3 * number)
+        cuts = np.sort(self.rng.integers(1, FRAMES, size=(number, 2)), axis=1)
+        which = (np.arange(FRAMES)[None] >= cuts[:, :1]).astype(int) + (np.arange(FRAMES)[None] >= cuts[:, 1:])
+        of_frame = (3 * np.arange(number)[:, None] + which).ravel()
+        frames = self._noisy(scenes[of_frame], FRAME_NOISE).reshape(number, FRAMES, WIDTH)
+        told = scenes[3 * np.arange(number) + which[:, FRAMES // 2]]
+        return frames.astype(np.float16), told
+
+    def texts(self, scenes: np.ndarray) -> np.ndarray:
+        return self._noisy(scenes, TEXT_NOISE)
+
+
+def cosines(frames_VFD: np.ndarray, text_TD: np.ndarray) -> dict[str, float]:
+    """The cosines that ``DEMO`` lists, of some generated videos and their texts."""
+    unit = frames_VFD.astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+    text = text_TD / np.linalg.norm(text_TD, axis=-1, keepdims=True)
+    return {
+        "frames_of_two_videos_std": round(float((unit[:-1, 0] * unit[1:, 5]).sum(-1).std()), 3),
+        "neighbouring_frames_median": round(float(np.median((unit[:, 1:] * unit[:, :-1]).sum(-1))), 3),
+        "text_with_its_best_frame": round(float(np.einsum("vfd,vd->vf", unit, text).max(-1).mean()), 3),
+    }
+
+
+def make_model(out: Path) -> None:
+    """ViT-B/32 with random towers, and a head near its initial state: it costs what a trained one costs."""
+    import torch
+
+    from tmass_dist import TMass
+
+    torch.manual_seed(0)
+    model = TMass(settings={})
+    with torch.no_grad():
+        for parameter in model.head.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(out)
+
+
+def make_gallery(out: Path, size: int, fingerprint: str, model: Path) -> tuple[np.ndarray, float]:
+    """Write a generated gallery; returns texts ``(T, D)`` and the seconds that the index took."""
+    import io
+
+    from PIL import Image
+
+    from tmass_dist.retrieval import build
+
+    generator, told, names = Generator(), [], []
+    picture = io.BytesIO()
+    Image.new("RGB", (128, 128), "gray").save(picture, "JPEG")
+    out.mkdir()
+    for start in range(0, size, 1024):
+        number = min(1024, size - start)
+        frames_VFD, scenes_VD = generator.videos(number)
+        told.append(scenes_VD[: max(1, QUERIES * number // size + 1)])
+        videos = [{"id": f"video-{start + n:07d}", "path": "", "seconds": 24.0, "state": []} for n in range(number)]
+        times_VF = np.tile(np.arange(FRAMES, dtype=np.float32) * 2 + 1, (number, 1))
+        names.append(f"part-{start:07d}")
+        build.write_part(out, names[-1], videos, [], frames_VFD, times_VF, [picture.getvalue()] * (number * FRAMES))
+    text_TD = generator.texts(np.concatenate(told)[:QUERIES])
+    first, _ = Generator().videos(1024)
+    line("search-generator", demo=DEMO, generated=cosines(first[: len(told[0])], generator.texts(told[0])))
+    started = time.perf_counter()
+    build.commit(out, None, names, set(), fingerprint, str(model), (FRAMES, WIDTH))
+    return text_TD, time.perf_counter() - started
+
+
+def exact_top(model: Any, gallery: Any, texts: list[str], text_TD: Any, k: int = 10) -> np.ndarray:
+    """Rows ``(T, k)`` of the best videos by the exact score of all of them."""
+    import torch
+
+    rows, parts = list(gallery.rows.values()), []
+    for start in range(0, len(rows), 2048):
+        frames_VFD = gallery.frames(rows[start : start + 2048])
+        parts.append(model.similarity(texts, frames_VFD, text_TD=text_TD).cpu())
+    return np.array(rows)[torch.cat(parts, dim=1).topk(k, dim=1).indices.numpy()]
+
+
+def measure(searcher: Any, text_TD: Any, texts: list[str]) -> dict[str, Any]:
+    """Recall against the exact top 10, and the latency of single queries whose text is encoded."""
+    import torch
+
+    exact_TK = exact_top(searcher.model, searcher.gallery, texts, text_TD)
+    hits, first, seconds = 0, 0, []
+    for text, row_D, exact_K in zip(texts, text_TD, exact_TK):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            [rows] = searcher.candidates(row_D[None], searcher.num_candidates)
+            found = [result.row for result in searcher.best(text, row_D, rows, 10)]
+        seconds.append(time.perf_counter() - started)
+        hits += len(set(found) & set(exact_K.tolist()))
+        first += found[0] == exact_K[0]
+    return {
+        "recall_at_10_percent": round(100 * hits / exact_TK.size, 2),
+        "first_is_first_percent": round(100 * first / len(texts), 2),
+        "latency_ms_p50": round(1e3 * float(np.percentile(seconds[5:], 50)), 1),
+        "latency_ms_p95": round(1e3 * float(np.percentile(seconds[5:], 95)), 1),
+    }
+
+
+def through_the_page(gallery: Path, queries_of_each: int = 25) -> dict[str, Any]:
+    """Latency of ``/api/search``, text tower included, under 8 clients; and the server's resident memory."""
+    command = [sys.executable, "-m", "tmass_dist", "serve", str(gallery), "--port", "0"]
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        url = server.stdout.readline().split()[0]
+
+        def get(path: str) -> dict[str, Any]:
+            with urllib.request.urlopen(url + path, timeout=120) as answer:
+                return json.load(answer)
+
+        while get("api/state")["state"] == "loading":
+            time.sleep(0.2)
+        seconds: list[float] = []
+
+        def client(number: int) -> None:
+            for query in range(queries_of_each):
+                words = urllib.parse.quote(f"a person number {number} opens door {query} and walks into the garden")
+                started = time.perf_counter()
+                assert len(get(f"api/search?q={words}")["results"]) == 10
+                seconds.append(time.perf_counter() - started)
+
+        client(99)
+        seconds.clear()
+        threads = [threading.Thread(target=client, args=(n,)) for n in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        memory = {
+            key: int(value.split()[0])
+            for key, value in (row.split(":", 1) for row in status.splitlines() if "kB" in row)
+        }
+        return {
+            "clients": CLIENTS,
+            "api_ms_p50": round(1e3 * float(np.percentile(seconds, 50)), 1),
+            "api_ms_p95": round(1e3 * float(np.percentile(seconds, 95)), 1),
+            "resident_gb": round(kilobytes["VmRSS"] / 2**20, 3),
+            "resident_peak_gb": round(kilobytes["VmHWM"] / 2**20, 3),
+        }
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def demo(folder: Path) -> None:
+    """Recall on the demo: the captions of its test videos, searched in all of its videos."""
+    from tmass_dist.retrieval.searcher import open_searcher
+
+    gallery, manifest = ROOT / "build/demo/gallery", ROOT / "build/demo/videos/manifest.jsonl"
+    if not (gallery / "gallery.json").is_file():
+        line("search-demo", skipped="there is no build/demo/gallery; make serve builds it")
+        return
+    rows = [json.loads(row) for row in manifest.read_text(encoding="utf-8").splitlines()]
+    texts = [row["captions"][0] for row in rows if row["split"] == "test"]
+    searcher = open_searcher(gallery)
+    for candidates in (25, 100):
+        searcher.num_candidates = candidates
+        found = measure(searcher, searcher.model.encode_text(texts), texts)
+        line("search-demo", videos=len(searcher.gallery), queries=len(texts), candidates=candidates, **found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--videos", type=int, nargs="+", default=[10_000, 100_000], help="sizes of the generated gallery"
+    )
+    parser.add_argument("--folder", type=Path, help="where to make it (default: a temporary directory)")
+    arguments = parser.parse_args()
+    import torch
+
+    from tmass_dist import TMass
+    from tmass_dist.retrieval.gallery import VideoGallery
+    from tmass_dist.retrieval.searcher import Searcher
+
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        demo(folder)
+        make_model(folder / "model")
+        fingerprint = TMass.from_pretrained(folder / "model").fingerprint()
+        for size in arguments.videos:
+            out = folder / f"gallery-{size}"
+            texts_TD, seconds = make_gallery(out, size, fingerprint, folder / "model")
+            gallery = VideoGallery(out)
+            on_disk = {
+                "frames_gb": round(sum(p.stat().st_size for p in out.glob("*.frames.npy")) / 2**30, 3),
+                "index_gb": round(gallery.about["index"]["bytes"] / 2**30, 3),
+            }
+            frames = len(gallery.index)
+            line("search-build", videos=size, indexed_frames=frames, seconds=round(seconds, 1), **on_disk)
+            text_TD, texts = torch.from_numpy(texts_TD), [f"query {n}" for n in range(len(texts_TD))]
+            searcher = Searcher(TMass.from_pretrained(folder / "model"), gallery)
+            line("search", videos=size, candidates=100, queries=len(texts), **measure(searcher, text_TD, texts))
+            line("search-api", videos=size, **through_the_page(out))
+            shutil.rmtree(out)
+
+
+if __name__ == "__main__":
+    main()
