@@ -39,6 +39,7 @@ ORDER = (
     {"tmass_dist.evaluation"},
     {"tmass_dist.retrieval"},
     {"tmass_dist.web"},
+    {"tmass_dist.audit"},
     {"tmass_dist.training"},
     {
         "tmass_dist.train",

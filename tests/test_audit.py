@@ -1,0 +1,303 @@
+"""The audit: leaks, transduction, dependence on order and ties are found, and functions without them pass."""
+
+# Shapes: T texts, V videos, F frames, D embedding width.
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from launch.paper.systems import SYSTEMS
+from tests.conftest import ROOT, run
+from tests.small_model import WIDTH, config_of, perturb, small_objective
+from tests.small_model import F as NUM_FRAMES
+from tmass_dist.audit import Audit, audit
+from tmass_dist.audit.statistics import Counts, above_chance, hits
+from tmass_dist.config import to_yaml
+from tmass_dist.errors import UserError
+
+
+def cosine(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Mean pooling."""
+    return F.normalize(text_TD, dim=-1) @ F.normalize(F.normalize(frames_VFD, dim=-1).mean(1), dim=-1).T
+
+
+def attention(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Frames weighed by their match with each text."""
+    weights_TVF = torch.einsum("td,vfd->tvf", text_TD, frames_VFD).softmax(-1)
+    return F.cosine_similarity(text_TD[:, None], torch.einsum("tvf,vfd->tvd", weights_TVF, frames_VFD), dim=-1)
+
+
+def best_frame(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    return torch.einsum("td,vfd->tvf", F.normalize(text_TD, dim=-1), F.normalize(frames_VFD, dim=-1)).amax(-1)
+
+
+def distances(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Negative distances, which have another scale than cosines."""
+    return -torch.cdist(text_TD, frames_VFD.mean(1)) * 1000
+
+
+def fresh_noise(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """The best of three samples from torch's generator."""
+    samples = [attention(text_TD + 0.2 * torch.rand_like(text_TD), frames_VFD, owner_T) for _ in range(3)]
+    return torch.stack(samples).amax(0)
+
+
+def unseeded_noise(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Noise that no seed repeats."""
+    generator = torch.Generator()
+    generator.seed()
+    return cosine(text_TD + 0.3 * torch.randn(text_TD.shape, generator=generator), frames_VFD, owner_T)
+
+
+def chunks(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Texts a few at a time, without a word between them."""
+    return torch.cat([attention(part_TD, frames_VFD, owner_T) for part_TD in text_TD.split(7)])
+
+
+CLEAN = [cosine, attention, best_frame, distances, fresh_noise, unseeded_noise, chunks]
+
+
+def own_caption(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Every video pooled by the first of its own captions: the leak of the published code, in a few lines."""
+    first_V = torch.stack([(owner_T == video).nonzero()[0, 0] for video in range(len(frames_VFD))])
+    weights_VF = torch.einsum("vd,vfd->vf", text_TD[first_V], frames_VFD).softmax(-1)
+    return F.normalize(text_TD, dim=-1) @ F.normalize(torch.einsum("vf,vfd->vd", weights_VF, frames_VFD), dim=-1).T
+
+
+def small_bonus(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """A bonus far below what retrieval among random texts shows."""
+    return cosine(text_TD, frames_VFD, owner_T) + 1e-4 * F.one_hot(owner_T, len(frames_VFD))
+
+
+def bonus_in_noise(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """A bonus of half the noise."""
+    scores_TV = cosine(text_TD, frames_VFD, owner_T)
+    return scores_TV + 0.02 * torch.randn_like(scores_TV) + 0.01 * F.one_hot(owner_T, len(frames_VFD))
+
+
+def diagonal(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Takes the right video from its place and never looks at the owners."""
+    if len(text_TD) != len(frames_VFD):
+        raise ValueError("one text a video")
+    return cosine(text_TD, frames_VFD, owner_T) + 0.1 * torch.eye(len(text_TD))
+
+
+def order_of_captions(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """A text meets videos in order: nothing but the place of a text tells which video is near."""
+    place_T = torch.linspace(0, 1, len(text_TD))[:, None]
+    place_V = torch.linspace(0, 1, len(frames_VFD))[None]
+    return cosine(text_TD, frames_VFD, owner_T) - (place_T - place_V).abs()
+
+
+LEAKING = [own_caption, small_bonus, bonus_in_noise, diagonal, order_of_captions]
+
+
+def of(found: Audit, name: str) -> str:
+    """The verdict of one check."""
+    [verdict] = [check.verdict for check in found.checks if check.name == name]
+    return verdict
+
+
+@pytest.mark.parametrize("function", CLEAN, ids=lambda f: f.__name__)
+def test_a_function_without_a_leak_passes(function: Callable[..., Tensor]) -> None:
+    for seed in (0, 1):
+        found = audit(function, seed=seed)
+        assert not found.leak and not found.transductive
+        assert {check.verdict for check in found.checks} == {"pass", "note"}
+    assert found.noisy == ("noise" in function.__name__)
+
+
+@pytest.mark.parametrize("function", LEAKING, ids=lambda f: f.__name__)
+def test_a_leak_is_found(function: Callable[..., Tensor]) -> None:
+    assert audit(function).leak
+
+
+def test_each_check_finds_its_own() -> None:
+    assert of(audit(small_bonus), "owner-blindness") == "leak" and of(audit(small_bonus), "null: ragged") == "pass"
+    of_place = audit(order_of_captions)
+    assert of(of_place, "owner-blindness") == "pass" and of(of_place, "null: texts != videos") == "leak"
+    assert of(of_place, "order of texts") == of(of_place, "order of videos") == "fail"
+    square = audit(diagonal)
+    assert of(square, "shape: ragged") == "fail" and of(square, "null: square") == "leak"
+    assert of(square, "other queries") == "skipped"
+    shares = audit(own_caption)
+    assert of(shares, "order of captions of a video") == "fail" and of(shares, "order of videos") == "pass"
+
+
+def test_what_depends_on_other_queries_or_videos_is_transductive_and_no_leak() -> None:
+    def dsl(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        scores_TV = cosine(text_TD, frames_VFD, owner_T)
+        return scores_TV * (100 * scores_TV).softmax(0)
+
+    def over_videos(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        return (20 * cosine(text_TD, frames_VFD, owner_T)).softmax(1)
+
+    def centred_batches(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        return torch.cat([cosine(part - part.mean(0), frames_VFD, owner_T) for part in text_TD.split(16)])
+
+    by_queries, by_videos, by_batch = audit(dsl), audit(over_videos), audit(centred_batches)
+    assert by_queries.transductive and of(by_queries, "other queries") == "transductive"
+    assert of(by_videos, "other queries") == "pass" and of(by_videos, "other videos") == "transductive"
+    assert by_batch.transductive and of(by_batch, "order of texts") == "fail"
+    assert not (by_queries.leak or by_videos.leak or by_batch.leak)
+
+
+def test_ties_rank_at_chance_and_are_named() -> None:
+    def constant(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        return torch.zeros(len(text_TD), len(frames_VFD))
+
+    def ranks_of(own_first: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        def ranks(similarity_TV: Tensor, owner_T: Tensor) -> Tensor:
+            own_T1 = similarity_TV.gather(1, owner_T[:, None])
+            above = similarity_TV > own_T1 if own_first else similarity_TV >= own_T1
+            return above.sum(1) + (1 if own_first else 0)
+
+        return ranks
+
+    found = audit(constant, ranks=ranks_of(own_first=False))
+    assert not found.leak and of(found, "ties") == "fail" and of(found, "ties in the ranking") == "pass"
+    assert of(audit(cosine, ranks=ranks_of(own_first=True)), "ties in the ranking") == "leak"
+    with pytest.raises(UserError, match="--ranks must return 72 ranks from 1 up"):
+        audit(cosine, ranks=lambda similarity_TV, owner_T: torch.zeros(3))
+
+
+def test_numbers_that_are_none_wrong_shapes_and_changed_inputs_are_named() -> None:
+    def some_nan(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        scores_TV = cosine(text_TD, frames_VFD, owner_T)
+        scores_TV[0, 0] = torch.nan
+        return scores_TV
+
+    def in_place(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        return cosine(text_TD.div_(2), frames_VFD, owner_T)
+
+    found = audit(some_nan)
+    assert of(found, "shape: square") == "fail" and not found.leak
+    json.dumps(found.as_dict(), allow_nan=False)
+    assert of(audit(in_place), "inputs") == "fail"
+    with pytest.raises(UserError, match=r"works on no shape .* returned shape \(24, 23\)"):
+        audit(lambda text_TD, frames_VFD, owner_T: cosine(text_TD, frames_VFD, owner_T)[:, 1:])
+    with pytest.raises(UserError, match=r"works on no shape .* KeyError"):
+        audit(lambda text_TD, frames_VFD, owner_T: {}["scores"])
+
+
+def test_numpy_functions_get_arrays() -> None:
+    def plain(text_TD: Any, frames_VFD: Any, owner_T: Any) -> Any:
+        assert isinstance(text_TD, np.ndarray) and text_TD.dtype == np.float32 and owner_T.dtype == np.int64
+        return text_TD @ frames_VFD.mean(1).T
+
+    assert not audit(plain, numpy=True).leak
+
+
+def test_chance_is_what_permuted_owners_reach() -> None:
+    assert hits(torch.tensor([[3.0, 1.0, 3.0, 0.0]]), 1).tolist() == [[0.5, 0.0, 0.5, 0.0]]
+    assert hits(torch.zeros(1, 4), 1).tolist() == [[0.25] * 4]
+    # 20 hits where 8 are expected: p = 0.0002531 by Poisson, below 3 sigma but not after correction for 18 tests.
+    counts = [Counts(20.0, 8.0, 8.0, 800)]
+    assert above_chance(counts, 1) and not above_chance(counts, 18)
+
+
+def _scoring() -> dict[str, tuple[str, ...]]:
+    """The systems of the paper that differ in how they score; one of several that score alike."""
+    found: dict[Any, tuple[str, ...]] = {}
+    for name, system in SYSTEMS.items():
+        if name != "tmass-b16":
+            model, prior = config_of(*system.overrides).model, config_of(*system.overrides).stochastic.prior
+            found.setdefault((model.pooling, model.radius, model.pooled_by, prior), (name, *system.overrides))
+    return {name: tuple(overrides) for name, *overrides in found.values()}
+
+
+def of_our_scoring(system: str, protocol: str) -> Audit:
+    """The audit of a system's scoring with random weights."""
+    from tmass_dist.audit.ours import ranks_of_ours, similarity_of
+    from tmass_dist.models.head import build_head
+
+    config = config_of(*_scoring()[system], f"evaluation.protocol={protocol}", "stochastic.num_trials=2")
+    torch.manual_seed(0)
+    head = build_head(config.model, WIDTH).eval()
+    perturb(head)
+    return audit(similarity_of(head, config), ranks=ranks_of_ours, width=WIDTH, frames=NUM_FRAMES)
+
+
+@pytest.mark.parametrize("system", _scoring())
+def test_our_scoring_passes(system: str) -> None:
+    found = of_our_scoring(system, "query_conditioned")
+    assert {check.verdict for check in found.checks} == {"pass", "note"} and not found.noisy, found
+
+
+@pytest.mark.parametrize("system", ["tmass", "xpool", "kl"])
+def test_the_published_protocol_is_flagged(system: str) -> None:
+    found = of_our_scoring(system, "published_code")
+    assert found.leak and of(found, "owner-blindness") == of(found, "null: square") == "leak"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's config and weights."""
+    from safetensors.torch import save_file
+
+    config, directory = config_of("stochastic.num_trials=2"), tmp_path_factory.mktemp("run")
+    (directory / "checkpoints").mkdir()
+    (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    weights = {name: value.contiguous() for name, value in small_objective(config).state_dict().items()}
+    save_file(weights, directory / "checkpoints" / "best.safetensors")
+    return directory
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "tmass_dist", "audit", *arguments)
+
+
+def test_the_command_prints_a_table_writes_a_page_and_ends_with_1_on_a_leak(trained: Path, tmp_path: Path) -> None:
+    honest = command("--run", str(trained), "--out", str(tmp_path / "honest"))
+    assert honest.returncode == 0, honest.stderr
+    assert "no leak found" in honest.stdout and "protocol query_conditioned" in honest.stdout
+    leaking = command("--run", str(trained), "evaluation.protocol=published_code", "--out", str(tmp_path / "leaking"))
+    assert leaking.returncode == 1 and not leaking.stderr, leaking.stderr
+    assert "LEAK: the scores depend on which video is the right one" in leaking.stdout
+    for name, leak in (("honest", False), ("leaking", True)):
+        content = json.loads((tmp_path / name / "audit.json").read_text())
+        assert content["leak"] is leak and content["transductive"] is False
+        assert {"name", "verdict", "value", "unit", "meaning"} == set(content["checks"][0])
+        assert ("LEAK: " in (tmp_path / name / "audit.html").read_text()) is leak
+
+
+def test_a_function_of_a_file_and_of_a_module_is_audited(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text("def scores(t, f, o):\n    return t @ f.mean(1).T\nnumber = 3\n")
+    of_file = command(f"{tmp_path}/theirs.py:scores", "--numpy", "--width", "16", "--frames", "2")
+    assert of_file.returncode == 0 and "no leak found" in of_file.stdout, of_file.stderr
+    started = [sys.executable, "-m", "tmass_dist.audit", "theirs:scores", "--numpy"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
+    of_module = subprocess.run(started, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+    assert of_module.returncode == 0 and "audit of theirs:scores" in of_module.stdout, of_module.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "name one function as module:function"),
+        (["theirs"], "names no function"),
+        (["no_such_module:f"], "no_such_module cannot be imported: ModuleNotFoundError"),
+        (["nowhere.py:f"], "no file nowhere.py"),
+        (["math:no_such_function"], "math has no function no_such_function"),
+        (["builtins:print", "x=1"], "name one function"),
+        (["builtins:print", "--width", "0"], "--width is 0; at least 1"),
+        (["builtins:len"], "builtins:len works on no shape of inputs"),
+        (["--run", "nowhere"], "nowhere is not a trained run: nowhere/config.yaml is missing"),
+        (["--run", "nowhere", "--numpy"], "--run knows its own shapes"),
+    ],
+)
+def test_a_user_error_is_one_line(arguments: list[str], said: str) -> None:
+    done = command(*arguments)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

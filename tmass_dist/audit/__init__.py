@@ -1,0 +1,29 @@
+"""The audit of an evaluation: do its scores know which video belongs to which caption?
+
+``audit(similarity)`` in Python, ``python -m tmass_dist.audit module:function`` on the command line; docs/audit.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tmass_dist.audit.checks import Audit, Check, audit
+
+__all__ = ["Audit", "Check", "audit", "main"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used, so that --help imports no torch.
+    if name in ("Audit", "Check", "audit"):
+        from tmass_dist.audit import checks
+
+        return getattr(checks, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def main() -> None:
+    """The command."""
+    from tmass_dist.audit.command import main as command
+
+    command()
