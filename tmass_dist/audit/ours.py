@@ -15,7 +15,7 @@ from torch import Tensor
 from tmass_dist.config import Config, load_config
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation import ranking
-from tmass_dist.evaluation.blocks import Scorer
+from tmass_dist.evaluation.blocks import BlockScorer
 from tmass_dist.evaluation.features import Features
 from tmass_dist.models.head import RetrievalHead, build_head
 
@@ -43,8 +43,8 @@ def similarity_of(head: RetrievalHead, config: Config) -> Callable[[Tensor, Tens
         captions = [hashlib.sha256(text_D.numpy().tobytes()).hexdigest() for text_D in text_TD]
         video_ids = [f"video {number}" for number in range(len(frames_VFD))]
         features = Features(video_ids, frames_VFD, caption_ids, captions, text_TD, owner_T)
-        scorer = Scorer(head, features, config)
-        return torch.cat([scorer.score(start) for start in scorer.starts])
+        scorer = BlockScorer(head, features, config)
+        return torch.cat([*scorer.scores()])
 
     return similarity
 
