@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tmass_dist.audit import statistics
 from tmass_dist.audit.inputs import SHAPES, Caller, Inputs, Similarity, draw, is_number
+from tmass_dist.audit.statistics import DEPTHS, SIGMA, Counts, above_chance, against_chance, gain, sigmas, tolerance
 from tmass_dist.errors import UserError
 
 Verdict = Literal["pass", "leak", "transductive", "fail", "note", "skipped"]
@@ -138,14 +138,14 @@ def _shapes(call: Caller, made: dict[str, Inputs]) -> tuple[list[str], list[Chec
 def _null(call: Caller, shapes: list[str], seed: int, frames: int, width: int) -> list[Check]:
     """Retrieval among random texts and videos, by shape; chance is all that an honest function reaches."""
     checks = []
-    num_tests = len(shapes) * len(statistics.DEPTHS) * 2
+    num_tests = len(shapes) * len(DEPTHS) * 2
     for shape in shapes:
-        by_test: dict[tuple[str, int], list[statistics.Counts]] = {}
+        by_test: dict[tuple[str, int], list[Counts]] = {}
         for number in range(NULL_SEEDS):
             inputs = draw(shape, seed + 10 + number, NULL_VIDEOS[shape], frames, width)
-            for test, counts in statistics.against_chance(call(inputs, number), inputs.owner_T).items():
+            for test, counts in against_chance(call(inputs, number), inputs.owner_T).items():
                 by_test.setdefault(test, []).append(counts)
-        leaks = any(statistics.above_chance(counts, num_tests) for counts in by_test.values())
+        leaks = any(above_chance(counts, num_tests) for counts in by_test.values())
         found, chance = (
             {
                 f"{direction} R@{depth}": 100 * sum(getattr(c, part) for c in counts) / sum(c.queries for c in counts)
@@ -155,7 +155,7 @@ def _null(call: Caller, shapes: list[str], seed: int, frames: int, width: int) -
         )
         numbers = ", ".join(f"{test} {found[test]:.1f} (chance {chance[test]:.1f})" for test in found)
         meaning = f"random texts and videos, {NULL_SEEDS} seeds: {numbers}"
-        most = max(map(statistics.sigmas, by_test.values()))
+        most = max(map(sigmas, by_test.values()))
         checks.append(Check(f"null: {shape}", "leak" if leaks else "pass", most, "sigma above chance", meaning))
     return checks
 
@@ -168,7 +168,7 @@ class _Subject:
         first = {shape: call(one, 0) for shape, one in inputs.items()}
         self.same_seed = max(_distance(call(inputs[shape], 0), scores) for shape, scores in first.items())
         self.other_seed = max(_distance(call(inputs[shape], 1), scores) for shape, scores in first.items())
-        self.limit = {shape: statistics.tolerance(scores) for shape, scores in first.items()}
+        self.limit = {shape: tolerance(scores) for shape, scores in first.items()}
         self.noisy = max(self.same_seed, self.other_seed) > min(self.limit.values())
         self.calls = CALLS if self.noisy else 1
         self.usual = {shape: self.scores(one, 0) for shape, one in inputs.items()}
@@ -230,7 +230,7 @@ class _Subject:
             (scores[:, moved, owner_T[moved]] - scores[:, moved, before_T[moved]]).mean(1)
             for scores in (self.usual[shape], scores_RTV)
         )
-        return statistics.gain(*contrast) > LIMIT_T
+        return gain(*contrast) > LIMIT_T
 
     def order(self, what: str) -> Check:
         """Scores must follow a pair wherever it stands."""
@@ -337,7 +337,7 @@ def _constant_ranks(ranks: Ranks, numpy: bool) -> Check:
         raise UserError(f"--ranks must return {len(owner_T)} ranks from 1 up; it returned shape {tuple(found_T.shape)}")
     mean, chance = found_T.mean().item(), (VIDEOS + 1) / 2
     error = VIDEOS / (12 * len(owner_T)) ** 0.5
-    first = mean < chance - statistics.SIGMA * error
+    first = mean < chance - SIGMA * error
     meaning = f"constant scores rank {mean:.1f} of {VIDEOS} on average, chance is {chance:.1f}: " + (
         "ties count in your own favour" if first else "ties give nothing away"
     )
