@@ -110,7 +110,7 @@ def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(data: li
 
 def test_all_packs_only_what_is_not_packed(data: list[str], tmp_path: Path) -> None:
     pack = ["--pack", f"--source folder --videos {tmp_path} --split train --out {tmp_path / 'new'}"]
-    command = ["launch/submit.py", "--config", "demo.yaml", "--job", "all", "--dry-run", *pack]
+    command = ["launch/submit.py", "--config", "demo.yaml", "--job", "all", "--dry-run", "--gpus", "0", *pack]
     for more, steps in (
         ([], ["train", "score", "report"]),
         ([f"data.train={tmp_path / 'new'}"], ["pack", "index", "train", "score", "report"]),
