@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tmass_dist.errors import UserError
 from tmass_dist.evaluation import radii
 from tmass_dist.evaluation.bootstrap import intervals
 from tmass_dist.evaluation.ranking import Ranks, chance, metrics
@@ -231,6 +232,32 @@ def _video_tiles(features: Features, size: int = 4096) -> Iterator[Features]:
     texts = replace(features, text_TD=features.text_TD.float())
     for start in range(0, len(features.frames_VFD), size):
         yield replace(texts, frames_VFD=features.frames_VFD[start : start + size].float())
+
+
+def read_ranks(directory: Path) -> tuple[Ranks, list[tuple[str, int]]]:
+    """The ranks that an evaluation wrote, and the video id and slot of every text.
+
+    Raises:
+        UserError: a file is missing or damaged, for example written by an older version.
+    """
+    path = directory / "ranks.csv"
+    try:
+        texts, path = _csv_rows(path), directory / "video_ranks.csv"
+        videos = _csv_rows(path)
+        number_of = {row["video_id"]: number for number, row in enumerate(videos)}
+        ranks = Ranks(
+            torch.tensor([int(row["rank"]) for row in texts]),
+            torch.tensor([int(row["rank"]) for row in videos]),
+            torch.tensor([number_of[row["video_id"]] for row in texts]),
+        )
+        return ranks, [(row["video_id"], int(row["caption_slot"])) for row in texts]
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); evaluate again") from error
+
+
+def _csv_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, strict=True))
 
 
 class _Frames:
