@@ -1,4 +1,4 @@
-"""A contact sheet of packed shards: frames and captions as training will see them.
+"""A contact sheet of packed shards: frames and captions as training sees them.
 
 ``python shards/inspect_shards.py DIR [--shard NAME] [--out sheet.png]``
 """
@@ -24,8 +24,10 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=12, help="rows of the sheet")
     parser.add_argument("--frames", type=int, default=12, help="pictures in a row")
     parser.add_argument("--out", type=Path, default=Path("contact-sheet.png"))
-    parser.add_argument("--cache", help="where shards of a URL are kept")
+    parser.add_argument("--cache", help="local directory for shards behind a URL")
     arguments = parser.parse_args()
+    if arguments.videos < 1 or arguments.frames < 1:
+        raise UserError("--videos and --frames must be at least 1")
     import numpy as np
 
     from tmass_dist.data.samples import read_into
@@ -39,12 +41,12 @@ def main() -> None:
             raise UserError(f"no shard {arguments.shard} in {index.directory}; it has {', '.join(names[:8])}")
         numbers = numbers[index.columns["shard"] == names.index(arguments.shard)]
     numbers = numbers[np.linspace(0, len(numbers) - 1, min(arguments.videos, len(numbers))).astype(int)]
-    frames_of = min(arguments.frames, index.num_frames or arguments.frames)
+    num_frames = min(arguments.frames, index.num_frames or arguments.frames)
     rows = []
     for number in numbers:
-        frames = np.empty((frames_of, index.image_size, index.image_size, 3), np.uint8)
+        frames = np.empty((num_frames, index.image_size, index.image_size, 3), np.uint8)
         meta = read_into(frames, index, int(number))
-        counts = f"{len(meta['captions'])} captions, {meta['num_decoded_frames']} frames decoded"
+        counts = f"{len(meta['captions'])} captions, {meta.get('num_decoded_frames', '?')} frames decoded"
         rows.append(([str(meta["id"])[:40], counts, meta["captions"][0]], list(frames)))
     sheet(rows).save(arguments.out)
     print(f"{arguments.out}: {len(numbers)} of {len(index)} videos")

@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from shards.foreign_tars import parse_caption_keys, read_rows_of_tars  # noqa: E402
 from shards.pack_pool import Job, Limits, Packed, pack_all  # noqa: E402
 from shards.pack_video import Recipe  # noqa: E402
 from shards.shard_writer import ShardWriter  # noqa: E402
@@ -193,9 +194,16 @@ def _share(text: str) -> float:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=program("python shards/make_shards.py"), description=__doc__)
-    parser.add_argument("--source", choices=sorted(SOURCES), required=True, help="the form of the annotations")
+    parser.add_argument(
+        "--source", choices=sorted([*SOURCES, "webdataset"]), required=True, help="the form of the annotations"
+    )
     parser.add_argument("--annotations", type=Path, help="the data set's own files; not needed for a folder")
-    parser.add_argument("--videos", type=Path, required=True, help="the directory of the videos")
+    parser.add_argument(
+        "--videos",
+        required=True,
+        help="the directory of the videos; of webdataset: tar files, as 'data/{000..099}.tar'",
+    )
+    parser.add_argument("--captions", metavar="KEYS", help="of webdataset: txt, or keys of the json, with commas (txt)")
     parser.add_argument("--split", required=True, help="train, val, test; MSR-VTT also has train-7k")
     parser.add_argument("--out", type=Path, required=True, help="the directory of the shards")
     frames = parser.add_mutually_exclusive_group()
@@ -250,17 +258,25 @@ def main() -> None:
         max_bad=arguments.max_bad,
         part=share_of(arguments.part, "--part") if arguments.part else (0, 1),
     )
-    if not arguments.videos.is_dir():
-        raise UserError(f"no directory {arguments.videos}")
-    rows, counts = read_rows(
-        arguments.source,
-        arguments.annotations,
-        arguments.videos,
-        arguments.split,
-        allow_outside=arguments.allow_outside,
-    )
+    rows, counts = _read_rows(arguments)
     print(counts)
-    make_shards(rows, arguments.videos, arguments.out, settings)
+    make_shards(rows, Path(arguments.videos), arguments.out, settings)
+
+
+def _read_rows(arguments: argparse.Namespace) -> tuple[list[Row], str]:
+    """The rows that the command line names, and a line with their number."""
+    if arguments.source == "webdataset":
+        if arguments.annotations is not None or arguments.allow_outside:
+            raise UserError("--annotations and --allow-outside do not apply to --source webdataset")
+        return read_rows_of_tars(arguments.videos, parse_caption_keys(arguments.captions or "txt"))
+    if arguments.captions is not None:
+        raise UserError("--captions applies to --source webdataset only")
+    videos = Path(arguments.videos)
+    if not videos.is_dir():
+        raise UserError(f"no directory {videos}")
+    return read_rows(
+        arguments.source, arguments.annotations, videos, arguments.split, allow_outside=arguments.allow_outside
+    )
 
 
 if __name__ == "__main__":

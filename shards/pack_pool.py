@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.own_videos import Row
-from shards.pack_video import BadVideoError, Recipe, pack_video
+from shards.pack_video import BadVideoError, Recipe, pack_row
 from tmass_dist.errors import UserError
 
 AHEAD = 8
@@ -59,7 +59,7 @@ class Packed:
 def pack_job(job: Job) -> Packed:
     """Pack one video in this process."""
     try:
-        members, facts = pack_video(job.videos / job.row["path"], job.row, job.recipe)
+        members, facts = pack_row(job.videos, job.row, job.recipe)
         return Packed(job.row, members, facts)
     except BadVideoError as error:
         return Packed(job.row, reason=str(error))

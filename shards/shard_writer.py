@@ -30,7 +30,7 @@ class ShardWriter:
 
     def add(self, row: Row, members: dict[str, bytes], facts: dict[str, Any]) -> None:
         """Append a sample: its members by suffix, and a JSON with its row and ``facts``."""
-        fields = {name: value for name, value in row.items() if name not in ("id", "path", "captions")}
+        fields = {name: value for name, value in row.items() if name not in ("id", "path", "captions", "tar_range")}
         meta = {"id": row["id"], "captions": row["captions"], "source": row["path"], "fields": fields, **facts}
         content = json.dumps(meta, ensure_ascii=False).encode()
         self.tar.write({"__key__": safe_key(row["id"]), "json": content, **members})

@@ -25,6 +25,7 @@ COMMANDS = {
     "serve": ("tmass_dist.serve", "search a gallery in the browser"),
     "config": ("tmass_dist.settings", "list every setting with its type, default and meaning"),
     "pack": ("shards.make_shards", "pack videos and captions into shards"),
+    "index-shards": ("shards.index_shards", "index WebDataset tar files of other programs, to train on them"),
     "verify": ("shards.verify_shards", "check packed shards"),
     "inspect": ("shards.inspect_shards", "draw a contact sheet of packed shards"),
     "caption": ("shards.caption_videos", "write extra captions with a vision-language model"),

@@ -54,33 +54,42 @@ def _fields(members: Mapping[str, bytes]) -> dict[str, Any]:
     return fields
 
 
-def read_foreign_sample(raw: bytes, sample_id: str, caption_keys: Sequence[str]) -> tuple[dict[str, Any], list[bytes]]:
-    """Id, captions and source of a sample, and its frames in the order of their numbers, or its clip as only item.
+def members_of(raw: bytes, sample_id: str) -> dict[str, bytes]:
+    """The members of a sample by suffix.
 
     Args:
         raw: the bytes of its members in the tar file.
         sample_id: the key of its members, or something before it and a slash.
+
+    Raises:
+        ValueError: the bytes are not those of one sample.
+    """
+    members: dict[str, bytes] = {}
+    for name, content in any_members(raw):
+        key, suffix = split_name(name)
+        if key and key != sample_id and not sample_id.endswith(f"/{key}"):
+            raise UserError(f"it has the member {name!r}")
+        if key:
+            members[suffix] = content
+    return members
+
+
+def read_foreign_sample(raw: bytes, sample_id: str, caption_keys: Sequence[str]) -> tuple[dict[str, Any], list[bytes]]:
+    """Id, captions and source of a sample, and its frames in the order of their numbers, or its clip as only item.
+
+    Args:
+        raw, sample_id: as for :func:`members_of`.
         caption_keys: where its captions are.
 
     Raises:
         ValueError: the bytes are not those of one sample, or hold no video.
     """
-    members: dict[str, bytes] = {}
-    source = ""
-    for name, content in any_members(raw):
-        key, suffix = split_name(name)
-        if not key:
-            continue
-        if key != sample_id and not sample_id.endswith(f"/{key}"):
-            raise UserError(f"it has the member {name!r}")
-        members[suffix] = content
-        if kind_of([suffix]) and not source:
-            source = name
-    meta = {"id": sample_id, "captions": captions_of(members, caption_keys), "source": source}
-    clips = [content for suffix, content in members.items() if suffix in CLIP_SUFFIXES]
-    if clips:
-        return meta, clips[:1]
-    numbered = [(int(match[1]), content) for suffix, content in members.items() if (match := _FRAME.fullmatch(suffix))]
-    if not numbered:
+    members = members_of(raw, sample_id)
+    meta = {"id": sample_id, "captions": captions_of(members, caption_keys)}
+    clip = next((suffix for suffix in members if suffix in CLIP_SUFFIXES), None)
+    if clip is not None:
+        return meta | {"source": f"{sample_id}.{clip}"}, [members[clip]]
+    frames = sorted((int(match[1]), suffix) for suffix in members if (match := _FRAME.fullmatch(suffix)))
+    if not frames:
         raise UserError("it has no clip and no numbered frames")
-    return meta, [content for _, content in sorted(numbered, key=lambda pair: pair[0])]
+    return meta | {"source": f"{sample_id}.{frames[0][1]}"}, [members[suffix] for _, suffix in frames]

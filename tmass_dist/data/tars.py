@@ -7,9 +7,10 @@ import io
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from tmass_dist.errors import UserError
 
@@ -49,44 +50,70 @@ def split_name(name: str) -> tuple[str, str]:
     return f"{directory}{slash}{stem}", suffix.lower()
 
 
-def scan_tar(path: Path) -> TarContent:
+def scan_tar(path: Path, visit: Callable[[TarSample, bytes], None] | None = None) -> TarContent:
     """Read a tar file once and say where each of its samples lies.
 
-    Keys are WebDataset's: a member's name up to the first dot of its last part. Directories and names without a
-    suffix belong to no sample.
+    Keys are WebDataset's, see :func:`split_name`. Directories and names without a key belong to no sample.
+
+    Args:
+        path: of the file.
+        visit: called with each sample and its bytes, in the order of the file.
 
     Raises:
         UserError: it is no tar file, is compressed, is cut off, or a sample has the same suffix twice.
     """
-    ranges: list[tuple[str, list[str], int, int]] = []
     with path.open("rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    key, suffix = split_name(member.name) if member.isfile() else ("", "")
-                    if not key:
-                        continue
-                    end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                    if not ranges or ranges[-1][0] != key:
-                        ranges.append((key, [suffix], member.offset, end))
-                        continue
-                    _, suffixes, start, _ = ranges[-1]
-                    if suffix in suffixes:
-                        raise UserError(f"{path}: the member {member.name!r} occurs twice")
-                    ranges[-1] = (key, [*suffixes, suffix], start, end)
-                end_of_members = tar.offset
-        except (tarfile.TarError, EOFError, UnicodeError, OverflowError) as error:
-            raise UserError(f"{path} is not a whole, uncompressed tar file: {error}") from error
-        file.seek(end_of_members)
-        if file.read(BLOCK) != bytes(BLOCK):
-            raise UserError(f"{path} is not a whole, uncompressed tar file: its end is missing")
-        samples = []
+        ranges = _sample_ranges(path, file)
+        digest, samples, position = hashlib.sha256(), [], 0
         for key, suffixes, start, end in ranges:
-            crc32 = zlib.crc32(os.pread(file.fileno(), end - start, start))
-            samples.append(TarSample(key, tuple(suffixes), start, end - start, crc32))
-        file.seek(0)
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return TarContent(os.fstat(file.fileno()).st_size, sha256, samples)
+            raw = os.pread(file.fileno(), end - start, start)
+            if len(raw) < end - start:
+                raise UserError(f"{path} is not a whole, uncompressed tar file: its end is missing")
+            samples.append(TarSample(key, tuple(suffixes), start, end - start, zlib.crc32(raw)))
+            _update(digest, file, position, start)
+            digest.update(raw)
+            position = end
+            if visit is not None:
+                visit(samples[-1], raw)
+        size = os.fstat(file.fileno()).st_size
+        _update(digest, file, position, size)
+        return TarContent(size, digest.hexdigest(), samples)
+
+
+def _sample_ranges(path: Path, file: BinaryIO) -> list[tuple[str, list[str], int, int]]:
+    """Key, suffixes, first byte and the byte behind the last one of each sample; only headers are read."""
+    ranges: list[tuple[str, list[str], int, int]] = []
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                key, suffix = split_name(member.name) if member.isfile() else ("", "")
+                if not key:
+                    continue
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
+                if not ranges or ranges[-1][0] != key:
+                    ranges.append((key, [suffix], member.offset, end))
+                    continue
+                _, suffixes, start, _ = ranges[-1]
+                if suffix in suffixes:
+                    raise UserError(f"{path}: the member {member.name!r} occurs twice")
+                ranges[-1] = (key, [*suffixes, suffix], start, end)
+            end_of_members = tar.offset
+    except (tarfile.TarError, EOFError, UnicodeError, OverflowError) as error:
+        raise UserError(f"{path} is not a whole, uncompressed tar file: {error}") from error
+    file.seek(end_of_members)
+    if file.read(BLOCK) != bytes(BLOCK):
+        raise UserError(f"{path} is not a whole, uncompressed tar file: its end is missing")
+    return ranges
+
+
+def _update(digest: Any, file: BinaryIO, start: int, end: int) -> None:
+    """Add the bytes from ``start`` to ``end`` to a checksum."""
+    while start < end:
+        raw = os.pread(file.fileno(), min(end - start, 2**20), start)
+        if not raw:
+            return
+        digest.update(raw)
+        start += len(raw)
 
 
 def plain_members(raw: bytes) -> Iterator[tuple[str, bytes]]:
