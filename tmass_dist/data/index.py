@@ -188,7 +188,9 @@ class Index:
             header["caption_keys"] = self.caption_keys
         temporary = Path(self.directory) / f"{NAME}.tmp"
         text = json.dumps(header, ensure_ascii=False)
-        save_file(self.columns, temporary, metadata={"index": text, "sha256": checksum(text, self.columns)})
+        # The checksum is a column: safetensors writes several entries of metadata in a different order each time.
+        digest = np.frombuffer(checksum(text, self.columns).encode(), np.uint8)
+        save_file(self.columns | {"sha256": digest}, temporary, metadata={"index": text})
         os.replace(temporary, Path(self.directory) / NAME)
 
 
@@ -246,14 +248,15 @@ def _read_index(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             metadata = file.metadata() or {}
             header: dict[str, Any] = json.loads(metadata["index"])
             columns = {name: file.get_tensor(name) for name in COLUMNS | ID_COLUMNS}
+            digest = file.get_tensor("sha256").tobytes() if "sha256" in file.keys() else b""  # noqa: SIM118
         version = header["version"]
     except (SafetensorError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); {_RENEW}") from error
     if type(version) is int and version > VERSION:
         raise UserError(f"{path} was written by a newer version ({version}); this one reads {VERSION}")
     try:
-        has_checksum = version != 2 or "sha256" in metadata
-        if has_checksum and metadata.get("sha256") != checksum(metadata["index"], columns):
+        has_checksum = version != 2 or digest != b""
+        if has_checksum and digest != checksum(metadata["index"], columns).encode():
             raise UserError("its content differs from its checksum")
         check_header(header)
         check_columns(columns, [shard["bytes"] for shard in header["shards"]])
