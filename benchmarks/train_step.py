@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 
 from tmass_dist.config import ModelConfig, StochasticConfig  # noqa: E402
 from tmass_dist.models.head import RetrievalHead, build_head  # noqa: E402
-from tmass_dist.training.losses import symmetric_info_nce  # noqa: E402
 from tmass_dist.training.objective import global_losses  # noqa: E402
 
 NUM_FRAMES, WIDTH, DROPOUT = 12, 512, 0.3
@@ -48,10 +47,11 @@ def published(head: RetrievalHead, text: Tensor, frames: Tensor, noise: Tensor, 
     radius = mass.linear(cosine).exp()
     sampled = text + radius * noise
     support = text + radius * F.normalize(pooled.mean(dim=1) - text, dim=-1)
-    total = torch.zeros(())
+    total = torch.zeros((), device=text.device)
     for anchor, weight in ((sampled, 1.0), (support, 0.8)):
         similarity = torch.einsum("td,vtd->tv", F.normalize(anchor, dim=-1), F.normalize(pooled, dim=-1))
-        total = total + weight * symmetric_info_nce(similarity, scale)
+        logits, truth = similarity * scale.exp().clamp(max=100), torch.arange(len(text), device=text.device)
+        total = total + weight * (F.cross_entropy(logits, truth) + F.cross_entropy(logits.T, truth)) / 2
     return total
 
 

@@ -34,7 +34,7 @@ def pretrain(out: Path, steps: int, batch_size: int, seed: int) -> None:
     from tqdm import tqdm
 
     from tmass_dist.models.backbone import build_tokenizer, build_towers
-    from tmass_dist.training.losses import symmetric_info_nce
+    from tmass_dist.training.losses import column_info_nce
     from tmass_dist.training.optim import warmup_cosine
 
     writable_dir(out)
@@ -58,7 +58,7 @@ def pretrain(out: Path, steps: int, batch_size: int, seed: int) -> None:
         tokens = tokenize([caption(SCENES[s], rng, new_words=False) for s in scenes])
         text_BD = F.normalize(towers.encode_text(tokens), dim=-1)
         image_BD = F.normalize(towers.encode_frames(pixels[:, None])[:, 0], dim=-1)
-        loss = symmetric_info_nce(text_BD @ image_BD.T, towers.logit_scale)
+        loss = column_info_nce((image_BD @ text_BD.T)[None], towers.logit_scale)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,11 +1,13 @@
 """Slow and plain references: the equations of the paper one pair at a time, and ranks of whole matrices."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tmass_dist.evaluation.ranking import DSL_SCALE, rank
 from tmass_dist.models.head import RetrievalHead
 from tmass_dist.models.pooling import XPool
+from tmass_dist.training.losses import temperature
 
 # Shapes: T texts, V videos, F frames, M trials, D embedding width.
 
@@ -66,3 +68,10 @@ def rank_videos(similarity_TV: Tensor, owner_T: Tensor) -> Tensor:
 def dsl(similarity_TV: Tensor) -> Tensor:
     """Each similarity times its softmax over the queries (rows). Source: Cheng et al., 2021, arXiv:2109.04290."""
     return similarity_TV * (DSL_SCALE * similarity_TV).softmax(dim=0)
+
+
+def symmetric_info_nce(similarity_NN: Tensor, logit_scale: Tensor) -> Tensor:
+    """The mean of the cross-entropies over rows and over columns of one whole matrix, rows texts, columns videos."""
+    logits_NN = similarity_NN * temperature(logit_scale)
+    truth_N = torch.arange(len(logits_NN))
+    return (F.cross_entropy(logits_NN, truth_N) + F.cross_entropy(logits_NN.T, truth_N)) / 2

@@ -1,6 +1,7 @@
 """The engine: any number of ranks, ZeRO stage and micro-batch gives the steps of one plain torch process."""
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,18 @@ import torch
 from torch import Tensor
 
 from tests.ranks import on_ranks
-from tests.small_model import STEPS, VARIANTS, batch_of, config_of, own_rows, small_objective, without_unused_noise
+from tests.small_model import (
+    STEPS,
+    VARIANTS,
+    WIDTH,
+    batch_of,
+    config_of,
+    own_rows,
+    small_objective,
+    without_unused_noise,
+)
 from tmass_dist.config import Config
+from tmass_dist.training.columns import PAIR_TENSORS
 
 
 def plain_run(config: Config, steps: int = STEPS) -> dict[str, Any]:
@@ -33,13 +44,15 @@ def plain_run(config: Config, steps: int = STEPS) -> dict[str, Any]:
     return {"losses": losses, "gradients": gradients, "weights": {n: p.detach() for n, p in model.named_parameters()}}
 
 
-def engine_run(config: Config, steps: int = STEPS) -> dict[str, Any]:
-    """The same through DeepSpeed, on the ranks that there are."""
+def engine_run(config: Config, tiled: bool, steps: int = STEPS) -> dict[str, Any]:
+    """The same through DeepSpeed, on the ranks that there are; ``tiled`` pools some videos and texts at a time."""
     from deepspeed.utils import safe_get_full_grad
 
     from tmass_dist.training.engine import Engine
 
     model = small_objective(config)
+    if tiled:
+        model.memory_mb = 5 * WIDTH * 4 * PAIR_TENSORS / 2**20  # 5 pairs
     engine = Engine(model, config)
     losses, gradients, norms = [], {}, {}
     for step in range(steps):
@@ -54,14 +67,18 @@ def engine_run(config: Config, steps: int = STEPS) -> dict[str, Any]:
     return {"losses": losses, "gradients": gradients, "weights": weights, "norms": norms}
 
 
-def _many(configs: list[Config]) -> list[dict[str, Any]]:
-    return [engine_run(config) for config in configs]
+def _many(runs: list[tuple[Config, bool]]) -> list[dict[str, Any]]:
+    return [engine_run(*run) for run in runs]
 
 
-Case = tuple[str, int, int | None]
-CASES: list[Case] = [(variant, stage, micro) for variant in VARIANTS for stage in (0, 1, 2, 3) for micro in (None, 2)]
-# Half of them, in which every two settings still meet.
+Case = tuple[str, int, int | None, bool]
+CASES: list[Case] = [
+    (variant, stage, micro, (number + number // 4) % 2 == 1)
+    for number, (variant, stage, micro) in enumerate(product(VARIANTS, (0, 1, 2, 3), (None, 2)))
+]
+"""Variant, ZeRO stage, micro-batch, pooling in tiles. Every combination of the first three, and every two settings."""
 PAIRWISE = [case for n, case in enumerate(CASES) if (n + n // 2 + n // 8) % 2 == 0]
+"""Half of them, in which every two settings still meet."""
 MATRIX = [
     pytest.param(1, PAIRWISE, id="1-pairwise"),
     pytest.param(2, PAIRWISE, id="2-pairwise"),
@@ -72,14 +89,17 @@ MATRIX = [
 @pytest.mark.parametrize(("world", "cases"), MATRIX)
 def test_every_world_stage_and_micro_batch_is_one_process(world: int, cases: list[Case], tmp_path: Path) -> None:
     expected = {variant: plain_run(config_of(*more)) for variant, more in VARIANTS.items()}
-    configs = [
-        replace(c := config_of(*VARIANTS[variant]), engine=replace(c.engine, zero_stage=stage, micro_batch=micro))
-        for variant, stage, micro in cases
+    runs = [
+        (
+            replace(c := config_of(*VARIANTS[variant]), engine=replace(c.engine, zero_stage=stage, micro_batch=micro)),
+            tiled,
+        )
+        for variant, stage, micro, tiled in cases
     ]
-    found = on_ranks(world, _many, configs, tmp_path=tmp_path)
+    found = on_ranks(world, _many, runs, tmp_path=tmp_path)
     for rank in found:
-        for (variant, stage, micro), run in zip(cases, rank):
-            where = f"{variant}, ZeRO-{stage}, micro-batch {micro}, {world} ranks"
+        for (variant, stage, micro, tiled), run in zip(cases, rank):
+            where = f"{variant}, ZeRO-{stage}, micro-batch {micro}, {'tiles' if tiled else 'whole'}, {world} ranks"
             one = expected[variant]
             torch.testing.assert_close(run["losses"], one["losses"], rtol=1e-6, atol=0, msg=f"{where}: losses")
             assert run["weights"].keys() == run["gradients"].keys() == one["gradients"].keys(), where

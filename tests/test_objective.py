@@ -7,20 +7,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.oracle import symmetric_info_nce
 from tests.ranks import on_ranks
 from tmass_dist.config import ModelConfig, StochasticConfig
 from tmass_dist.models.head import build_head
 from tmass_dist.models.pooling import XPool
 from tmass_dist.noise import keyed_mask
-from tmass_dist.training.losses import symmetric_info_nce
+from tmass_dist.training.losses import column_info_nce
 from tmass_dist.training.objective import global_losses
 
 # Shapes: N pairs of the world, F frames, D embedding width.
 N, F, D = 12, 4, 8
 
 
-def _loss_and_gradients(variant: str, text_ND: Tensor, frames_NFD: Tensor, noise_ND: Tensor) -> dict[str, Tensor]:
-    """The loss, this rank's input gradients, and its share of the parameters' gradients."""
+def _loss_and_gradients(
+    variant: str, text_ND: Tensor, frames_NFD: Tensor, noise_ND: Tensor, memory_mb: float | None = None
+) -> dict[str, Tensor]:
+    """The losses, this rank's input gradients, and its share of the parameters' gradients."""
     torch.manual_seed(0)
     radius, *more = variant.split("+")
     stochastic = StochasticConfig(
@@ -28,51 +31,98 @@ def _loss_and_gradients(variant: str, text_ND: Tensor, frames_NFD: Tensor, noise
         samples=3 if "several" in more else 1,
         trials="best" if "best" in more else "mean",
         training_radius="pair" if "pairs" in more else "own",
+        support_weight=0.0 if "no_support" in more else 0.8,
     )
     pooled_by = "sample" if "by_sample" in more else "text"
-    head = build_head(ModelConfig(num_frames=F, pooling="xpool", num_heads=2, dropout=0.0, radius=radius), D).double()
+    config = ModelConfig(
+        num_frames=F, pooling="mean" if "mean_pool" in more else "xpool", num_heads=2, dropout=0.3, radius=radius
+    )
+    head = build_head(config, D).double().train()
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     several = dist.is_initialized()
     world, rank = (dist.get_world_size(), dist.get_rank()) if several else (1, 0)
     text_BD, frames_BFD, noise_BD = (x.chunk(world)[rank].clone() for x in (text_ND, frames_NFD, noise_ND))
+    keys = torch.arange(N).chunk(world)[rank].tolist()
     text_BD.requires_grad_()
     frames_BFD.requires_grad_()
     logit_scale = torch.full((1,), 2.0, dtype=torch.float64, requires_grad=True)
     losses = global_losses(
-        head, text_BD, frames_BFD, None if radius == "none" else noise_BD, logit_scale, stochastic, pooled_by=pooled_by
+        head,
+        text_BD,
+        frames_BFD,
+        None if radius == "none" else noise_BD,
+        logit_scale,
+        stochastic,
+        pooled_by=pooled_by,
+        dropout_keys=keys,
+        memory_mb=memory_mb,
     )
     losses.total.backward()
     parameters = {name: parameter.grad for name, parameter in head.named_parameters() if parameter.grad is not None}
-    found = {"loss": losses.total.detach(), "text": text_BD.grad, "frames": frames_BFD.grad, "scale": logit_scale.grad}
-    return {**found, **parameters}  # type: ignore[dict-item]
+    found = {"text": text_BD.grad, "frames": frames_BFD.grad, "scale": logit_scale.grad}
+    numbers = {name: getattr(losses, name).detach().reshape(()) for name in NUMBERS}
+    return {**numbers, **found, **parameters}  # type: ignore[dict-item]
 
 
-VARIANTS = ["exp_linear", "none", "exp_mean", "variational+kl", "exp_linear+by_sample"]
-VARIANTS += ["exp_linear+several", "exp_linear+several+best", "exp_linear+several+best+pairs"]
+NUMBERS = ("total", "stochastic", "support", "divergence", "positive", "hardest", "temperature")
+VARIANTS = ["exp_linear", "none", "none+mean_pool", "exp_mean", "variational+kl+no_support", "exp_linear+by_sample"]
+VARIANTS += ["exp_linear+several", "linear+several+best", "exp_linear+several+best+pairs", "exp_linear+pairs"]
+VARIANTS += ["exp_linear+mean_pool+several+pairs+by_sample"]
+# 7 texts by 1 video; some texts by all videos; everything at once.
+BUDGETS_MB = (7 * 1.2 * D * 8 * 8 / 2**20, 64 * 1.2 * D * 8 * 8 / 2**20, None)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_ranks_give_the_loss_and_gradients_of_one_process(num_ranks: int, variant: str, tmp_path: Path) -> None:
+def _inputs(variant: str) -> list[Tensor]:
+    """Texts, frames and noise of the global batch."""
     generator = torch.Generator().manual_seed(1)
     noise = (N, 3, D) if "several" in variant else (N, D)
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (N, F, D), noise)]
-    alone = _loss_and_gradients(variant, *inputs)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (N, F, D), noise)]
 
-    shares = on_ranks(num_ranks, _loss_and_gradients, variant, *inputs, tmp_path=tmp_path)
 
-    for share in shares:
-        torch.testing.assert_close(share["loss"], alone["loss"], rtol=1e-12, atol=0)
-    for name, expected in alone.items():
-        if name in ("text", "frames"):  # rows live on the rank they came from; the mean is over ranks
-            found = torch.cat([share[name] for share in shares]) / num_ranks
-        elif name != "loss":
-            found = torch.stack([share[name] for share in shares]).mean(0)
-        else:
-            continue
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, msg=name)
+def _every_variant() -> list[list[dict[str, Tensor]]]:
+    return [
+        [_loss_and_gradients(variant, *_inputs(variant), memory_mb=budget) for budget in BUDGETS_MB]
+        for variant in VARIANTS
+    ]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_ranks_and_tiles_give_the_loss_and_gradients_of_one_process(num_ranks: int, tmp_path: Path) -> None:
+    ranks = on_ranks(num_ranks, _every_variant, tmp_path=tmp_path)
+    for variant, *budgets in zip(VARIANTS, *ranks):
+        alone = _loss_and_gradients(variant, *_inputs(variant))
+        for budget, *shares in zip(BUDGETS_MB, *budgets):
+            for name, expected in alone.items():
+                where = f"{variant}, {budget} MB: {name}"
+                if name in NUMBERS:  # the same on every rank
+                    for share in shares:
+                        torch.testing.assert_close(share[name], expected, rtol=1e-12, atol=1e-15, msg=where)
+                    continue
+                if name in ("text", "frames"):  # each row is on the rank it came from; ZeRO takes the mean over ranks
+                    found = torch.cat([share[name] for share in shares]) / num_ranks
+                else:
+                    found = torch.stack([share[name] for share in shares]).mean(0)
+                torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12, msg=where)
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0, 4.6, 9.0])
+def test_the_loss_of_columns_is_that_of_the_matrix(scale: float) -> None:
+    """With torch's own cross-entropy as reference; 9 is beyond the limit of the temperature."""
+    generator = torch.Generator().manual_seed(4)
+    matrices_SNN = torch.rand(3, N, N, generator=generator, dtype=torch.float64) * 2 - 1
+    found = []
+    for function in (
+        lambda matrices, s: torch.stack([symmetric_info_nce(matrix, s) for matrix in matrices]),
+        lambda matrices, s: column_info_nce(matrices.transpose(1, 2), s),
+    ):
+        leaves = [matrices_SNN.clone().requires_grad_(), torch.full((1,), scale).double().requires_grad_()]
+        losses_S = function(*leaves)
+        weights_S = torch.tensor([1.0, 0.8, -0.3], dtype=torch.float64)
+        found.append([losses_S, *torch.autograd.grad((losses_S * weights_S).sum(), leaves)])
+    for one, other in zip(*found):
+        torch.testing.assert_close(other, one, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("trials", ["mean", "best"])
@@ -111,6 +161,9 @@ def test_several_samples_are_what_their_names_say(
     torch.testing.assert_close(losses.stochastic, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(losses.total, losses.stochastic + 0.8 * losses.support)
     assert losses.support > 0
+    torch.testing.assert_close(losses.positive, similarity[0].diagonal().mean(), rtol=1e-12, atol=1e-12)
+    hardest = similarity[0].clone().fill_diagonal_(-2).amax(dim=1).mean()
+    torch.testing.assert_close(losses.hardest, hardest, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("num_heads", [1, 2])

@@ -6,6 +6,7 @@ import datetime
 import os
 import signal
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from tmass_dist.errors import NoGpuError, UserError
 from tmass_dist.phase_timer import PHASE_TIMER
+
+# DeepSpeed and this module call these functions; torch 2.13 has new names for them, which older versions lack.
+warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -137,19 +141,18 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:
-        ctx.num_rows = local.shape[0]
-        parts = [torch.empty_like(local) for _ in range(world_size())]
+        gathered = local.new_empty(world_size() * len(local), *local.shape[1:])
         with _collective():
-            dist.all_gather(parts, local.contiguous())
-        return torch.cat(parts)
+            dist.all_gather_into_tensor(gathered, local.contiguous())
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # gloo has no reduce-scatter: sum everything and keep the own rows. The result is the same.
-        total = gradients[0].contiguous().clone()
+        gradient = gradients[0].contiguous()
+        summed = gradient.new_empty(len(gradient) // world_size(), *gradient.shape[1:])
         with _collective():
-            dist.all_reduce(total)
-        return total.narrow(0, rank() * ctx.num_rows, ctx.num_rows)
+            dist.reduce_scatter_tensor(summed, gradient)
+        return summed
 
 
 def all_gather_rows(local: Tensor) -> Tensor:
@@ -182,6 +185,36 @@ def all_reduce_sum(values: Tensor) -> None:
     if world_size() > 1:
         with _collective():
             dist.all_reduce(values)
+
+
+def all_reduce_elementwise_max(values: Tensor) -> None:
+    """Replace each of ``values`` by its maximum over the ranks, in place and without a gradient."""
+    if world_size() > 1:
+        with _collective():
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """All-reduce in the forward pass; no exchange in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        summed = local.clone()
+        all_reduce_sum(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * world_size()
+
+
+def differentiable_sum(local: Tensor) -> Tensor:
+    """The sum of every rank's tensor, with the gradient convention of :func:`all_gather_rows`.
+
+    Every rank must compute the same loss from the result. Its gradient is then the same on every rank, and the sum over
+    ranks that :func:`all_gather_rows` takes is a product with their number.
+    """
+    return local if world_size() == 1 else _AllReduceSum.apply(local)  # pyright: ignore[reportReturnType]
 
 
 _host_groups: list[Any] = []

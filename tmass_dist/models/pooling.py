@@ -98,18 +98,13 @@ class XPool(nn.Module):
         """
         query_HTE = self.query(self.norm_in(text_TD)).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
         query_HTE = query_HTE * query_HTE.shape[-1] ** -0.5
-        return query_HTE @ self._key_weight if in_frame_space else query_HTE
+        return query_HTE @ self.key.weight.unflatten(0, (self.num_heads, -1)) if in_frame_space else query_HTE
 
     def keys(self, normed_VFD: Tensor, in_frame_space: bool = False) -> Tensor:
         """Attention keys ``(V, H, F, E)`` of frames after ``norm_in``; see :meth:`queries`."""
         if in_frame_space:
             return normed_VFD[:, None].expand(-1, self.num_heads, -1, -1)
-        return normed_VFD[:, None] @ self._key_weight.transpose(1, 2)
-
-    @property
-    def _key_weight(self) -> Tensor:
-        """``(H, E, D)``."""
-        return self.key.weight.unflatten(0, (self.num_heads, -1))
+        return F.linear(normed_VFD, self.key.weight).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     @staticmethod
     def attention(query_HTE: Tensor, key_VHFE: Tensor) -> Tensor:

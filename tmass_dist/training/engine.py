@@ -24,10 +24,7 @@ def _deepspeed() -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import logging
-    import warnings
 
-    # DeepSpeed calls these deprecated functions at every step of ZeRO-3.
-    warnings.filterwarnings("ignore", r".*(all_gather_into_tensor|reduce_scatter_tensor)", FutureWarning)
     import deepspeed
     import deepspeed.ops
 

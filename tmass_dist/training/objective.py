@@ -1,29 +1,27 @@
-"""Model and loss in one forward: gather the texts, pool your own videos, gather the scalars.
+"""Model and loss in one forward pass: gather the texts, pool the own videos, reduce the rows of the similarities.
 
-Traffic a step is 3 N D + 2 N^2 numbers; frame features, F times larger, never move.
+With the default system a step gathers 3 N D numbers and reduces 5 N (docs/scale.md). Frame features, F times larger
+than texts, are never exchanged.
 """
 
 # Shapes: B pairs of this rank, N of the world, A anchors, F frames, H W pixels, L tokens, D embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tmass_dist.config import Config, OptimConfig, StochasticConfig
 from tmass_dist.distributed import all_gather_rows
 from tmass_dist.errors import UserError
 from tmass_dist.models.head import RetrievalHead
-from tmass_dist.models.pooling import DropoutKeys, PooledPairs
-from tmass_dist.models.stochastic import frame_cosines
+from tmass_dist.models.pooling import DropoutKeys
 from tmass_dist.models.tmass import RetrievalModel, build_model
 from tmass_dist.phase_timer import PHASE_TIMER
-from tmass_dist.training.losses import symmetric_info_nce, temperature
+from tmass_dist.training.columns import PAIR_TENSORS, OwnColumns
+from tmass_dist.training.losses import column_info_nce, mean_over_ranks, similarity_metrics, temperature
 
 
 class Losses(NamedTuple):
@@ -74,111 +72,55 @@ def global_losses(
 
     Source: Wang et al., CVPR 2024, arXiv:2403.17998.
     """
-    sampled_BKD = radius_BD = noise_BKD = None
-    if head.mass is not None and noise_BD is not None:
+    mass, noise_BKD, radius_BD = head.mass, None, None
+    anchors_BD = [text_BD]
+    if mass is not None and noise_BD is not None:
         noise_BKD = noise_BD if noise_BD.dim() == 3 else noise_BD[:, None]
-        radius_BD = head.mass.radius(text_BD, frames_BFD)
-        sampled_BKD = head.mass.sample(text_BD[:, None], radius_BD[:, None], noise_BKD)
-    asking_BD = sampled_BKD[:, 0] if pooled_by == "sample" and sampled_BKD is not None else text_BD
-    pooling = _Pooling(head, all_gather_rows(asking_BD), frames_BFD, dropout_keys, memory_mb)
-    of_pairs = None
-    if stochastic.training_radius == "pair" and noise_BKD is not None:
-        of_pairs = _PairSamples(head, all_gather_rows(text_BD), all_gather_rows(noise_BKD), frames_BFD)
-    anchors = [text_BD] if sampled_BKD is None else list(sampled_BKD.unbind(1)) if of_pairs is None else []
-    num_trials = len(anchors) if of_pairs is None else of_pairs.num_trials
-    if head.mass is not None and radius_BD is not None and stochastic.support_weight:
-        pooled_mean_BD = pooling.map(lambda pairs, _: pairs.mean_VD)
-        anchors.append(head.mass.support(text_BD, radius_BD, pooled_mean_BD))
-    anchor_AND = None
-    if anchors:
-        anchor_AND = torch.stack([all_gather_rows(anchor_BD) for anchor_BD in anchors])
+        radius_BD = mass.radius(text_BD, frames_BFD)
+        anchors_BD = list(mass.sample(text_BD[:, None], radius_BD[:, None], noise_BKD).unbind(1))
+    num_trials = len(anchors_BD)
+    query_BD = anchors_BD[0] if pooled_by == "sample" else text_BD
+    query_ND = all_gather_rows(query_BD)
 
-    def columns(pairs: PooledPairs, rows: slice) -> Tensor:
-        cosines_BAN = [] if of_pairs is None else [of_pairs.cosines(pairs.materialise(), rows)]
-        if anchor_AND is not None:
-            cosines_BAN.append(pairs.cosines(anchor_AND))
-        return torch.cat(cosines_BAN, dim=1)
+    def gathered(local: Tensor) -> Tensor:
+        return query_ND if local is query_BD else all_gather_rows(local)
 
-    similarity_ANN = all_gather_rows(pooling.map(columns)).permute(1, 2, 0)
-    if stochastic.trials == "best":
-        sampled = symmetric_info_nce(similarity_ANN[:num_trials].amax(dim=0), logit_scale)
-    else:
-        sampled = torch.stack([symmetric_info_nce(x, logit_scale) for x in similarity_ANN[:num_trials]]).mean()
+    per_pair = stochastic.training_radius == "pair" and noise_BKD is not None
+    copies = PAIR_TENSORS + (4 * num_trials + 6 if per_pair else 0)
+    columns = OwnColumns(head, query_ND, frames_BFD, dropout_keys, memory_mb, copies=copies)
+    cosines_BAN = []
+    if per_pair and mass is not None and noise_BKD is not None:
+        cosines_BAN.append(columns.sample_cosines(mass, gathered(text_BD), all_gather_rows(noise_BKD)))
+        anchors_BD = []
+    if mass is not None and radius_BD is not None and stochastic.support_weight:
+        anchors_BD.append(mass.support(text_BD, radius_BD, columns.pooled_mean()))
+    if anchors_BD:
+        cosines_BAN.append(columns.cosines([gathered(anchor_BD) for anchor_BD in anchors_BD]))
+    similarity_ABN = torch.cat(cosines_BAN, dim=1).transpose(0, 1)
+
+    trial_KBN, support_BN = similarity_ABN[:num_trials], similarity_ABN[num_trials:]
+    scored_SBN = trial_KBN.amax(dim=0, keepdim=True) if stochastic.trials == "best" else trial_KBN
+    loss_S = column_info_nce(torch.cat([scored_SBN, support_BN]), logit_scale)
+    sampled = loss_S[: len(scored_SBN)].mean()
     total = sampled
     support = divergence = torch.zeros_like(total.detach())
-    if len(similarity_ANN) > num_trials:
-        support = symmetric_info_nce(similarity_ANN[num_trials], logit_scale)
+    if len(support_BN):
+        support = loss_S[-1]
         total = total + stochastic.support_weight * support
-    if head.mass is not None and radius_BD is not None and stochastic.kl_weight:
-        divergence = all_gather_rows(head.mass.divergence(text_BD, radius_BD)).mean()
+    if mass is not None and radius_BD is not None and stochastic.kl_weight:
+        divergence = mean_over_ranks(mass.divergence(text_BD, radius_BD))
         total = total + stochastic.kl_weight * divergence
-    with torch.no_grad():
-        positive_N = similarity_ANN[0].diagonal()
-        wrong_NN = similarity_ANN[0].detach().clone().fill_diagonal_(-2.0)
+    positive, hardest = similarity_metrics(trial_KBN[0].detach())
     return Losses(
         total=total,
         stochastic=sampled.detach(),
         support=support.detach(),
         divergence=divergence.detach(),
         radius_B=text_BD.new_zeros(len(text_BD)) if radius_BD is None else radius_BD.detach().mean(dim=-1),
-        positive=positive_N.detach().mean(),
-        hardest=wrong_NN.amax(dim=1).mean(),
+        positive=positive,
+        hardest=hardest,
         temperature=temperature(logit_scale.detach()),
     )
-
-
-class _Pooling:
-    """Own videos as all texts see them: held whole, or made again, a few videos at a time, whenever they are used."""
-
-    _LIVE = 8
-    """Tensors of ``(b, N, D)`` that one tile's forward and backward hold at once."""
-
-    def __init__(
-        self,
-        head: RetrievalHead,
-        asking_ND: Tensor,
-        frames_BFD: Tensor,
-        dropout_keys: DropoutKeys | None,
-        memory_mb: float | None,
-    ) -> None:
-        self.head, self.asking_ND, self.frames_BFD, self.keys = head, asking_ND, frames_BFD, dropout_keys
-        a_video_mb = asking_ND.numel() * asking_ND.element_size() * self._LIVE / 2**20
-        self.tile = len(frames_BFD) if memory_mb is None else max(1, int(memory_mb / a_video_mb))
-        self.whole: PooledPairs | None = None
-        if self.tile >= len(frames_BFD):
-            self.whole = head.pooling.pool_pairs(asking_ND, frames_BFD, dropout_keys)
-
-    def map(self, use: Callable[[PooledPairs, slice], Tensor]) -> Tensor:
-        """``use`` of the videos as seen and of which own videos they are; ``use`` must treat every video alone."""
-        if self.whole is not None:
-            return use(self.whole, slice(None))
-        starts = range(0, len(self.frames_BFD), self.tile)
-        return torch.cat([self._again(slice(start, start + self.tile), use) for start in starts])
-
-    def _again(self, rows: slice, use: Callable[[PooledPairs, slice], Tensor]) -> Tensor:
-        keys = self.keys[rows] if self.keys is not None else None
-
-        def run(asking_ND: Tensor, frames_bFD: Tensor) -> Tensor:
-            return use(self.head.pooling.pool_pairs(asking_ND, frames_bFD, keys), rows)
-
-        return checkpoint(run, self.asking_ND, self.frames_BFD[rows], use_reentrant=False)  # pyright: ignore
-
-
-class _PairSamples:
-    """Samples whose radius is that of each pair, as evaluation draws them: ``t_i + R_ij eps_i``."""
-
-    def __init__(self, head: RetrievalHead, text_ND: Tensor, noise_NKD: Tensor, frames_BFD: Tensor) -> None:
-        assert head.mass is not None
-        self.mass, self.text_ND, self.noise_NKD, self.frames_BFD = head.mass, text_ND, noise_NKD, frames_BFD
-        self.num_trials = noise_NKD.shape[1]
-
-    def cosines(self, pooled_BND: Tensor, rows: slice) -> Tensor:
-        """``(b, K, N)``: the cosines of each pair's samples with its pooled video."""
-        cosine_BNF = frame_cosines(self.text_ND, F.normalize(self.frames_BFD[rows], dim=-1))
-        text_BND = self.text_ND.expand_as(pooled_BND)
-        radius_BND = self.mass.radius_of(cosine_BNF, text_BND)
-        samples = (self.mass.sample(text_BND, radius_BND, noise_ND) for noise_ND in self.noise_NKD.unbind(1))
-        return torch.stack([F.cosine_similarity(sample, pooled_BND, dim=-1) for sample in samples], dim=1)
 
 
 class Objective(RetrievalModel):
