@@ -28,7 +28,9 @@ def column_info_nce(similarity_SBN: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric InfoNCE of several matrices: the mean of the cross-entropies over rows and over columns.
 
     Matching pairs lie on the diagonal. Other captions of the same video in the batch count as negatives, as in the
-    paper. The cross-entropy of a column (a video over all texts) needs no other rank. That of a row (a text over all videos)
+    paper.
+
+    The cross-entropy of a column (a video over all texts) needs no other rank. That of a row (a text over all videos)
     needs the row's largest logit and its sum of exponentials: two all-reduces of N numbers for each matrix, as in
     vocabulary-parallel cross-entropy (Shoeybi et al., 2019, arXiv:1909.08053). The backward pass exchanges nothing.
 
