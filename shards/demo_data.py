@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 SIDE = 64
-NUM_FRAMES = 24
+NUM_FRAMES, FPS = 24, 12
 COLOURS = {
     "red": (220, 40, 40),
     "green": (40, 180, 60),
@@ -144,7 +144,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
     import av
 
     with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=12, options={"qscale": "3", "threads": "1"})
+        stream = container.add_stream("mpeg4", rate=FPS, options={"qscale": "3", "threads": "1"})
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         stream.bit_rate = 1_000_000
         for frame in frames:
@@ -218,7 +218,10 @@ def _choose_hard(size: int, train: bool, rng: np.random.Generator) -> list[tuple
 
 
 def generate(out: Path, sizes: dict[str, int], seed: int, difficulty: str = "easy") -> None:
-    """Write the clips, the manifest and, in ``captioner.jsonl``, what a captioner would say of the training videos.
+    """Write the clips, the manifest, ``captioner.jsonl`` and ``moments.jsonl``.
+
+    The third has captions of the training videos as a captioning model would write them; the last says, for each caption
+    of the manifest, when the scenes that it describes are shown (seconds).
 
     In ``val`` and ``test`` a caption fits one video of its gallery only.
 
@@ -238,7 +241,7 @@ def generate(out: Path, sizes: dict[str, int], seed: int, difficulty: str = "eas
             raise UserError(f"--{split} is {sizes[split]}; at most {most} videos can be told apart")
     choose = {"easy": _choose_easy, "medium": _choose_medium, "hard": _choose_hard}[difficulty]
     writable_dir(out / "videos")
-    rows, described = [], []
+    rows, described, moments = [], [], []
     with tqdm(total=sum(sizes.values()), desc="videos", unit="video") as bar:
         for split_number, (split, size) in enumerate(sizes.items()):
             rng = np.random.default_rng((seed, split_number))
@@ -254,11 +257,14 @@ def generate(out: Path, sizes: dict[str, int], seed: int, difficulty: str = "eas
                 else:
                     captions = [caption_of_two([SCENES[s] for s in pair], rng) for pair in told]
                 rows.append({"id": video_id, "path": f"videos/{video_id}.mp4", "captions": captions, "split": split})
+                starts = np.cumsum([0, *lengths])
+                shown = {s: [int(a) / FPS, int(b) / FPS] for s, a, b in zip(scenes, starts, starts[1:])}
+                moments.append({"id": video_id, "moments": [[shown[s] for s in some] for some in told]})
                 if split == "train":
                     words = [caption(SCENES[s], rng, new_words=True) for s in scenes]
                     described.append({"id": video_id, "captions": words, "source": "the generator"})
                 bar.update()
-    for name, content in (("manifest.jsonl", rows), ("captioner.jsonl", described)):
+    for name, content in (("manifest.jsonl", rows), ("captioner.jsonl", described), ("moments.jsonl", moments)):
         (out / name).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
 
 
