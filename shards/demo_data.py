@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -220,8 +221,8 @@ def _choose_hard(size: int, train: bool, rng: np.random.Generator) -> list[tuple
 def generate(out: Path, sizes: dict[str, int], seed: int, difficulty: str = "easy") -> None:
     """Write the clips, the manifest, ``captioner.jsonl`` and ``moments.jsonl``.
 
-    The third has captions of the training videos as a captioning model would write them; the last says, for each caption
-    of the manifest, when the scenes that it describes are shown (seconds).
+    The third has captions of the training videos as a captioning model would write them. The last says, for each
+    caption of the manifest, when the scenes that it describes are shown (seconds).
 
     In ``val`` and ``test`` a caption fits one video of its gallery only.
 
@@ -257,8 +258,8 @@ def generate(out: Path, sizes: dict[str, int], seed: int, difficulty: str = "eas
                 else:
                     captions = [caption_of_two([SCENES[s] for s in pair], rng) for pair in told]
                 rows.append({"id": video_id, "path": f"videos/{video_id}.mp4", "captions": captions, "split": split})
-                starts = np.cumsum([0, *lengths])
-                shown = {s: [int(a) / FPS, int(b) / FPS] for s, a, b in zip(scenes, starts, starts[1:])}
+                edges = [0, *np.cumsum(lengths).tolist()]
+                shown = {s: [a / FPS, b / FPS] for s, (a, b) in zip(scenes, pairwise(edges))}
                 moments.append({"id": video_id, "moments": [[shown[s] for s in some] for some in told]})
                 if split == "train":
                     words = [caption(SCENES[s], rng, new_words=True) for s in scenes]

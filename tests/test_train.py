@@ -92,6 +92,10 @@ assert "deepspeed" not in sys.modules
 """
     done = run("-c", code)
     assert done.returncode == 0, done.stderr
+    done = run("-m", "tmass_dist.evaluate", "--run", str(tmp_path / "model"))  # an export is evaluated as a run is
+    assert done.returncode == 0, done.stderr
+    once, again = (json.loads((of / "evaluation" / "metrics.json").read_text()) for of in (whole, tmp_path / "model"))
+    assert once["t2v"] == again["t2v"] and once["selected_on"] == again["selected_on"]
     done = run("-m", "tmass_dist.export", str(tmp_path), str(tmp_path / "nothing"))
     assert done.returncode == 2 and "train it first" in done.stderr
 

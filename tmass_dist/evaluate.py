@@ -35,7 +35,7 @@ EXCLUSIVE = (
 def build_parser() -> argparse.ArgumentParser:
     """The command line; :func:`check_options` says which options go together."""
     parser = argparse.ArgumentParser(prog=program("python -m tmass_dist.evaluate"), description=__doc__)
-    parser.add_argument("--run", help="run directory, as written by train")
+    parser.add_argument("--run", help="run directory, as written by train, or an export")
     parser.add_argument("--checkpoint", help="with --run: weights (.safetensors) to evaluate; default: the run's best")
     parser.add_argument("--features", type=Path, help="feature store to score; with --run: where to keep the features")
     parser.add_argument("--shard", metavar="I/N", help="with --features: compute share I of N of the scores, no more")
@@ -108,9 +108,14 @@ def _evaluate_run(arguments: argparse.Namespace, overrides: list[str]) -> None:
     from tmass_dist.evaluation.run import evaluate_run
 
     saved = Path(arguments.run) / "config.yaml"
-    if not saved.is_file():
-        raise UserError(f"{arguments.run} is no run directory: it has no config.yaml")
-    config = load_config(str(saved), overrides, allow_env=arguments.allow_env)
+    if not saved.is_file() and saved.with_name("config.json").is_file():
+        from tmass_dist.retrieval.model import read_export
+
+        config = read_export(Path(arguments.run), overrides)
+    elif saved.is_file():
+        config = load_config(str(saved), overrides, allow_env=arguments.allow_env)
+    else:
+        raise UserError(f"{arguments.run} is no run directory and no export: it has no config.yaml and no config.json")
     check_overrides(overrides, config, (*SCORING_SETTINGS, *ENCODING_SETTINGS), "--run")
     evaluate_run(
         dataclasses.replace(config, run_dir=arguments.run),

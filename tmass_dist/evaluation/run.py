@@ -130,7 +130,9 @@ def encoding_settings(config: Config) -> dict[str, Any]:
 
 
 def _weights_path(config: Config, checkpoint: str | None) -> Path:
-    path = Path(checkpoint) if checkpoint else Path(config.run_dir) / "checkpoints" / "best.safetensors"
+    best = Path(config.run_dir) / "checkpoints" / "best.safetensors"
+    exported = Path(config.run_dir) / "model.safetensors"
+    path = Path(checkpoint) if checkpoint else exported if exported.is_file() and not best.is_file() else best
     if not path.is_file():
         raise UserError(f"no checkpoint {path}; train first, or name one with --checkpoint")
     return path

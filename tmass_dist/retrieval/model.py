@@ -184,6 +184,12 @@ class TMass(
             "trained": self.trained,
         }
         (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        selection = {key: self.trained[key] for key in ("step", "selected_on") if key in self.trained}
+        if selection:  # beside the weights, as in a run: `tmass evaluate` reads it
+            selection = json.dumps(selection) + "\n"
+            (save_directory / WEIGHTS).with_suffix(".json").write_text(selection, encoding="utf-8")
+        if self.description:  # for `tmass evaluate`, which reads settings that name a file
+            (save_directory / "towers.json").write_text(json.dumps(self.description) + "\n", encoding="utf-8")
         # Written here, so that the card names this directory; save_pretrained() keeps an existing one.
         (save_directory / "README.md").write_text(str(self.generate_model_card(save_directory.name)), encoding="utf-8")
 
@@ -329,6 +335,24 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def read_export(directory: Path, overrides: list[str]) -> Config:
+    """Settings of an export, to evaluate it as a run.
+
+    Raises:
+        UserError: it is no export, or its settings or the overrides are not valid.
+    """
+    path = directory / "config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from error
+    config = make_config(settings, overrides, str(path), allow_env=False)
+    towers = directory / "towers.json"
+    if towers.is_file():
+        config = replace(config, model=replace(config.model, architecture=str(towers.resolve())))
+    return replace(config, run_dir=str(directory))
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
