@@ -229,9 +229,29 @@ def register() -> None:
 
 
 @contextmanager
+def _inference_mode_as_no_grad() -> Iterator[None]:
+    """Inference mode hands whole composite operators to subclasses and refuses their views; only its speed is lost."""
+    kind = torch.inference_mode
+    before = kind.__enter__, kind.__exit__
+
+    def enter(self: Any) -> None:
+        self.no_grad = torch.no_grad()
+        self.no_grad.__enter__()
+
+    def leave(self: Any, *error: Any) -> None:
+        self.no_grad.__exit__(*error)
+
+    kind.__enter__, kind.__exit__ = enter, leave
+    try:
+        yield
+    finally:
+        kind.__enter__, kind.__exit__ = before
+
+
+@contextmanager
 def accelerator() -> Iterator[tuple[torch.device, Counter[Wait]]]:
     """The device, which exists within the block alone, and its host waits so far."""
     register()
     _waits.clear()
-    with _Mode():
+    with _inference_mode_as_no_grad(), _Mode():
         yield torch.device(NAME, 0), _waits
