@@ -48,12 +48,18 @@ def describe(run: Path) -> str:
     best = run / "checkpoints" / "best.json"
     if best.is_file():
         chosen = json.loads(best.read_text(encoding="utf-8"))
-        lines.append(f"  best {chosen['selected_on']} t2v R@1 {chosen['R@1']:.1f} at step {chosen['step']}")
+        protocol = chosen.get("protocol", "protocol unknown")
+        lines.append(
+            f"  best {chosen['selected_on']} t2v R@1 {chosen['R@1']:.1f} ({protocol}) at step {chosen['step']}"
+        )
     metrics = run / "evaluation" / "metrics.json"
     if metrics.is_file():
         result = json.loads(metrics.read_text(encoding="utf-8"))
         numbers = ", ".join(f"{name} {value:.1f}" for name, value in result["t2v"].items())
-        lines.append(f"  test t2v ({result['protocol']}, selected on {result['selected_on']}): {numbers}")
+        labels = (
+            f"{result['protocol']}, selected on {result['selected_on']}, post-processing {result['post_processing']}"
+        )
+        lines.append(f"  {result.get('split', 'test')} t2v ({labels}): {numbers}")
     errors = [] if local else sorted((run / "jobs").glob(f"{FINAL_ERROR}-*.txt"))
     for note in (run / "jobs" / "restarts.log", *errors):
         if note.is_file():

@@ -77,6 +77,12 @@ def test_the_baselines_are_rows_of_every_table(made: Path) -> None:
     # These towers were not trained, so both rows of mean pooling are one.
     rows = list(result["baselines"].values())
     assert rows[0] == rows[2]
+    for name, gains in result["gain_over_baselines"].items():
+        for direction in ("t2v", "v2t"):
+            value, low, high = gains[direction]["R@1"]
+            assert value == result[direction]["R@1"] - result["baselines"][name][direction]["R@1"]
+            assert low <= value <= high
+    assert len(result["gain_over_baselines"]) == 3
 
 
 def test_settings_of_every_call_are_applied_to_features_that_are_kept(evaluated: Path) -> None:
@@ -87,6 +93,7 @@ def test_settings_of_every_call_are_applied_to_features_that_are_kept(evaluated:
     assert "(kept)" in done.stdout and "M = 3" in done.stdout
     assert (_metrics(out)["post_processing"], _metrics(out)["num_trials"]) == ("dsl", 3)
     assert "[query_conditioned, no post-processing]" in (out / "table.md").read_text()
+    assert _metrics(out)["gain_over_baselines"] == {}
     assert _evaluate("--run", str(evaluated)).returncode == 0
     assert _metrics(out) == plain and (out / "features" / "frames.npy").stat().st_mtime_ns == written
 

@@ -4,15 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from tmass_dist.config import Config
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation import baselines, ranking
+from tmass_dist.evaluation.bootstrap import paired_differences
 from tmass_dist.evaluation.report import Report, labels, summary
 from tmass_dist.evaluation.stored import StoredSplit
 
@@ -62,22 +60,34 @@ def evaluate_store(stored: StoredSplit, out: Path, *, bank: Path | None = None) 
     result = labels(config, stored.features, stored.index)
     if query_bank is not None:
         result["bank"] = str(bank)
-    result |= summary(ranks) | {"baselines": baseline_rows(stored)}
-    report(stored, result, ranks, blocks.scores_of).write(out)
-    report(stored, result, ranks, blocks.scores_of).show()
+    result |= summary(ranks)
+    result["baselines"], baseline_ranks = baseline_rows(stored)
+    # Only a result that is scored as the baselines are may be compared with them.
+    plain = config.evaluation.protocol == "query_conditioned" and post == "none"
+    result["gain_over_baselines"] = {
+        name: {d: {metric: list(gain) for metric, gain in gains.items()} for d, gains in found.items()}
+        for name, other in baseline_ranks.items()
+        if plain and (found := paired_differences(other, ranks))
+    }
+    report = Report(result, ranks, stored.features.captions, stored.features.caption_ids, stored, blocks.scores_of)
+    report.write(out)
+    report.show()
     print(f"report: {out / 'report.html'}")
     return ranks
 
 
-def baseline_rows(stored: StoredSplit) -> dict[str, Any]:
-    """Metrics of the baselines that ``evaluation.baselines`` asks for, by name; all query-conditioned, unprocessed.
+def baseline_rows(stored: StoredSplit) -> tuple[dict[str, Any], dict[str, ranking.Ranks]]:
+    """The baselines that ``evaluation.baselines`` asks for; all are query-conditioned and without post-processing.
+
+    Returns:
+        Metrics of each by name, and the ranks of those that are computed from the stored features.
 
     Raises:
         UserError: rows before training are asked for, and the store has none.
     """
     wanted, features = stored.config.evaluation.baselines, stored.features
     if wanted == "none":
-        return {}
+        return {}, {}
     before = stored.index.get("before_training")
     if wanted == "all" and before is None:
         raise UserError(
@@ -85,14 +95,6 @@ def baseline_rows(stored: StoredSplit) -> dict[str, Any]:
         )
     rows = dict(before or {}) if wanted in ("auto", "all") else {}
     if wanted == "auto" and len(features.owner_T) * stored.num_videos > baselines.AUTOMATIC_PAIRS:
-        return rows
+        return rows, {}
     found = baselines.frame_baselines(features, stored.selection.get("query_scoring_tau"))
-    return rows | {name: summary(ranks) for name, ranks in found.items()}
-
-
-def report(
-    stored: StoredSplit, result: dict[str, Any], ranks: ranking.Ranks, scores_of: Callable[[int], Tensor]
-) -> Report:
-    """The report of a result."""
-    features = stored.features
-    return Report(result, ranks, features.captions, features.caption_ids, stored, scores_of)
+    return rows | {name: summary(ranks) for name, ranks in found.items()}, found

@@ -25,17 +25,17 @@ def radii_of(mass: TextMass, features: Features, text: int) -> Tensor:
 
 
 def vectors(radius_VD: Tensor, truth: int, others: list[int]) -> bytes:
-    """Figure 2, as PNG: R of the right video in red, of ``others`` in blue."""
+    """Figure 2, as PNG: R of the correct video in red, of ``others`` in blue."""
     drawn, (axes,) = figure()
     for other in others:
         axes.plot(radius_VD[other].numpy(), color="tab:blue", alpha=0.5, linewidth=0.8)
     axes.plot(radius_VD[truth].numpy(), color="tab:red", linewidth=1.2)
-    axes.set(xlabel="dimension", ylabel="radius R", title=f"right video (red), {len(others)} others (blue)")
+    axes.set(xlabel="dimension", ylabel="radius R", title=f"correct video (red), {len(others)} others (blue)")
     return png(drawn)
 
 
 def norms(norm_V: Tensor, truth: int, title: str, frames_HWC: np.ndarray | None = None) -> bytes:
-    """Figures 3 to 10, as PNG: ``|R|_1`` of one text with every video, the right one marked, its frames beside."""
+    """Figures 3 to 10, as PNG: ``|R|_1`` of one text with every video, the correct one marked, its frames beside."""
     drawn, (axes, *shown) = figure(1 if frames_HWC is None else 2)
     axes.scatter(range(len(norm_V)), norm_V.numpy(), s=5, color="tab:blue")
     axes.scatter([truth], [float(norm_V[truth])], s=60, color="tab:red", marker="*", zorder=3)

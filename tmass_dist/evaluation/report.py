@@ -131,7 +131,13 @@ class Report:
         """Write all files, each by rename."""
         directory.mkdir(parents=True, exist_ok=True)
         names = {"t2v": "text to video", "v2t": "video to text"}
-        tables = "\n".join(markdown(self.rows(d), f"{name} ({label(self.result)})") for d, name in names.items())
+        tables = "\n".join(
+            "\n".join(
+                [markdown(self.rows(direction), f"{name} ({label(self.result)})")]
+                + [f"- {line}\n" for line in self.gains(direction)]
+            )
+            for direction, name in names.items()
+        )
         texts = [(video_id, slot, rank) for (video_id, slot), rank in zip(self.caption_ids, self.ranks.t2v_T.tolist())]
         first_text = torch.searchsorted(self.ranks.owner_T, torch.arange(len(self.ranks.v2t_V))).tolist()
         video_ids = [self.caption_ids[text][0] for text in first_text]
@@ -157,15 +163,25 @@ class Report:
         writer.writerows([*row, *labels.values()] for row in rows)
         return out.getvalue()
 
+    def gains(self, direction: str) -> list[str]:
+        """One line for each baseline of the same features: what this result adds to its R@1, with its interval."""
+        lines = []
+        for name, found in self.result.get("gain_over_baselines", {}).items():
+            value, low, high = found[direction]["R@1"]
+            lines.append(f"R@1 {value:+.1f} over {name}; 95 % interval {low:+.1f} to {high:+.1f}")
+        return lines
+
     def show(self) -> None:
-        """Print both tables."""
+        """Print both tables, and the gains over the baselines."""
         for direction, name in (("t2v", "text to video"), ("v2t", "video to text")):
-            print(table(self.rows(direction), f"\n{name} ({label(self.result)})"), flush=True)
+            print(table(self.rows(direction), f"\n{name} ({label(self.result)})"))
+            for line in self.gains(direction):
+                print(line)
 
     def html(self) -> str:
         """The page; every text in it is escaped."""
         # A picture may be copied without its page, so it carries the labels too.
-        words = textwrap.fill(", ".join(_scoring_words(self.result)), 64)
+        words = textwrap.fill(", ".join(_scoring_words(self.result)), 60)
         pictures = [
             ("Recall", _recall_curve(self.ranks, words)),
             ("Ranks of the correct video", _histogram(self.ranks, words)),
@@ -176,7 +192,11 @@ class Report:
             label=label(self.result),
             columns=COLUMNS,
             tables={
-                name: {"rows": self.rows(direction), "intervals": intervals.get(direction)}
+                name: {
+                    "rows": self.rows(direction),
+                    "intervals": intervals.get(direction),
+                    "gains": self.gains(direction),
+                }
                 for direction, name in (("t2v", "Text to video"), ("v2t", "Video to text"))
             },
             pictures=[(name, _as_url(picture, "png")) for name, picture in pictures],
@@ -293,7 +313,8 @@ def _recall_curve(ranks: Ranks, title: str) -> bytes:
     for name, values in (("text to video", ranks.t2v_T), ("video to text", ranks.v2t_V)):
         ordered = values.sort().values
         axes.plot(ordered.numpy(), torch.arange(1, len(ordered) + 1).numpy() / len(ordered) * 100, label=name)
-    axes.set(xscale="log", xlabel="K", ylabel="R@K, percent", ylim=(0, 102), title=title)
+    axes.set(xscale="log", xlabel="K", ylabel="R@K, percent", ylim=(0, 102))
+    axes.set_title(title, fontsize=9)
     axes.legend()
     return png(drawn)
 
@@ -303,5 +324,6 @@ def _histogram(ranks: Ranks, title: str) -> bytes:
     top = max(int(ranks.t2v_T.max()), 2)
     edges = torch.logspace(0, torch.log10(torch.tensor(float(top + 1))).item(), 25).numpy()
     axes.hist(ranks.t2v_T.numpy(), bins=edges)
-    axes.set(xscale="log", xlabel="rank (text to video)", ylabel="texts", title=title)
+    axes.set(xscale="log", xlabel="rank (text to video)", ylabel="texts")
+    axes.set_title(title, fontsize=9)
     return png(drawn)
