@@ -20,7 +20,7 @@ import numpy as np  # noqa: E402
 
 
 def moment(values_F: np.ndarray, seconds: float) -> tuple[float, float]:
-    """Start and end, in seconds, of the run of frames around the best one; frames stand for equal parts of the video."""
+    """Start and end, in seconds, of the run of frames around the best one."""
     above = values_F >= (values_F.min() + values_F.max()) / 2
     first = last = int(values_F.argmax())
     while first > 0 and above[first - 1]:

@@ -198,8 +198,8 @@ def through_the_page(gallery: Path, queries_of_each: int = 25) -> dict[str, Any]
             "clients": CLIENTS,
             "api_ms_p50": round(1e3 * float(np.percentile(seconds, 50)), 1),
             "api_ms_p95": round(1e3 * float(np.percentile(seconds, 95)), 1),
-            "resident_gb": round(memory["VmRSS"] / 2**20, 3),
-            "resident_peak_gb": round(memory["VmHWM"] / 2**20, 3),
+            "resident_gb": round(kilobytes["VmRSS"] / 2**20, 3),
+            "resident_peak_gb": round(kilobytes["VmHWM"] / 2**20, 3),
         }
     finally:
         server.terminate()
