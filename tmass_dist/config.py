@@ -76,6 +76,8 @@ class DataConfig:
             _require(value is None or value >= 1, f"data.{key}", value, "at least 1")
         _require(self.cache_gb is None or self.cache_gb > 0, "data.cache_gb", self.cache_gb, "it must be positive")
         _require(self.retry_s >= 0, "data.retry_s", self.retry_s, "it cannot be negative")
+        held_out = self.cache_gb is not None and self.val is None
+        _require(not held_out, "data.cache_gb", self.cache_gb, "held-out videos lie in all shards; set data.val")
         needed = self.val is None and self.holdout < 1
         _require(not needed, "data.holdout", self.holdout, "data.val is null, so some training videos must be held out")
 

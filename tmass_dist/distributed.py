@@ -125,6 +125,12 @@ def collectives_entered() -> int:
     return _num_entered
 
 
+def node_ranks() -> list[int]:
+    """The ranks that run on this machine; a collective."""
+    hosts = all_gather_objects(socket.gethostname())
+    return [number for number, host in enumerate(hosts) if host == hosts[rank()]]
+
+
 def barrier() -> None:
     if world_size() > 1:
         with _collective():

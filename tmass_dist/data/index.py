@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -74,6 +74,8 @@ class Index:
     caption_keys: tuple[str, ...] = ()
     """For tar files of other programs: where a sample has its captions, see :mod:`tmass_dist.data.foreign`. Empty for
     shards that this project packed."""
+    wait_for_shard: Callable[[int], Path] | None = None
+    """Gives the path of a downloaded shard, where a process of its own downloads them; see data/fetcher.py."""
     extra_captions: dict[str, list[str]] = field(default_factory=dict)
     """Captions in addition to the packed ones, by id; see :meth:`with_captions`."""
 
@@ -114,6 +116,8 @@ class Index:
             UserError: the store has no such shard, or another file.
             DownloadError: the download failed for ``retry_s`` seconds.
         """
+        if self.wait_for_shard is not None and not verify:
+            return self.wait_for_shard(sample.shard)
         return self.shard_path(self.shards[sample.shard], verify=verify)
 
     def shard_path(self, shard: Shard, *, verify: bool = False) -> Path:

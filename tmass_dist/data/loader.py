@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import mmap
+import re
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from tmass_dist.config import DataConfig
 from tmass_dist.data.index import Index
+from tmass_dist.data.node_cache import NodeCache
 from tmass_dist.data.order import make_order
+from tmass_dist.data.remote import DownloadError
 from tmass_dist.data.samples import DamagedError, read_into
+from tmass_dist.data.streaming import StreamingOrder
 from tmass_dist.errors import PeerLostError, UserError
 from tmass_dist.noise import text_key
 
@@ -149,9 +153,11 @@ class TrainLoader:
         tokenize: texts to token ids.
         num_frames: frames of a video; see :func:`~tmass_dist.data.samples.read_into`.
         timeout_s: longest time that a worker may take for a batch.
+        node_ranks: the ranks of this node, which share ``data.cache``; None: all ranks.
 
     Raises:
-        UserError: the ranks do not divide the batch or the lanes, or the split has fewer pairs than one batch.
+        UserError: the ranks do not divide the batch or the lanes, the split has fewer pairs than one batch, or the
+            cache is too small.
 
     Attributes:
         steps_per_epoch: global batches of an epoch.
@@ -169,6 +175,7 @@ class TrainLoader:
         tokenize: Tokenize,
         num_frames: int = 12,
         timeout_s: float = 600,
+        node_ranks: Sequence[int] | None = None,
     ) -> None:
         if config.batch_size % world_size:
             raise UserError(f"data.batch_size={config.batch_size} is not divisible by {world_size} ranks")
@@ -177,6 +184,11 @@ class TrainLoader:
         self._dataset = _RankBatches(index, config, rank, world_size, seed, tokenize, num_frames)
         self.steps_per_epoch, self.left_out = self._dataset.order.steps_per_epoch, self._dataset.order.left_out
         self._num_workers, self._timeout_s = config.num_workers, timeout_s
+        self._cache = None
+        if config.cache_gb is not None and isinstance(self._dataset.order, StreamingOrder):
+            ranks = range(world_size) if node_ranks is None else node_ranks
+            self._cache = NodeCache(index, self._dataset.order, config, rank, world_size, ranks)
+            self._dataset.index = self._cache.reading(index)
         self._pixels = torch.from_numpy(self._dataset.pixels)
         if torch.cuda.is_available():  # pinned memory is copied to the GPU in the background; without it, it is slower
             torch.cuda.cudart().cudaHostRegister(  # pyright: ignore[reportOptionalMemberAccess]
@@ -188,8 +200,10 @@ class TrainLoader:
 
         Raises:
             UserError: a batch cannot be read; it names the shard.
+            DownloadError: a shard could not be downloaded for ``data.retry_s`` seconds.
             PeerLostError: a worker was killed, or took longer than ``timeout_s``; it names what was being read.
         """
+        fetcher = self._cache.start(start_step) if self._cache else None
         batches = iter(
             DataLoader(
                 self._dataset,
@@ -205,6 +219,8 @@ class TrainLoader:
         step = start_step
         try:
             while True:
+                if self._cache:
+                    self._cache.note_step(step)
                 batch = self._next(batches)
                 yield Batch(
                     self._pixels[step % len(self._pixels)],
@@ -218,13 +234,15 @@ class TrainLoader:
         finally:
             # Workers ignore SIGTERM, so they must be told to end before this process exits.
             getattr(batches, "_shutdown_workers", lambda: None)()
+            if fetcher is not None:
+                fetcher.close()
 
     def _next(self, batches: Iterator[_WorkerBatch]) -> _WorkerBatch:
         try:
             return next(batches)
-        except UserError as error:
+        except (UserError, DownloadError, PeerLostError) as error:
             # A worker's error carries its traceback; the last line is the message.
-            raise UserError(str(error).strip().splitlines()[-1].removeprefix("tmass_dist.errors.UserError: ")) from None
+            raise type(error)(re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1])) from error
         except ConnectionError as error:
             raise PeerLostError(f"a decoding process ended{self._being_read()}: {error}") from error
         except (RuntimeError, EOFError) as error:

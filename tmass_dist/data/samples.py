@@ -45,11 +45,9 @@ def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]
         DownloadError: the shard could not be downloaded.
     """
     sample = index.sample(number)
-    path = index.path(sample)
-    raw = _read_bytes(path, sample)
+    path, raw = _read_bytes(index, sample)
     if index.is_remote and zlib.crc32(raw) != sample.crc32:  # is it the local copy that is damaged?
-        path = index.path(sample, verify=True)
-        raw = _read_bytes(path, sample)
+        path, raw = _read_bytes(index, sample, verify=True)
     try:
         if zlib.crc32(raw) != sample.crc32:
             raise UserError("its checksum differs from the index")
@@ -74,9 +72,17 @@ def _read_own_sample(raw: bytes, sample_id: str) -> tuple[dict[str, Any], list[b
     return meta, list(members.values())
 
 
-def _read_bytes(path: Path, sample: Sample) -> bytes:
-    with path.open("rb") as shard:
-        return os.pread(shard.fileno(), sample.size, sample.offset)
+def _read_bytes(index: Index, sample: Sample, *, verify: bool = False) -> tuple[Path, bytes]:
+    """The local path of a sample's shard, and the sample's bytes."""
+    for attempt in range(3):
+        path = index.path(sample, verify=verify)
+        try:
+            with path.open("rb") as shard:
+                return path, os.pread(shard.fileno(), sample.size, sample.offset)
+        except FileNotFoundError:  # a copy may be deleted just before it is opened
+            if not index.is_remote or attempt == 2:
+                raise
+    raise AssertionError
 
 
 def read_into(

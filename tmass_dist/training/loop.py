@@ -74,6 +74,7 @@ class _TrainingRun:
             tokenize=tokenize,
             num_frames=config.model.num_frames,
             timeout_s=config.engine.timeout_s,
+            node_ranks=distributed.node_ranks(),
         )
         self.num_steps = config.epochs * self.loader.steps_per_epoch
         self.num_steps = min(self.num_steps, config.max_steps or self.num_steps)
