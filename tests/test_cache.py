@@ -257,7 +257,7 @@ def test_settings_that_do_not_fit_are_one_line(data: list[str], server: FaultySe
     common = ["-m", "tmass_dist.train", "--config", "demo.yaml", *data, f"run_dir={tmp_path / 'run'}"]
     url = [f"data.train={server.url}", f"data.cache={tmp_path / 'cache'}"]
     for more, message in (
-        (["data.order=streaming", "data.cache_gb=1"], "data.cache_gb limits the shards of a URL"),
+        (["data.order=streaming", "data.cache_gb=1"], "data.cache_gb limits the shards of URLs"),
         (["data.cache_gb=1"], "data.cache_gb applies to data.order=streaming"),
         ([*url, "data.cache_gb=1e-9", "data.lanes=4"], "data.cache_gb=1e-09 is too small"),
         ([*url, "data.cache_gb=1", "data.val=null", "data.holdout=3"], "held-out videos lie in all shards"),

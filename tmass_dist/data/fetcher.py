@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tmass_dist.data.cache import CachePlan
-from tmass_dist.data.remote import DownloadError, cached_path, fetch
+from tmass_dist.data.remote import DownloadError, cached_path, fetch, is_remote
 from tmass_dist.errors import PeerLostError, UserError
 
 PARALLEL = 4
@@ -35,7 +35,7 @@ DEMAND_S = 60.0
 
 @dataclass(frozen=True)
 class RemoteShard:
-    """A shard behind a URL, and where its local copy is kept."""
+    """A shard behind a URL, and where its local copy is kept; or a local file, if ``url`` is a path."""
 
     url: str
     cache: str
@@ -43,8 +43,12 @@ class RemoteShard:
     sha256: str
 
     @property
+    def is_remote(self) -> bool:
+        return is_remote(self.url)
+
+    @property
     def path(self) -> Path:
-        return cached_path(self.url, self.cache)
+        return cached_path(self.url, self.cache) if self.is_remote else Path(self.url)
 
     def beside(self, suffix: str) -> Path:
         """A file that says something about the shard."""
@@ -70,7 +74,7 @@ def wait_for(shard: RemoteShard, directory: Path) -> Path:
         PeerLostError: the fetcher is dead.
     """
     began = time.monotonic()
-    while not shard.is_here():
+    while shard.is_remote and not shard.is_here():
         if shard.beside("failed").is_file():
             failure = json.loads(shard.beside("failed").read_text(encoding="utf-8"))
             raise (UserError if failure["by_user"] else DownloadError)(failure["message"])
@@ -120,7 +124,7 @@ class Fetcher:
     ) -> None:
         self._shards, self._make_plan, self._directory, self._ranks = shards, make_plan, directory, ranks
         self._retry_s, self._parent = retry_s, os.getpid()
-        self._number_of = {shard.beside("wanted"): number for number, shard in enumerate(shards)}
+        self._number_of = {shard.beside("wanted"): number for number, shard in enumerate(shards) if shard.is_remote}
         self._folders = {path.parent for path in self._number_of}
         context = multiprocessing.get_context("fork")
         receiver, self._sender = context.Pipe(duplex=False)
@@ -168,7 +172,7 @@ class Fetcher:
 
     def _clean_and_plan(self) -> CachePlan:
         """Remove what a killed run left behind, and plan from what is here."""
-        for shard in self._shards:
+        for shard in (self._shards[number] for number in self._number_of.values()):
             for leftover in (shard.beside("failed"), shard.beside("wanted")):
                 leftover.unlink(missing_ok=True)
         for folder in self._folders:
@@ -179,7 +183,8 @@ class Fetcher:
         for rank in self._ranks:
             (self._directory / f"rank-{rank}.step").unlink(missing_ok=True)
         here = [number for number, shard in enumerate(self._shards) if shard.is_here()]
-        ours = [number for number in here if self._shards[number].beside("fetched").is_file()]
+        remote = set(self._number_of.values())
+        ours = [number for number in here if number in remote and self._shards[number].beside("fetched").is_file()]
         plan = self._make_plan(ours, sorted(set(here) - set(ours)))
         for number in plan.shrink():
             self._delete(number)

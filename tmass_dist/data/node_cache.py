@@ -13,20 +13,21 @@ from tmass_dist.data.cache import GB, CachePlan, check_capacity, node_uses
 from tmass_dist.data.fetcher import Fetcher, RemoteShard, wait_for, write_step
 from tmass_dist.data.index import Index
 from tmass_dist.data.streaming import StreamingOrder
+from tmass_dist.errors import UserError
 
 
 class NodeCache:
     """One rank's view of the cache of its node; the node's lowest rank starts the process that fills it.
 
     Args:
-        index: a split whose shards are all behind URLs.
+        index: a split with shards behind URLs; those that are local files are left alone.
         order: of training.
         config: cache directory and limit.
         rank, world_size: of this process.
         node_ranks: the ranks of this node.
 
     Raises:
-        UserError: the cache is too small for the lanes of this node.
+        UserError: the cache is too small for the lanes of this node, or there is no shard to download.
     """
 
     def __init__(
@@ -38,7 +39,11 @@ class NodeCache:
         world_size: int,
         node_ranks: Sequence[int],
     ) -> None:
-        assert config.cache is not None and config.cache_gb is not None
+        assert config.cache_gb is not None
+        if not index.is_remote:
+            raise UserError(f"data.cache_gb limits the shards of URLs, and all shards of {index.directory} are local")
+        if config.cache is None:
+            raise UserError("data.cache_gb limits the size of data.cache, which is not set")
         self._order, self._rank, self._node_ranks = order, rank, sorted(node_ranks)
         self._directory, self._retry_s = Path(config.cache).expanduser(), config.retry_s
         self._capacity = int(config.cache_gb * GB)
@@ -46,7 +51,7 @@ class NodeCache:
             RemoteShard(f"{shard.directory or index.directory}/{shard.name}", config.cache, shard.bytes, shard.sha256)
             for shard in index.shards
         ]
-        self._shard_bytes = np.array([shard.bytes for shard in index.shards])
+        self._shard_bytes = np.array([shard.bytes if shard.is_remote else 0 for shard in self._shards])
         per_rank = order.lanes // world_size
         self._lanes = [rank * per_rank + k for rank in self._node_ranks for k in range(per_rank)]
         check_capacity(config.cache_gb, order, self._lanes, self._shard_bytes)

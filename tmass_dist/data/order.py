@@ -112,8 +112,6 @@ def choose_order(config: DataConfig, world_size: int, saved: DataConfig | None) 
             if getattr(config, key) is not None:
                 raise UserError(f"data.{key} applies to data.order=streaming, and this run has data.order=global")
         return replace(config, order="global", lanes=None)
-    if config.cache_gb is not None and not is_remote(config.train):
-        raise UserError(f"data.cache_gb limits the shards of a URL, and data.train={config.train} is a directory")
     divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
     if lanes is None:
         fitting = [n for n in divisors if n % world_size == 0]
