@@ -1,7 +1,7 @@
-"""Describe packed videos by an image-text-to-text model; the captions lie beside the annotators', with their source.
+"""Write extra captions of packed videos by an image-text-to-text model, with the model's name as their source.
 
-``python shards/caption_videos.py data/msrvtt/train`` writes ``data/msrvtt/train/captions.jsonl``; training takes it by
-``data.captions=[captions.jsonl]``. Needs ``pip install -e '.[captions]'``.
+``python shards/caption_videos.py data/msrvtt/train`` writes ``data/msrvtt/train/captions.jsonl``; training uses it if
+``data.captions=[captions.jsonl]`` is set. Needs ``pip install -e '.[captions]'``.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ PROMPT = "Describe what happens in this picture in one sentence."
 
 
 class Captioner:
-    """One sentence for each picture.
+    """A model that describes a picture in one sentence.
 
     Args:
-        name: a model of transformers' image-text-to-text kind, or a directory that holds one.
-        prompt: what it is asked.
-        max_tokens: of an answer.
+        name: an image-text-to-text model of transformers, or a directory that holds one.
+        prompt: the question about each picture.
+        max_tokens: longest answer.
 
     Raises:
-        UserError: transformers is missing, or the model cannot be had.
+        UserError: transformers is missing, or the model cannot be loaded.
     """
 
     def __init__(self, name: str, prompt: str, max_tokens: int) -> None:
@@ -53,7 +53,7 @@ class Captioner:
             self.model = model.to(self.device).eval()
         except (OSError, ValueError) as error:
             line = str(error).strip().splitlines()[0]
-            raise UserError(f"the model {name} cannot be had: {line}; name a local directory by --model") from error
+            raise UserError(f"the model {name} cannot be loaded: {line}; --model may name a local directory") from error
         self.max_tokens = max_tokens
         if self.processor.tokenizer.pad_token is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
@@ -75,60 +75,72 @@ class Captioner:
         return [" ".join(answer.split()) for answer in answers]
 
 
-def _done(path: Path) -> tuple[set[str], int]:
-    """Ids that are described, and the bytes of whole lines: a kill may leave half a line."""
+def _described(path: Path) -> tuple[set[str], int]:
+    """Ids that are described, and the number of bytes of complete lines: a kill may leave half a line."""
     if not path.is_file():
         return set(), 0
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
-    return {json.loads(line)["id"] for line in content[:whole].splitlines()}, whole
+    return {json.loads(line)["id"] for line in content[:whole].split(b"\n") if line}, whole
 
 
 def describe(
     index: Index, path: Path, captioner: Captioner, source: str, frames: int, batch: int, part: tuple[int, int]
 ) -> None:
-    """Append a line ``id, captions, source`` to ``path`` for every video of a part that has none yet."""
+    """Append a line (``id``, ``captions``, ``source``) to ``path`` for every video of a part that has none yet.
+
+    Args:
+        index: the packed split.
+        path: of the file of captions.
+        captioner: the model.
+        source: the model's name.
+        frames: pictures of each video that are described.
+        batch: videos at a time.
+        part: ``(i, n)``: every ``n``-th video from the ``i``-th.
+    """
     import numpy as np
     from PIL import Image
     from tqdm import tqdm
 
     from tmass_dist.data.samples import read_into
 
-    done, whole = _done(path)
+    done, whole = _described(path)
     numbers = [n for n in range(part[0], len(index), part[1]) if index.id_of(n) not in done]
     side = index.image_size
     with path.open("ab") as file, tqdm(total=len(numbers), desc="describe", unit="video") as bar:
         file.truncate(whole)
         for start in range(0, len(numbers), batch):
-            mine = numbers[start : start + batch]
-            pictures = np.empty((len(mine), frames, side, side, 3), np.uint8)
-            for row, number in enumerate(mine):
+            chosen = numbers[start : start + batch]
+            pictures = np.empty((len(chosen), frames, side, side, 3), np.uint8)
+            for row, number in enumerate(chosen):
                 read_into(pictures[row], index, number)
             answers = captioner([Image.fromarray(picture) for video in pictures for picture in video])
-            for row, number in enumerate(mine):
-                # Frames of one shot are often described alike.
+            for row, number in enumerate(chosen):
+                # Frames of one shot often get the same description.
                 texts = list(dict.fromkeys(filter(None, answers[row * frames : (row + 1) * frames])))
                 entry = {"id": index.id_of(number), "captions": texts, "source": source}
                 file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
             file.flush()
-            bar.update(len(mine))
+            bar.update(len(chosen))
 
 
 def merge(index: Index, path: Path, parts: list[Path]) -> None:
-    """Put the parts of an array together, in the split's order.
+    """Put the parts of a job array together, in the order of the split.
 
     Raises:
-        UserError: videos that no part describes.
+        UserError: no part describes some videos.
     """
     lines: dict[str, str] = {}
     for file in parts:
-        lines |= {json.loads(line)["id"]: line for line in file.read_text(encoding="utf-8").splitlines()}
+        for line in file.read_text(encoding="utf-8").split("\n"):  # str.splitlines also splits at U+2028
+            if line:
+                lines[json.loads(line)["id"]] = line
     missing = [video for video in index.ids if video not in lines]
     if missing:
-        raise UserError(f"{len(missing)} videos are in no part yet: {', '.join(missing[:5])}")
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text("".join(lines[video] + "\n" for video in index.ids), encoding="utf-8")
-    aside.replace(path)
+        raise UserError(f"{len(missing)} videos are not described yet: {', '.join(missing[:5])}")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(lines[video] + "\n" for video in index.ids), encoding="utf-8")
+    temporary.replace(path)
     for file in parts:
         file.unlink()
 
@@ -136,14 +148,14 @@ def merge(index: Index, path: Path, parts: list[Path]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog=program("python shards/caption_videos.py"), description=__doc__)
     parser.add_argument("directory", type=Path, help="a packed split")
-    parser.add_argument("--model", default=MODEL, help=f"of transformers, or a directory ({MODEL})")
-    parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--frames", type=int, default=4, help="pictures of a video that are described (4)")
+    parser.add_argument("--model", default=MODEL, help=f"a model of transformers, or a directory ({MODEL})")
+    parser.add_argument("--prompt", default=PROMPT, help=f"the question about each picture ({PROMPT})")
+    parser.add_argument("--frames", type=int, default=4, help="pictures of each video that are described (4)")
     parser.add_argument("--batch-size", type=int, default=4, help="videos at a time (4)")
-    parser.add_argument("--max-tokens", type=int, default=40, help="of a caption (40)")
-    parser.add_argument("--name", default="captions.jsonl", help="of the file in the split's directory")
+    parser.add_argument("--max-tokens", type=int, default=40, help="longest caption (40)")
+    parser.add_argument("--name", default="captions.jsonl", help="file name in the split's directory (captions.jsonl)")
     parser.add_argument("--part", metavar="I/N", help="every N-th video from the I-th; --merge puts the parts together")
-    parser.add_argument("--merge", action="store_true", help="put the parts of an array together")
+    parser.add_argument("--merge", action="store_true", help="put the parts of a job array together")
     arguments = parser.parse_args()
     for name in ("frames", "batch_size", "max_tokens"):
         if getattr(arguments, name) < 1:
@@ -159,7 +171,7 @@ def main() -> None:
             path = path.with_name(f"{path.name}.part-{part[0]:05d}")
         captioner = Captioner(arguments.model, arguments.prompt, arguments.max_tokens)
         describe(index, path, captioner, arguments.model, arguments.frames, arguments.batch_size, part)
-    print(f"{path}: {len(_done(path)[0])} videos")
+    print(f"{path}: {len(_described(path)[0])} videos")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A generated data set: real mp4 clips of several scenes, each caption describing one scene only.
+"""Generate a data set: mp4 clips of several scenes, with captions that each describe one scene.
 
 ``python shards/demo_data.py --out DIR`` writes ``videos/*.mp4`` and ``manifest.jsonl``.
 The same seed gives the same bytes.
@@ -36,7 +36,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1), "still": (0, 0), "shaking": (0, 0)}
 TEXTURES = ("plain", "striped", "dotted", "checked")
-# The first word of each is the one the towers are pretrained with; the video stage meets the others for the first time.
+# The towers are pretrained with the first word of each; the others occur in the videos' captions only.
 SYNONYMS = {
     **{word: (word,) for word in (*COLOURS, *SHAPES, *TEXTURES)},
     "red": ("red", "crimson"),
@@ -68,7 +68,7 @@ VOCABULARY = sorted(
 
 @dataclass(frozen=True)
 class Scene:
-    """One moving shape on one ground; ``720`` different ones."""
+    """One moving shape on one background; there are 720 different scenes."""
 
     colour: str
     shape: str
@@ -80,7 +80,7 @@ SCENES = [Scene(c, s, m, t) for c in COLOURS for s in SHAPES for m in MOTIONS fo
 
 
 def caption(scene: Scene, rng: np.random.Generator, *, new_words: bool) -> str:
-    """One sentence; with ``new_words`` each word may be the synonym that pretraining never showed."""
+    """One sentence; with ``new_words`` each word may be a synonym that pretraining does not show."""
 
     def word(key: str) -> str:
         words = SYNONYMS[key]
@@ -93,7 +93,7 @@ def caption(scene: Scene, rng: np.random.Generator, *, new_words: bool) -> str:
 
 
 def render(scene: Scene, num_frames: int, side: int, rng: np.random.Generator) -> np.ndarray:
-    """uint8 ``(num_frames, side, side, 3)``; motion leaves a fading trail, so that a single frame shows it."""
+    """uint8 ``(num_frames, side, side, 3)``; a trail shows the motion in a single frame."""
     import numpy as np
 
     y, x = np.mgrid[0:side, 0:side] / side
@@ -141,7 +141,7 @@ def render(scene: Scene, num_frames: int, side: int, rng: np.random.Generator) -
 
 
 def write_video(path: Path, frames: np.ndarray) -> None:
-    """One mp4 at 12 frames a second, by one thread, so that the same frames give the same bytes."""
+    """Write an mp4 at 12 frames a second, by one thread, so that the same frames give the same bytes."""
     import av
 
     with av.open(str(path), "w", format="mp4") as container:
@@ -154,7 +154,7 @@ def write_video(path: Path, frames: np.ndarray) -> None:
 
 
 def caption_of_two(scenes: list[Scene], rng: np.random.Generator) -> str:
-    """Two of a video's scenes, without their grounds; fits the towers' context of 16."""
+    """A caption of two scenes, without their backgrounds; it fits the towers' context of 16 tokens."""
 
     def word(key: str) -> str:
         return SYNONYMS[key][int(rng.integers(len(SYNONYMS[key])))]
@@ -168,9 +168,9 @@ def _looks(number: int) -> tuple[str, str, str]:
 
 
 def _choose_easy(size: int, train: bool, rng: np.random.Generator) -> list[tuple[list[int], list[list[int]]]]:
-    """Scenes of each video, and which of them each caption tells: three scenes, a caption tells one.
+    """Scenes of each video, and those that each caption describes: three scenes, one of them in each caption.
 
-    The captioned scenes of a gallery are all different; the rest of each video comes from other scenes.
+    In a gallery, the described scenes are all different, and the other scenes are never described.
     """
     order = rng.permutation(len(SCENES))
     own, others = order[:size], order[size:]
@@ -178,16 +178,16 @@ def _choose_easy(size: int, train: bool, rng: np.random.Generator) -> list[tuple
     for number in range(size):
         if train:
             chosen = rng.choice(len(SCENES), 3, replace=False)
-            told = [[int(scene)] for scene in chosen]
+            described = [[int(scene)] for scene in chosen]
         else:
-            told = [[int(own[number])]]
+            described = [[int(own[number])]]
             chosen = rng.permutation([own[number], *rng.choice(others, 2, replace=False)])
-        videos.append(([int(scene) for scene in chosen], told))
+        videos.append(([int(scene) for scene in chosen], described))
     return videos
 
 
 def _choose_medium(size: int, train: bool, rng: np.random.Generator) -> list[tuple[list[int], list[list[int]]]]:
-    """Three scenes a video, all different in a gallery, and each told twice: six captions a video."""
+    """Three scenes a video, all different in a gallery, each described twice: six captions a video."""
     if train:
         return _choose_easy(size, train, rng)
     groups = rng.permutation(len(SCENES))[: 3 * size].reshape(size, 3).tolist()
@@ -195,9 +195,9 @@ def _choose_medium(size: int, train: bool, rng: np.random.Generator) -> list[tup
 
 
 def _choose_hard(size: int, train: bool, rng: np.random.Generator) -> list[tuple[list[int], list[list[int]]]]:
-    """Four scenes a video, a caption tells two of them; in a gallery no other video has both."""
+    """Four scenes a video, two of them in each caption; in a gallery no other video has both."""
     videos: list[list[int]] = []
-    having: dict[tuple[str, str, str], set[int]] = {}
+    videos_with: dict[tuple[str, str, str], set[int]] = {}
 
     def pairs_of(scenes: list[int]) -> list[list[int]]:
         return [[a, b] for k, a in enumerate(scenes) for b in scenes[k + 1 :] if _looks(a) != _looks(b)]
@@ -205,16 +205,16 @@ def _choose_hard(size: int, train: bool, rng: np.random.Generator) -> list[tuple
     while len(videos) < size:
         scenes = [int(scene) for scene in rng.choice(len(SCENES), 4, replace=False)]
         for scene in scenes:
-            having.setdefault(_looks(scene), set()).add(len(videos))
+            videos_with.setdefault(_looks(scene), set()).add(len(videos))
         videos.append(scenes)
     chosen = []
     for scenes in videos:
         pairs = pairs_of(scenes)
         if not train:
-            pairs = [pair for pair in pairs if len(having[_looks(pair[0])] & having[_looks(pair[1])]) == 1]
+            pairs = [pair for pair in pairs if len(videos_with[_looks(pair[0])] & videos_with[_looks(pair[1])]) == 1]
         order = rng.permutation(len(pairs))[: 3 if train else 1]
         chosen.append((scenes, [pairs[k] for k in order]))
-    # A video none of whose pairs is its own has no caption; it stays in nobody's gallery.
+    # A video without a pair of scenes of its own has no caption and is left out.
     return [video for video in chosen if video[1]]
 
 
@@ -224,14 +224,17 @@ def generate(out: Path, sizes: dict[str, int], seed: int, difficulty: str = "eas
     The third has captions of the training videos as a captioning model would write them. The last says, for each
     caption of the manifest, when the scenes that it describes are shown (seconds).
 
-    In ``val`` and ``test`` a caption fits one video of its gallery only.
+    In ``val`` and ``test`` each caption fits one video of the gallery only.
 
     Args:
-        out: where to.
+        out: the directory.
         sizes: videos of ``train``, ``val`` and ``test``.
-        seed: of everything.
-        difficulty: ``easy``: three scenes, a caption tells one with its ground; ``medium``: the same, six captions a
-            video in ``val`` and ``test``; ``hard``: four scenes, a caption tells two.
+        seed: of all random choices.
+        difficulty: ``easy``: three scenes, a caption describes one with its background; ``medium``: the same, with six
+            captions a video in ``val`` and ``test``; ``hard``: four scenes, a caption describes two.
+
+    Raises:
+        UserError: more videos of a gallery than there are different scenes.
     """
     import numpy as np
     from tqdm import tqdm
@@ -239,14 +242,14 @@ def generate(out: Path, sizes: dict[str, int], seed: int, difficulty: str = "eas
     most = {"easy": len(SCENES) // 2, "medium": len(SCENES) // 3, "hard": 10**6}[difficulty]
     for split in ("val", "test"):
         if sizes[split] > most:
-            raise UserError(f"--{split} is {sizes[split]}; at most {most} videos can be told apart")
+            raise UserError(f"--{split} is {sizes[split]}; at most {most} videos have different scenes")
     choose = {"easy": _choose_easy, "medium": _choose_medium, "hard": _choose_hard}[difficulty]
     writable_dir(out / "videos")
-    rows, described, moments = [], [], []
+    rows, captioner_rows, moments = [], [], []
     with tqdm(total=sum(sizes.values()), desc="videos", unit="video") as bar:
         for split_number, (split, size) in enumerate(sizes.items()):
             rng = np.random.default_rng((seed, split_number))
-            for number, (scenes, told) in enumerate(choose(size, split == "train", rng)):
+            for number, (scenes, described_scenes) in enumerate(choose(size, split == "train", rng)):
                 room = np.arange(1, NUM_FRAMES // 4)
                 cuts = np.sort(rng.choice(room, len(scenes) - 1, replace=False)) * 4
                 lengths = np.diff([0, *cuts, NUM_FRAMES])
@@ -254,18 +257,18 @@ def generate(out: Path, sizes: dict[str, int], seed: int, difficulty: str = "eas
                 frames = [render(SCENES[s], int(n), SIDE, rng) for s, n in zip(scenes, lengths)]
                 write_video(out / "videos" / f"{video_id}.mp4", np.concatenate(frames))
                 if difficulty != "hard":
-                    captions = [caption(SCENES[s], rng, new_words=True) for (s,) in told]
+                    captions = [caption(SCENES[s], rng, new_words=True) for (s,) in described_scenes]
                 else:
-                    captions = [caption_of_two([SCENES[s] for s in pair], rng) for pair in told]
+                    captions = [caption_of_two([SCENES[s] for s in pair], rng) for pair in described_scenes]
                 rows.append({"id": video_id, "path": f"videos/{video_id}.mp4", "captions": captions, "split": split})
                 edges = [0, *np.cumsum(lengths).tolist()]
                 shown = {s: [a / FPS, b / FPS] for s, (a, b) in zip(scenes, pairwise(edges))}
-                moments.append({"id": video_id, "moments": [[shown[s] for s in some] for some in told]})
+                moments.append({"id": video_id, "moments": [[shown[s] for s in some] for some in described_scenes]})
                 if split == "train":
                     words = [caption(SCENES[s], rng, new_words=True) for s in scenes]
-                    described.append({"id": video_id, "captions": words, "source": "the generator"})
+                    captioner_rows.append({"id": video_id, "captions": words, "source": "the generator"})
                 bar.update()
-    for name, content in (("manifest.jsonl", rows), ("captioner.jsonl", described), ("moments.jsonl", moments)):
+    for name, content in (("manifest.jsonl", rows), ("captioner.jsonl", captioner_rows), ("moments.jsonl", moments)):
         (out / name).write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
 
 
@@ -274,7 +277,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--train", type=int, default=1000, help="training videos")
     parser.add_argument("--val", type=int, default=100, help="validation videos")
-    parser.add_argument("--test", type=int, default=200, help="test videos; hard: a few more, some are left out")
+    parser.add_argument("--test", type=int, default=200, help="test videos; a few are left out if --difficulty is hard")
     parser.add_argument("--difficulty", choices=("easy", "medium", "hard"), default="easy")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
-"""Pretrain the demo's tiny towers on pictures of single scenes: ``python shards/demo_towers.py --out configs/towers``.
+"""Pretrain the demo's small towers on pictures of single scenes: ``python shards/demo_towers.py --out configs/towers``.
 
-Only the first word of every group of synonyms is shown, so that the video stage has words left to learn.
+Only the first word of every group of synonyms is used, so that words remain to be learnt from videos.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DESCRIPTION = {
 
 
 def pretrain(out: Path, steps: int, batch_size: int, seed: int) -> None:
-    """Symmetric InfoNCE of picture and caption; writes the description and half-precision weights."""
+    """Train by symmetric InfoNCE of pictures and captions; writes the description and the weights in half precision."""
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -43,7 +43,7 @@ def pretrain(out: Path, steps: int, batch_size: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     towers = build_towers(str(out / "demo.json"), None)
     tokenize = build_tokenizer(str(out / "demo.json"))
-    # Rendered once: twelve pictures of every scene, shrunk from 64 px as packing does.
+    # Rendered once: twelve pictures of every scene, 64 pixels wide; they are resized to 32 pixels as in packing.
     pictures = []
     for scene in tqdm(SCENES, desc="pictures"):
         pictures.append(np.concatenate([render(scene, 2, 64, rng) for _ in range(6)]))

@@ -74,7 +74,7 @@ def test_each_data_set_is_read_as_published(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "name", "content", "said"),
+    ("source", "name", "content", "message"),
     [
         ("msrvtt", "MSRVTT_train.9k.csv", "video\nvideo0\n", "lacks the column video_id"),
         ("msrvtt", "MSRVTT_train.9k.csv", "video_id\nvideo77\n", "no caption of 1 videos.*video77"),
@@ -93,16 +93,16 @@ def test_each_data_set_is_read_as_published(tmp_path: Path) -> None:
         ("vatex", "vatex_training_v1.0.json", '{"v": 3}', "enCap of v is not a list"),
     ],
 )
-def test_a_wrong_annotation_file_is_named(tmp_path: Path, source: str, name: str, content: str, said: str) -> None:
+def test_a_wrong_annotation_file_is_named(tmp_path: Path, source: str, name: str, content: str, message: str) -> None:
     _msrvtt(tmp_path)
     _others(tmp_path)
     _write(tmp_path / name, content)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(UserError, match=message):
         read_rows(source, tmp_path, tmp_path, "train")
     (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=r"no .* in "):
+    with pytest.raises(UserError, match=r"no .* in "):
         read_rows(source, tmp_path, tmp_path, "train")
-    with pytest.raises(ValueError, match="has no split 'dev'"):
+    with pytest.raises(UserError, match="has no split 'dev'"):
         read_rows(source, tmp_path, tmp_path, "dev")
 
 

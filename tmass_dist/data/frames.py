@@ -1,4 +1,4 @@
-"""Which frames of a video are taken."""
+"""Which frames of a video are taken, by number."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from tmass_dist.errors import UserError
 
 
 def _segments(start: float, end: float, num_frames: int) -> list[tuple[int, int]]:
-    """First frame and the one after the last of each equal segment; a short video has one segment a frame."""
+    """First frame, and the frame after the last, of each equal segment; a short video has a segment for each frame."""
     number = min(num_frames, int(end - start))
     if number < 1:
         raise UserError("the video has no frame there")
-    # numpy.linspace(start, end, number + 1) truncated: the step is rounded before it is multiplied.
+    # As numpy.linspace(start, end, number + 1) with truncation: the step is rounded before it is multiplied.
     step = (end - start) / number
     return list(pairwise([*(int(start + k * step) for k in range(number)), int(end)]))
 
@@ -32,10 +32,10 @@ def uniform_frame_indices(length: int, num_frames: int) -> list[int]:
 
 
 def random_frame_indices(length: int, num_frames: int, rng: np.random.Generator) -> list[int]:
-    """Any frame of each of ``num_frames`` equal segments; a short video repeats its last frame.
+    """A random frame of each of ``num_frames`` equal segments; a short video repeats its last frame.
 
-    The published ``rand`` sampling never takes a segment's last frame and fails where a segment has one frame only;
-    here every frame of a segment is as likely as the others.
+    All frames of a segment are equally likely. The published ``rand`` sampling never takes a segment's last frame, and
+    fails if a segment has only one.
     """
     indices = [int(rng.integers(start, end)) for start, end in _segments(0, length, num_frames)]
     return indices + [indices[-1]] * (num_frames - len(indices))
@@ -47,8 +47,8 @@ def window_frame_indices(length: int, fps: float, start_s: float, end_s: float, 
     Args:
         length: decoded frames of the video.
         fps: frames a second.
-        start_s, end_s: seconds; DiDeMo's captions describe the first 30 s, asked for as 0 to 31.
-        num_frames: frames wanted; a short window repeats its last frame, where the published code fails.
+        start_s, end_s: the window, seconds. DiDeMo's captions describe the first 30 s; its window is 0 to 31.
+        num_frames: frames wanted. A short window repeats its last frame; the published code fails there.
 
     Raises:
         UserError: the video ends before the window starts.
