@@ -23,7 +23,7 @@ from tmass_dist.data.samples import read_into, read_sample, safe_key
 def test_generated_data_is_the_same_bytes_and_disjoint(demo_videos: Path, tmp_path: Path) -> None:
     generate(tmp_path, SIZES, seed=0)
     files = sorted(p.relative_to(demo_videos) for p in demo_videos.rglob("*") if p.is_file())
-    assert len(files) == sum(SIZES.values()) + 2
+    assert len(files) == sum(SIZES.values()) + 3  # the manifest, the captioner's captions, the moments
     assert all((demo_videos / f).read_bytes() == (tmp_path / f).read_bytes() for f in files)
     rows = [json.loads(line) for line in (demo_videos / "manifest.jsonl").read_text().splitlines()]
     assert len({row["id"] for row in rows}) == len(rows)
