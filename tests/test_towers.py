@@ -64,7 +64,7 @@ def test_a_checkpoint_of_another_architecture_names_what_differs_and_what_it_ask
     made = build_model(load_config("demo.yaml", ["model.num_frames=8"]).model)
     for overrides, said in (
         (["model.num_frames=12"], r"head\.mass\.linear\.weight is \(96, 8\) and not \(96, 12\).*model\.num_frames=8"),
-        (["model.pooling=mean"], r"has head\.pooling\.query\.weight too.*model\.pooling=xpool"),
+        (["model.pooling=mean"], r"has an additional head\.pooling\.query\.weight.*model\.pooling=xpool"),
     ):
         with pytest.raises(ValueError, match=said):
             load_weights(build_model(load_config("demo.yaml", overrides).model), made.state_dict(), "best.safetensors")

@@ -1,4 +1,4 @@
-"""The one door to open_clip: the text and frame towers, and their tokenizer."""
+"""The only module that calls open_clip: the text tower, the frame tower and their tokenizer."""
 
 # Shapes: B videos (or texts), F frames, H W pixels, C colours, L tokens, D embedding width.
 
@@ -21,10 +21,10 @@ _kept_libraries: list[Any] = []
 
 
 def usable_torchvision() -> None:
-    """Call it before anything that imports torchvision."""
+    """Let torchvision be imported with a CPU build of torch; call it before anything that imports torchvision."""
     if torch.version.cuda is None and not _kept_libraries:
-        # PyPI's torchvision carries CUDA operators that do not load beside a CPU torch, and then fails to import.
-        # Declaring the two it looks for is enough; the Library must stay alive.
+        # torchvision from PyPI contains CUDA operators, which a CPU build of torch does not load, and fails.
+        # Declaring the two operators that it looks up is enough. The Library object must be kept.
         library = torch.library.Library("torchvision", "FRAGMENT")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -39,7 +39,7 @@ def _open_clip() -> Any:
 
 
 def find_file(path: str) -> Path:
-    """As given, else below ``configs/``."""
+    """The file of this path, else the one of this name in ``configs/``."""
     for candidate in (Path(path), CONFIG_DIR / path):
         if candidate.is_file():
             return candidate
@@ -75,8 +75,8 @@ class Towers(nn.Module):
         self.context_length = context_length
         self.embed_dim = embed_dim
         if getattr(clip, "logit_bias", None) is not None:
-            clip.logit_bias.requires_grad_(False)  # SigLIP's own loss has one; InfoNCE does not see it
-        # As the towers were pretrained: CLIP's (Radford et al., 2021) where they do not say.
+            clip.logit_bias.requires_grad_(False)  # a parameter of SigLIP's loss; InfoNCE does not use it
+        # The normalisation of the pretraining; CLIP's (Radford et al., 2021) if the weights state none.
         mean = normalisation.get("mean") or (0.48145466, 0.4578275, 0.40821073)
         std = normalisation.get("std") or (0.26862954, 0.26130258, 0.27577711)
         self.register_buffer("mean_C", torch.tensor(mean), persistent=False)
@@ -88,11 +88,11 @@ class Towers(nn.Module):
         return self.clip.logit_scale
 
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
-        """``text_BD`` of token ids; what is left out beyond the longest text of a batch changes nothing."""
+        """``text_BD`` of token ids, which may be trimmed to the longest text of the batch: the result is the same."""
         length = tokens_BL.shape[1]
         if length == self.context_length:
             return self.clip.encode_text(tokens_BL)
-        # open_clip's CLIP takes full contexts only. In a causal tower no token sees what follows the end token.
+        # open_clip's CLIP accepts full contexts only. In a causal tower no token attends to those after the end token.
         clip = self.clip
         cast = clip.transformer.get_cast_dtype()
         x_BLW = clip.token_embedding(tokens_BL).to(cast) + clip.positional_embedding[:length].to(cast)
@@ -101,7 +101,7 @@ class Towers(nn.Module):
         return x_BLW[rows_B, tokens_BL.argmax(dim=-1)] @ clip.text_projection
 
     def encode_frames(self, pixels_BFHWC: Tensor) -> Tensor:
-        """``frames_BFD`` of uint8 frames; normalised here, so that bytes travel to the device and not floats."""
+        """``frames_BFD`` of uint8 frames. They are normalised here, so that bytes are copied to the device."""
         num_videos, num_frames = pixels_BFHWC.shape[:2]
         pixels = (pixels_BFHWC.flatten(0, 1).to(self.clip.logit_scale.dtype) / 255 - self.mean_C) / self.std_C
         return self.clip.encode_image(pixels.permute(0, 3, 1, 2)).unflatten(0, (num_videos, num_frames))
@@ -110,7 +110,7 @@ class Towers(nn.Module):
 def build_towers(
     architecture: str | dict[str, Any], pretrained: str | None, *, without_weights: bool = False
 ) -> Towers:
-    """Towers of an open_clip name, or of a description (.json) of one's own.
+    """Towers of an architecture of open_clip, or of a description in a JSON file.
 
     Args:
         architecture: ``ViT-B-32-quickgelu``, a JSON file (a path, or one of ``configs/``), or its content.
@@ -119,7 +119,8 @@ def build_towers(
             checkpoint to fill: nothing is read or downloaded.
 
     Raises:
-        UserError: an unknown architecture (nearest names), or a file that is missing, torn or of another shape.
+        UserError: an unknown architecture (the message lists similar names), or a file that is missing, damaged or of
+            other shapes.
     """
     open_clip, normalisation = _open_clip(), {}
     if isinstance(architecture, dict) or architecture.endswith(".json"):
@@ -148,8 +149,10 @@ def build_towers(
             if tag is None:
                 raise
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(f"the weights {tag} of {architecture} cannot be had: {line}; name a local file") from error
-        # Published scalars are 0-dim; DeepSpeed wants [1].
+            raise UserError(
+                f"the weights {tag} of {architecture} are not available: {line}; set model.pretrained to a local file"
+            ) from error
+        # Published scalars have no dimension; DeepSpeed requires one.
         clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
         embed_dim, context_length = open_clip.get_model_config(architecture)["embed_dim"], clip.context_length
         if getattr(clip, "logit_bias", None) is not None:
@@ -203,7 +206,7 @@ def _load(clip: nn.Module, path: Path) -> None:
             weights = _tensors(path)
         weights = {name: tensor.float() for name, tensor in weights.items()}
     except Exception as error:
-        raise UserError(f"{path} is torn, or not a file of weights: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path} is damaged, or not a file of weights: {str(error).splitlines()[0]}") from error
     for name in ("logit_scale", "logit_bias"):
         if name in weights:
             weights[name] = weights[name].reshape(1)
@@ -219,7 +222,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         if "TorchScript" not in str(error):
             raise
     weights = torch.jit.load(str(path), map_location="cpu").state_dict()
-    # Three numbers of the archive that say how it was built, not what it learnt.
+    # Three numbers of the archive describe the architecture and are not weights.
     return {k: v for k, v in weights.items() if k not in ("input_resolution", "context_length", "vocab_size")}
 
 
@@ -231,7 +234,7 @@ def check_finite(weights: dict[str, Tensor], source: str) -> None:
 
 
 def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """``load_state_dict`` that says what differs, and which settings the weights ask for.
+    """``load_state_dict`` with an error that lists the differences and the settings that fit the weights.
 
     Raises:
         UserError: names or shapes differ, or numbers are not finite.
@@ -239,25 +242,25 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     own = module.state_dict()
     differing = [
         *(f"lacks {name}" for name in own if name not in weights),
-        *(f"has {name} too" for name in weights if name not in own),
+        *(f"has an additional {name}" for name in weights if name not in own),
         *(
-            f"{name} is {tuple(weights[name].shape)} and not {tuple(own[name].shape)}"
+            f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
             for name in own
             if name in weights and weights[name].shape != own[name].shape
         ),
     ]
     if differing:
-        asks = settings_of(weights)
+        settings = settings_of(weights)
         raise UserError(
-            f"{source} is of another architecture in {len(differing)} names: {'; '.join(differing[:3])}"
-            + (f". It asks for {', '.join(asks)}" if asks else "")
+            f"{source} is of another architecture; {len(differing)} weights differ: {'; '.join(differing[:3])}"
+            + (f". Settings that fit it: {', '.join(settings)}" if settings else "")
         )
     check_finite({name: value for name, value in weights.items() if own[name].is_floating_point()}, source)
     module.load_state_dict(weights)
 
 
 def settings_of(weights: dict[str, Tensor]) -> list[str]:
-    """The config that weights come from, as far as their names and shapes tell."""
+    """The settings that fit these weights, as far as their names and shapes show."""
     shapes = {name.removeprefix("towers.clip."): tuple(value.shape) for name, value in weights.items()}
     found = []
     if "visual.conv1.weight" in shapes and "text_projection" in shapes:
@@ -283,7 +286,7 @@ def settings_of(weights: dict[str, Tensor]) -> list[str]:
 
 
 class WordTokenizer:
-    """Words of a small vocabulary; the end token has the highest id, since CLIP pools where the id is largest."""
+    """A tokenizer with a small vocabulary of words; the end token has the highest id, at which CLIP pools."""
 
     def __init__(self, vocabulary: list[str], context_length: int) -> None:
         self.ids = {word: number + 2 for number, word in enumerate(vocabulary)}  # 0 pads, 1 is an unknown word
@@ -299,7 +302,7 @@ class WordTokenizer:
 
 
 class Trimmed:
-    """A tokenizer without the padding that all texts of a call share; the end token has the highest id."""
+    """A tokenizer that trims its result to the longest text of the call; the end token has the highest id."""
 
     def __init__(self, tokenize: Callable[[list[str]], Tensor]) -> None:
         self.tokenize = tokenize
@@ -310,7 +313,7 @@ class Trimmed:
 
 
 def _is_plain_clip(config: dict[str, Any]) -> bool:
-    """Whether open_clip builds its ``CLIP``, causal and pooled at the end token, as OpenAI's is."""
+    """Whether open_clip builds a ``CLIP`` with a causal text tower that pools at the end token, like OpenAI's."""
     text = config["text_cfg"]
     plain = text.get("pool_type", "argmax") == "argmax" and not text.get("proj_bias")
     return plain and not config.get("custom_text") and not {"hf_model_name", "no_causal_mask"} & set(text)

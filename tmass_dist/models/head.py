@@ -1,4 +1,4 @@
-"""The head of every system of the paper: a pooling, and a text mass or none."""
+"""The head of every system of the paper: a pooling, and optionally a text mass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tmass_dist.models.stochastic import TextMass
 
 
 class RetrievalHead(nn.Module):
-    """``pooling`` turns frames into one vector a pair; ``mass`` is None for a system without stochastic text."""
+    """``pooling`` makes one vector of a video's frames for each pair; ``mass`` is None without stochastic text."""
 
     def __init__(self, pooling: XPool | MeanPool, mass: TextMass | None) -> None:
         super().__init__()
@@ -19,7 +19,7 @@ class RetrievalHead(nn.Module):
 
 
 def build_head(config: ModelConfig, embed_dim: int) -> RetrievalHead:
-    """A head in its initial state, by default the authors', for embeddings of width ``embed_dim``."""
+    """A head with its initial weights (by default those of the authors), for embeddings of width ``embed_dim``."""
     pooling = MeanPool() if config.pooling == "mean" else XPool(embed_dim, config.num_heads, config.dropout)
     if config.radius == "none":
         return RetrievalHead(pooling, None)
