@@ -15,7 +15,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -125,16 +124,23 @@ def loss_step(
         ).total.backward()
 
     step(1.0)  # libraries load what they need
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
+    before = resident_peak_mb()
     with Meter() as meter:
         step(memory_mb)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown_mb = resident_peak_mb() - before
     dist.destroy_process_group()
     # Texts, samples and support texts, and the gradients of the three. With the radius of each pair, noise is gathered
     # instead of samples, and it has no gradient.
     num_gathered = 4 + (settings.samples if settings.training_radius == "pair" else 2 * settings.samples)
     rows = num_gathered * num_pairs * width
-    return StepCost((meter.peak - 4 * rows) / 1e6, meter.exchanged - rows, grown * 1024 / 1e6)
+    return StepCost((meter.peak - 4 * rows) / 1e6, meter.exchanged - rows, grown_mb)
+
+
+def resident_peak_mb() -> float:
+    """The most resident memory of this process since the peak was reset, MB; Linux only."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
 
 
 def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -193,8 +193,8 @@ class EngineConfig:
     micro_batch: int | None = None
     """Pairs that a rank encodes at a time: the gradient of the whole batch in the memory of so many; null: all."""
     head_memory_mb: int | None = 2048
-    """MB for pooling a rank's videos by the texts of all ranks; null: no limit. If it is too little, pairs are pooled in
-    tiles, which are computed again in the backward pass."""
+    """MB for pooling a rank's videos by the texts of all ranks; null: no limit. If it is too little, pairs are pooled
+    in tiles, which are computed again in the backward pass."""
     checkpoint_activations: bool = False
     """Compute the towers' activations again in the backward pass: less memory for a third more work."""
     compile: bool = False
