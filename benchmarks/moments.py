@@ -20,11 +20,7 @@ import numpy as np  # noqa: E402
 
 
 def moment(values_F: np.ndarray, seconds: float) -> tuple[float, float]:
-<<<<<<< HEAD
     """Start and end, in seconds, of the run of frames around the best one."""
-=======
-    """Start and end, in seconds, of the run of frames around the best one; frames are equal parts of the video."""
->>>>>>> 5bbb63c (Lint of two benchmarks; the generated data has a file of moments)
     above = values_F >= (values_F.min() + values_F.max()) / 2
     first = last = int(values_F.argmax())
     while first > 0 and above[first - 1]:

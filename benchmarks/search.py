@@ -190,7 +190,7 @@ def through_the_page(gallery: Path, queries_of_each: int = 25) -> dict[str, Any]
         for thread in threads:
             thread.join()
         status = Path(f"/proc/{server.pid}/status").read_text()
-        memory = {
+        kilobytes = {
             key: int(value.split()[0])
             for key, value in (row.split(":", 1) for row in status.splitlines() if "kB" in row)
         }
