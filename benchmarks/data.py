@@ -26,6 +26,7 @@ import numpy as np  # noqa: E402
 import simplejpeg  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks import streaming  # noqa: E402
 from shards.make_shards import PackSettings, make_shards  # noqa: E402
 from shards.pack_pool import Job, Limits, pack_all, pack_job  # noqa: E402
 from shards.pack_video import Recipe  # noqa: E402
@@ -172,6 +173,14 @@ def main() -> None:
             lambda: [next(batches) for _ in range(steps)],
         )
         ours_s /= steps * 16
+        streamed = DataConfig(batch_size=16, num_workers=0, order="streaming", lanes=8)
+        streaming_loader = TrainLoader(index, streamed, rank=0, world_size=1, seed=0, tokenize=WordTokenizer(["a"], 32))
+        streaming_batches = streaming_loader.batches(0)
+        global_s, streaming_s = in_turn(
+            15, lambda: [next(batches) for _ in range(steps)], lambda: [next(streaming_batches) for _ in range(steps)]
+        )
+        rate = steps * 16 / streaming_s
+        line("load-streaming", rate, "videos/s/core", "data.order=global", round(global_s / streaming_s, 3))
         line("load-12x224", 1 / ours_s, "videos/s/core", "raw simplejpeg", round(raw_s / steps / 16 / ours_s, 3))
         try:
             import cv2
@@ -200,6 +209,7 @@ def main() -> None:
         many_shards(many, 10_000, 256)
         (start_up,) = in_turn(3, lambda: epoch_batches(load_index(many).num_captions, seed=0, epoch=0, batch_size=128))
         line("index-10000-shards", start_up, "s", "3 s", round(3 / start_up, 1))
+    streaming.main()
 
 
 if __name__ == "__main__":

@@ -254,7 +254,7 @@ def _children(parent: int) -> list[int]:
 
 
 def test_settings_that_do_not_fit_are_one_line(data: list[str], server: FaultyServer, tmp_path: Path) -> None:
-    common = ["-m", "tmass_dist.train", "--config", "demo.yaml", *data, f"run_dir={tmp_path / 'run'}"]
+    common = ["-m", "tmass_dist.train", "--config", "demo.yaml", *data]
     url = [f"data.train={server.url}", f"data.cache={tmp_path / 'cache'}"]
     for more, message in (
         (["data.order=streaming", "data.cache_gb=1"], "data.cache_gb limits the shards of URLs"),
@@ -263,7 +263,7 @@ def test_settings_that_do_not_fit_are_one_line(data: list[str], server: FaultySe
         ([*url, "data.cache_gb=1", "data.val=null", "data.holdout=3"], "held-out videos lie in all shards"),
         ([*url, "data.retry_s=700"], "data.retry_s is 700"),
     ):
-        done = run(*common, *more)
+        done = run(*common, *more, f"run_dir={tmp_path / message[-8:]}")
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 

@@ -12,6 +12,7 @@ from tmass_dist.config import DataConfig
 from tmass_dist.data.cache import GB, CachePlan, check_capacity, node_uses
 from tmass_dist.data.fetcher import Fetcher, RemoteShard, wait_for, write_step
 from tmass_dist.data.index import Index
+from tmass_dist.data.order import make_order
 from tmass_dist.data.streaming import StreamingOrder
 from tmass_dist.errors import UserError
 
@@ -81,3 +82,14 @@ class NodeCache:
     def note_step(self, step: int) -> None:
         """This rank has read all batches before ``step``."""
         write_step(self._directory, self._rank, step)
+
+
+def check_order(index: Index, config: DataConfig, seed: int, world_size: int) -> None:
+    """Check, before a run records its settings, that the split is large enough, and the cache for a node of one rank.
+
+    Raises:
+        UserError: the split or the cache is too small.
+    """
+    order = make_order(index, config, seed)
+    if config.cache_gb is not None and isinstance(order, StreamingOrder):
+        NodeCache(index, order, config, 0, world_size, [0])

@@ -77,12 +77,14 @@ def check(config: Config, world: int) -> Config:
     Raises:
         UserError: in one line, what is wrong and what to do.
     """
+    from tmass_dist.data.node_cache import check_order
     from tmass_dist.data.order import choose_order
 
     check_batch(config, world)
     saved = _saved_config(config)
     config = replace(config, data=choose_order(config.data, world, saved.data if saved else None))
-    load_splits(config)
+    training, _ = load_splits(config)
+    check_order(training, config.data, config.seed, world)
     writable_dir(config.run_dir)
     if saved:
         differing = differing_keys(replace(saved, data=choose_order(saved.data, 1, saved.data)), config)
