@@ -1,7 +1,7 @@
-"""Exact scoring against the plain published algorithm, in one run: a JSON line each.
+"""Exact scoring against a plain implementation of the published algorithm, in one run; prints JSON lines.
 
-``python benchmarks/scoring.py`` (every line, some 8 minutes on 2 cores), ``--quick`` (those of one thread). What is
-compared on one thread runs in turn, three times, and the least counts: other work on the machine only adds.
+``python benchmarks/scoring.py`` prints all lines (about 8 minutes on 2 cores), ``--quick`` those of one thread. What is
+compared on one thread runs alternately, three times, and the shortest time counts: other load only adds time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _inputs(num_texts: int, num_videos: int) -> tuple[Any, ...]:
 
 
 def ours(num_texts: int, num_videos: int, device: str = "cpu", precision: str = "float32") -> Any:
-    """Every text against every video, noise drawn for each text, 64 texts at a time."""
+    """Score every text against every video, 64 texts at a time, with noise for each text."""
     import torch
 
     from tmass_dist.evaluation.blocks import TILE_SIZES
@@ -58,15 +58,15 @@ def ours(num_texts: int, num_videos: int, device: str = "cpu", precision: str = 
 
 
 def ours_bf16(num_texts: int, num_videos: int) -> Any:
-    """The same with the samples' products in bfloat16."""
+    """The same with the products of the samples in bfloat16."""
     return ours(num_texts, num_videos, precision="bfloat16")
 
 
 def published(num_texts: int, num_videos: int, device: str = "cpu") -> None:
-    """The published algorithm, plainly and in its order.
+    """The published algorithm in its own order, without optimisations.
 
-    Every projection for every pair; then M times: radius and sample of all pairs from the start, both sides normalised,
-    their products; at last the best of the M kept matrices.
+    It computes every projection for every pair. Then, M times, it computes the radii and samples of all pairs again,
+    normalises both sides and multiplies them. At the end it takes the best of the M matrices.
     """
     import torch
     import torch.nn.functional as F
@@ -89,7 +89,7 @@ def published(num_texts: int, num_videos: int, device: str = "cpu") -> None:
 
 
 def _peak_kb() -> int:
-    """The most memory this process has held, as Linux counts it."""
+    """Peak resident set of this process, kB."""
     [line] = [text for text in Path("/proc/self/status").read_text().splitlines() if text.startswith("VmHWM:")]
     return int(line.split()[1])
 
@@ -98,8 +98,8 @@ def _child(connection: Any, function: Callable[..., Any], threads: int, argument
     import torch
 
     torch.set_num_threads(threads)
-    function(8, 8)  # imports and first touches are no part of the work
-    # A process starts with the peak of the one that started it: forget it.
+    function(8, 8)  # imports and first allocations are not measured
+    # A process inherits the peak of its parent; this resets it.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     base = _peak_kb()
     began, used = time.perf_counter(), time.process_time()
@@ -109,20 +109,20 @@ def _child(connection: Any, function: Callable[..., Any], threads: int, argument
 
 
 def measure(function: Callable[..., Any], threads: int, num_texts: int, num_videos: int) -> tuple[float, ...]:
-    """Seconds, processor seconds, and peak memory above what the imports take, GB, in a process of its own."""
-    here, there = multiprocessing.Pipe(duplex=False)
-    arguments = (there, function, threads, (num_texts, num_videos))
+    """Seconds, CPU seconds, and peak memory in GB above that after the imports; in a process of its own."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    arguments = (sender, function, threads, (num_texts, num_videos))
     process = multiprocessing.get_context("spawn").Process(target=_child, args=arguments)
     process.start()
-    found = here.recv()
+    measured = receiver.recv()
     process.join()
-    return found
+    return measured
 
 
 def bf16_against_float32() -> tuple[float, float]:
-    """Greatest difference of two scores, and the share of texts whose right video has the same rank.
+    """Largest difference of two scores, and the share of texts whose correct video has the same rank.
 
-    1,000 texts near the mean of their videos' frames, so far off that about half of them rank theirs first.
+    The 1,000 texts are the mean of their video's frames plus noise, so that about half of them rank their video first.
     """
     import torch
 
@@ -134,22 +134,22 @@ def bf16_against_float32() -> tuple[float, float]:
     text = frames.mean(dim=1) + 1.2 * text
     gallery, noise = Gallery(head, frames), keyed_noise(torch.arange(1000), NUM_TRIALS * WIDTH, seed=0)
     noise = noise.view(-1, NUM_TRIALS, WIDTH)
-    exact, found = (gallery.score(text, noise, precision=kind) for kind in (torch.float32, torch.bfloat16))
-    ranks = [(scores >= scores.diagonal()[:, None]).sum(dim=1) for scores in (exact, found)]
-    return float((exact - found).abs().max()), float((ranks[0] == ranks[1]).float().mean())
+    exact, rounded = (gallery.score(text, noise, precision=kind) for kind in (torch.float32, torch.bfloat16))
+    ranks = [(scores >= scores.diagonal()[:, None]).sum(dim=1) for scores in (exact, rounded)]
+    return float((exact - rounded).abs().max()), float((ranks[0] == ranks[1]).float().mean())
 
 
 def line(name: str, value: float, unit: str, reference: str, ratio: float, **more: Any) -> None:
-    """One result."""
-    found = {"name": name, "value": round(value, 4), "unit": unit, "reference": reference, "ratio": round(ratio, 2)}
-    print(json.dumps(found | more), flush=True)
+    """Print one result."""
+    result = {"name": name, "value": round(value, 4), "unit": unit, "reference": reference, "ratio": round(ratio, 2)}
+    print(json.dumps(result | more), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python benchmarks/scoring.py", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the lines of one thread only")
+    parser.add_argument("--quick", action="store_true", help="only the lines of one thread")
     arguments = parser.parse_args()
-    sampled = 100
+    sampled = 100  # videos on which the plain algorithm is timed
     rounds = [
         [measure(ours, 1, 1000, 1000), measure(ours_bf16, 1, 1000, 1000), measure(published, 1, 1000, sampled)]
         for _ in range(3)
@@ -169,11 +169,11 @@ def main() -> None:
     two_s, *_ = measure(ours, 2, 1000, 1000)
     line("score-1000x1000-m20-threads2", two_s, "s", "1 thread of the same", seconds / two_s)
     for num_texts, num_videos in ((2000, 1000), (1000, 2000), (15000, 1500)):
-        found_s, _, found_gb = measure(ours, 2, num_texts, num_videos)
-        growth = (found_s / two_s) / (num_texts * num_videos / 1e6)
+        seconds, _, gigabytes = measure(ours, 2, num_texts, num_videos)
+        growth = (seconds / two_s) / (num_texts * num_videos / 1e6)
         name = f"score-{num_texts}x{num_videos}-m20"
         reference = "1000 x 1000 of the same, per pair: 1 is linear"
-        line(name, found_s, "s", reference, 1 / growth, memory_gb=round(found_gb, 3))
+        line(name, seconds, "s", reference, 1 / growth, memory_gb=round(gigabytes, 3))
     import torch
 
     if torch.cuda.is_available():

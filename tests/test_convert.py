@@ -1,4 +1,4 @@
-"""The authors' checkpoints: a generated file of their exact form goes into ours and back, and gives CLIP's features."""
+"""Checkpoints of the authors' code: a generated file of their form is converted to ours and back."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ WIDTH, LAYERS, FRAMES = 96, {"text": 2, "vision": 3}, 12
 
 
 def _their_names() -> dict[str, tuple[int, ...]]:
-    """Names and shapes as the authors' model saves them, for towers of the demo's size."""
+    """Names and shapes of the authors' checkpoints, for towers of the demo's size."""
     config = load_config("demo.yaml")
     vocabulary = build_model(config.model).towers.clip.token_embedding.num_embeddings
     shapes: dict[str, tuple[int, ...]] = {"clip.logit_scale": ()}
@@ -68,7 +68,7 @@ def test_there_and_back_is_the_same_file(theirs: Path) -> None:
 
 
 def test_the_converted_model_attends_as_theirs(theirs: Path, tmp_path: Path) -> None:
-    """Query, key and value land in their thirds: a block computed by hand from their names gives our block's output."""
+    """Query, key and value are concatenated in this order: attention computed from their weights equals our block."""
     target = tmp_path / "ours.safetensors"
     done = run("-m", "tmass_dist.convert", str(theirs), str(target))
     assert done.returncode == 0, done.stderr

@@ -255,6 +255,33 @@ def test_an_index_with_a_right_checksum_and_missing_entries_is_one_line(made: Pa
     assert "no feature store" in _one_line(_evaluate("--features", str(directory), "--out", str(tmp_path)))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"selection": 7}, ""),
+        ({"selection": {"selected_on": ["val"], "query_scoring_tau": "0"}}, ""),
+        ({"selection": {"query_scoring_tau": 0}}, ""),
+        ({"before_training": [1]}, "scores before training"),
+        ({"before_training": {"row": {"t2v": {"R@1": "<b>"}}}}, "scores before training"),
+        ({"shards": 7}, ""),
+        ({"shards": "https://127.0.0.1:9/nowhere"}, ""),
+        ({"split": "<script>"}, ""),
+    ],
+)
+def test_facts_in_an_index_of_others_break_nothing(
+    made: Path, tmp_path: Path, change: dict[str, object], message: str
+) -> None:
+    directory = tmp_path / "store"
+    shutil.copytree(made, directory)
+    store.write_index(directory, store.read_index(directory) | change)
+    done = _evaluate("--features", str(directory), "--out", str(tmp_path / "out"))
+    if message:
+        assert message in _one_line(done)
+        return
+    assert done.returncode == 0, done.stderr
+    assert "not chosen here" in done.stdout and "<script>" not in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_features_that_are_not_finite_are_named() -> None:
     parts = [make_part(list(range(n, V, 2))) for n in range(2)]
     parts[1].frames_VFD[1, 0, 0] = torch.nan

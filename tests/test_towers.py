@@ -1,4 +1,4 @@
-"""The door to open_clip: architectures, weights of every form, tokens, and clear words."""
+"""Towers built by open_clip: architectures, every form of weights, tokens, error messages."""
 
 from pathlib import Path
 

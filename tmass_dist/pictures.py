@@ -1,4 +1,4 @@
-"""Pictures for a person to look at: frames beside words, and the plots of the reports."""
+"""Pictures: contact sheets of frames with text, and plots as PNG."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 
 MARGIN, CELL, TEXT_WIDTH = 4, 96, 260
-"""Pixels between pictures, of a picture's side, and of the column of words."""
+"""Pixels: between frames, side of a frame, width of the text column."""
 
 
 def sheet(rows: list[tuple[list[str], list[np.ndarray]]]) -> Any:
-    """A PIL picture with a row for each of ``rows``: lines of words (wrapped), then RGB frames, uint8 ``(H, W, 3)``."""
+    """A PIL image with a row for each of ``rows``: lines of text (wrapped), then RGB frames, uint8 ``(H, W, 3)``."""
     from PIL import Image, ImageDraw, ImageFont
 
     pitch = CELL + MARGIN
     columns = max((len(frames) for _, frames in rows), default=0)
     picture = Image.new("RGB", (TEXT_WIDTH + columns * pitch + MARGIN, len(rows) * pitch + MARGIN), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
-    for row, (words, frames) in enumerate(rows):
-        lines = [part for line in words for part in textwrap.wrap(line, 42)]
+    for row, (texts, frames) in enumerate(rows):
+        lines = [part for line in texts for part in textwrap.wrap(line, 42)]
         pen.multiline_text((MARGIN, MARGIN + row * pitch), "\n".join(lines[:6]), fill="black", font=font)
         for column, frame in enumerate(frames):
             small = Image.fromarray(frame).resize((CELL, CELL))
@@ -30,7 +30,7 @@ def sheet(rows: list[tuple[list[str], list[np.ndarray]]]) -> Any:
 
 
 def figure(panels: int = 1) -> tuple[Any, list[Any]]:
-    """A matplotlib figure, no window behind it, with so many axes side by side."""
+    """A matplotlib figure without a window, and its axes side by side."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(5 if panels == 1 else 9, 2.8), layout="constrained")
@@ -38,7 +38,7 @@ def figure(panels: int = 1) -> tuple[Any, list[Any]]:
 
 
 def png(drawn: Any) -> bytes:
-    """What :func:`figure` gave, as a PNG file."""
+    """A figure as the content of a PNG file."""
     out = io.BytesIO()
     drawn.savefig(out, format="png", dpi=110)
     return out.getvalue()

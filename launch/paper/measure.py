@@ -14,6 +14,7 @@ import torch
 from tmass_dist.cli import write_json
 from tmass_dist.evaluation import ranking
 from tmass_dist.evaluation.blocks import BlockScorer
+from tmass_dist.evaluation.features import selection_of
 from tmass_dist.evaluation.report import COLUMNS, summary
 from tmass_dist.evaluation.stored import StoredSplit
 from tmass_dist.models.head import RetrievalHead
@@ -56,7 +57,7 @@ def measure(run: Path, *, protocol: str = "query_conditioned", post: str = "none
         "protocol": protocol,
         "post_processing": post,
         "trials": trials,
-        "selected_on": stored.selection.get("selected_on", "unknown"),
+        "selected_on": str(selection_of(stored.index).get("selected_on", "unknown")),
         "num_texts": len(stored.features.caption_ids),
         "num_videos": len(stored.features.video_ids),
         "seconds": seconds,

@@ -11,7 +11,7 @@ from tmass_dist.config import Config
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation import baselines, ranking
 from tmass_dist.evaluation.bootstrap import paired_differences
-from tmass_dist.evaluation.report import Report, labels, summary
+from tmass_dist.evaluation.report import COLUMNS, Report, labels, summary
 from tmass_dist.evaluation.stored import StoredSplit
 
 
@@ -93,8 +93,24 @@ def baseline_rows(stored: StoredSplit) -> tuple[dict[str, Any], dict[str, rankin
         raise UserError(
             f"{stored.store} has no scores before training: evaluate with --run and evaluation.baselines=all first"
         )
-    rows = dict(before or {}) if wanted in ("auto", "all") else {}
+    rows = dict(_checked_rows(before, stored)) if before and wanted in ("auto", "all") else {}
     if wanted == "auto" and len(features.owner_T) * stored.num_videos > baselines.AUTOMATIC_PAIRS:
         return rows, {}
-    found = baselines.frame_baselines(features, stored.selection.get("query_scoring_tau"))
+    found = baselines.frame_baselines(features, stored.query_scoring_tau)
     return rows | {name: summary(ranks) for name, ranks in found.items()}, found
+
+
+def _checked_rows(rows: Any, stored: StoredSplit) -> dict[str, Any]:
+    """The rows of a store's index, which others may have written; a UserError where a metric is missing."""
+
+    def is_complete(row: Any) -> bool:
+        directions = [row.get(name) for name in ("t2v", "v2t")] if isinstance(row, dict) else [None]
+        return all(
+            isinstance(found, dict) and all(isinstance(found.get(column), int | float) for column in COLUMNS)
+            for found in directions
+        )
+
+    if not isinstance(rows, dict) or not all(map(is_complete, rows.values())):
+        path = stored.store / "index.json"
+        raise UserError(f"{path} is damaged: its scores before training are incomplete; encode again")
+    return rows

@@ -229,6 +229,12 @@ _INDEX_KEYS = {
 }
 
 
+def selection_of(index: dict[str, Any]) -> dict[str, Any]:
+    """What selected the checkpoint of a store: ``best.json`` of its run; empty where that is not known."""
+    selection = index.get("selection")
+    return selection if isinstance(selection, dict) else {}
+
+
 def fingerprint_of(directory: Path) -> str | None:
     """What the store in ``directory`` was made from; None where there is no readable store."""
     try:

@@ -20,6 +20,7 @@ from torch import Tensor
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation import radii
 from tmass_dist.evaluation.bootstrap import intervals
+from tmass_dist.evaluation.features import selection_of
 from tmass_dist.evaluation.ranking import Ranks, chance, metrics
 from tmass_dist.pages import render_page
 from tmass_dist.pictures import figure, png
@@ -63,7 +64,7 @@ def labels(config: Config, features: Features, index: dict[str, Any]) -> dict[st
         "num_videos": len(features.video_ids),
         "num_trials": config.stochastic.num_trials if config.model.radius != "none" else None,
         "split": index.get("split", "unknown"),
-        "selected_on": (index.get("selection") or {}).get("selected_on", "unknown"),
+        "selected_on": str(selection_of(index).get("selected_on", "unknown")),
         "checkpoint": index["checkpoint"],
         "weights_sha256": index["weights_sha256"],
         "post_processing": evaluation.post_processing,

@@ -8,14 +8,13 @@ import dataclasses
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from tmass_dist.config import Config, load_config
 from tmass_dist.data.index import Index, load_index
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation import ranking
 from tmass_dist.evaluation.blocks import BlockFiles, BlockScorer
-from tmass_dist.evaluation.features import HEAD, fingerprint, load_features, read_index
+from tmass_dist.evaluation.features import HEAD, fingerprint, load_features, read_index, selection_of
 from tmass_dist.evaluation.settings import SCORING_SETTINGS
 from tmass_dist.models.head import RetrievalHead, build_head
 
@@ -49,9 +48,10 @@ class StoredSplit:
         return len(self.features.video_ids)
 
     @property
-    def selection(self) -> dict[str, Any]:
-        """What is known of the checkpoint's selection: ``selected_on``, step and score; empty where nothing is."""
-        return self.index.get("selection") or {}
+    def query_scoring_tau(self) -> float | None:
+        """The temperature of the query-scoring baseline that validation chose; None where it is not known."""
+        tau = selection_of(self.index).get("query_scoring_tau")
+        return float(tau) if isinstance(tau, int | float) and 0 < tau < float("inf") else None
 
     def block_files(self, out: Path) -> BlockFiles:
         """The blocks of scores below ``out/scores``; any change of what they depend on gives another directory."""
