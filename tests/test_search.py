@@ -287,3 +287,32 @@ def test_nothing_to_index_is_one_line(export: Path, tmp_path: Path, arguments: l
     done = run("-m", "tmass_dist.index", str(export), "--out", str(tmp_path / "g"), *arguments)
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "g").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["model.num_heads=4"],
+        ["model.pooling=mean"],
+        ["model.radius=none"],
+        ["model.radius=exp_mean"],
+        ["model.radius=variational", "stochastic.prior=uniform"],
+        ["model.pooled_by=sample"],
+    ],
+    ids=lambda changes: ",".join(changes) or "default",
+)
+def test_scores_and_attention_of_one_text_are_those_of_all(changes: list[str]) -> None:
+    torch.manual_seed(0)
+    config = load_config("demo.yaml", changes)
+    whole = build_model(config.model)
+    with torch.no_grad():
+        for value in whole.head.parameters():
+            value.add_(0.05 * torch.randn_like(value))
+    model = TMass.of_weights(config, whole.state_dict(), "this test")
+    frames_VFD, text_TD = torch.randn(9, 12, model.embed_dim), model.encode_text(QUERIES)
+    expected_TV, expected_VTF = model.similarity(QUERIES, frames_VFD), model.attention(text_TD, frames_VFD)
+    for number, text in enumerate(QUERIES):
+        score_V, attention_VF = model.score_one(text, text_TD[number], frames_VFD)
+        torch.testing.assert_close(score_V, expected_TV[number].detach(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(attention_VF, expected_VTF[:, number].detach(), rtol=1e-4, atol=1e-5)

@@ -117,14 +117,9 @@ class Searcher:
     def best(self, text: str, text_D: Tensor, rows: list[int], k: int) -> list[Result]:
         if not rows:
             return []
-        frames_KFD = self.gallery.frames(rows)
-        score_K = self.model.similarity([text], frames_KFD, text_TD=text_D[None])[0].cpu()
+        score_K, attention_KF = self.model.score_one(text, text_D, self.gallery.frames(rows))
         order = score_K.topk(min(k, len(rows))).indices.tolist()
-        attention_KF = self.model.attention(text_D[None], frames_KFD[order])[:, 0].cpu()
-        return [
-            self._result(rows[place], float(score_K[place]), weights_F.numpy())
-            for place, weights_F in zip(order, attention_KF)
-        ]
+        return [self._result(rows[place], float(score_K[place]), attention_KF[place].numpy()) for place in order]
 
     def similar(self, row: int, k: int = 10) -> list[Result]:
         """Videos like one of the gallery, best first, without itself.
