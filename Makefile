@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS = 1
 DEMO := build/demo
 
-.PHONY: install demo demo-data demo-towers serve test test-all test-slurm lint bench docs
+.PHONY: install demo demo-data demo-towers serve test test-all test-slurm lint bench gpu-check docs
 install: .venv/installed
 
 .venv/installed: pyproject.toml setup.py
@@ -53,3 +53,6 @@ bench: install
 docs: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	$(BIN)/pdoc --docformat google --output-directory build/docs ./tmass_dist '!tmass_dist.__main__'
+
+gpu-check: install
+	$(BIN)/python benchmarks/gpu.py

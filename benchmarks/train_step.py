@@ -1,7 +1,8 @@
 """One training step of the head, forward to backward, beside the plain published head in the same run: JSON lines.
 
-``python benchmarks/train_step.py`` on this machine's CPU, one thread, and on its GPU where there is one. Memory is what
-autograd keeps for the backward pass: the same number on every machine.
+``python benchmarks/train_step.py`` on this machine's CPU, one thread, and on its GPU where there is one;
+``python benchmarks/train_step.py step-vitb32`` measures a step of towers and head (``benchmarks/whole_step.py``).
+Memory is what autograd keeps for the backward pass: the same number on every machine.
 """
 
 # Shapes: B pairs, F frames, D embedding width.
@@ -87,6 +88,14 @@ def seconds_of(step: Callable[[], None], device: str) -> float:
 
 
 def main() -> None:
+    if sys.argv[1:] not in ([], ["step-vitb32"]):
+        raise SystemExit(f"usage: python benchmarks/train_step.py [step-vitb32], not {' '.join(sys.argv[1:])}")
+    if sys.argv[1:]:
+        from benchmarks.whole_step import lines
+
+        for line in lines():
+            print(json.dumps(line), flush=True)
+        return
     torch.set_num_threads(1)
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for batch in (32, 64, 128, 256):
