@@ -1,32 +1,87 @@
-"""What every command shares: errors in one line, output directories, atomic JSON files."""
+"""What every command shares: how it ends, output directories, files written by rename."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tmass_dist.errors import PeerLostError, UserError
+from tmass_dist.errors import MachineError, PeerLostError, UserError
+
+USER_ERROR, MACHINE_FAILURE, INTERRUPTED = 2, 1, 130
+"""Exit codes."""
 
 
 def run_command(command: Callable[[], None]) -> None:
-    """Run ``command``; a user error or a file error is printed in one line without a traceback, with exit code 2."""
+    """Run ``command``. An error is one line on stderr.
+
+    The exit code is 2 for a user error: a :class:`UserError`, or a file named on the command line that cannot be
+    opened. It is 1 for everything else, whose traceback goes to the run's log, or to stderr if there is no log.
+    """
     try:
         command()
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except PeerLostError as error:
-        # Threads of a broken collective may never end, so the process does not wait for them.
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        os._exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        code = report_error(error)
+        if isinstance(error, PeerLostError):
+            os._exit(code)  # threads of a broken collective may never end, so the process does not wait for them
+        raise SystemExit(code) from None
+
+
+def report_error(error: Exception) -> int:
+    """Print one line about ``error`` on stderr, log its traceback if it is not the user's, return the exit code."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UserError) or _is_named_file(error):
+        print_error(line)
+        return USER_ERROR
+    if not isinstance(error, MachineError):
+        line = f"{type(error).__name__}: {line}"
+    files = _log_files()
+    if files:
+        record = logging.LogRecord("tmass_dist", logging.ERROR, "", 0, line, None, (type(error), error, None))
+        record.exc_info = (type(error), error, error.__traceback__)
+        for handler in files:
+            handler.handle(record)
+        line += f" (traceback in {files[0].baseFilename})"
+    elif not isinstance(error, PeerLostError):
+        _new_line()
+        traceback.print_exception(error)
+    print_error(line)
+    return MACHINE_FAILURE
+
+
+def print_error(line: str) -> None:
+    """Print ``error: ...`` on stderr, on a line of its own even if a progress bar is shown."""
+    _new_line()
+    print(f"error: {line}", file=sys.stderr, flush=True)
+
+
+def _new_line() -> None:
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if any(not bar.disable for bar in list(getattr(tqdm, "_instances", ()))):
+        print(file=sys.stderr)
+
+
+def _log_files() -> list[logging.FileHandler]:
+    return [handler for handler in logging.getLogger("tmass_dist").handlers if isinstance(handler, logging.FileHandler)]
+
+
+def _is_named_file(error: Exception) -> bool:
+    """Whether the error is that a file named on the command line is missing, forbidden or not a file."""
+    kinds = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+    if not isinstance(error, kinds) or not isinstance(error.filename, str | bytes | os.PathLike):
+        return False
+    path = Path(os.fsdecode(error.filename)).absolute()
+    named = [part for argument in sys.argv[1:] for part in (argument, argument.partition("=")[2]) if part]
+    return any(Path(part).absolute() == path for part in named)
 
 
 def program(usual: str) -> str:
@@ -53,9 +108,32 @@ def writable_dir(path: str | Path) -> Path:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a temporary file and rename it, so that a reader sees either the old file or the whole new one."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """The same for text, as UTF-8."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def read_json(path: Path, kind: type) -> Any:
+    """The content of a JSON file if it is of type ``kind``; None if the file is missing or damaged.
+
+    Use it for files that a run can do without; a damaged one is reported in the log.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        logging.getLogger("tmass_dist").warning("%s is ignored: %s", path, error)
+        return None
+    if not isinstance(value, kind):
+        logging.getLogger("tmass_dist").warning("%s is ignored: it holds no %s", path, kind.__name__)
+        return None
+    return value
 
 
 def share_of(text: str, option: str) -> tuple[int, int]:

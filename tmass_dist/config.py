@@ -188,8 +188,11 @@ class EngineConfig:
 
     zero_stage: int = 1
     """What the ranks share out (ZeRO): 0 nothing, 1 the optimiser, 2 also the gradients, 3 also the weights."""
-    bf16: bool = False
-    """Run the towers in bfloat16; weights, gradients, head and loss stay float32."""
+    bf16: bool | str = "auto"
+    """Run the towers in bfloat16, in training and evaluation: true, false, or auto, which means on GPUs that have it.
+    Weights, gradients, optimiser, head and loss stay float32."""
+    tf32: bool = False
+    """Let the GPU use TF32 for float32 products in the towers; everything else never uses it."""
     micro_batch: int | None = None
     """Pairs that a rank encodes at a time: the gradient of the whole batch in the memory of so many; null: all."""
     head_memory_mb: int | None = 2048
@@ -210,6 +213,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "it is 0, 1, 2 or 3")
+        _require(self.bf16 in (True, False, "auto"), "engine.bf16", self.bf16, "it is true, false or auto")
         for key in ("micro_batch", "head_memory_mb", "timeout_s", "keep"):
             value = getattr(self, key)
             _require(value is None or value >= 1, f"engine.{key}", value, "at least 1")

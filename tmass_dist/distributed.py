@@ -6,8 +6,10 @@ import datetime
 import os
 import signal
 import socket
+import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tmass_dist.errors import NoGpuError, UserError
+from tmass_dist.errors import MachineError, NoGpuError, UserError
+from tmass_dist.network import addresses_towards, interface_of, is_loopback
 from tmass_dist.phase_timer import PHASE_TIMER
 
 # DeepSpeed and this module call these functions; torch 2.13 has new names for them, which older versions lack.
@@ -45,12 +48,24 @@ def check_environment() -> bool:
     return True
 
 
+def environment_rank() -> tuple[int, int]:
+    """Rank and number of ranks as the environment says, before the process group exists; (0, 1) for one process."""
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if check_environment() else (0, 1)
+
+
+def is_first_of_node() -> bool:
+    """Whether this is the rank of its node that looks at files for the others."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 def own_device() -> torch.device:
-    """This rank's GPU, or the CPU if there is none.
+    """This rank's GPU, or the CPU if there is none. Turns TF32 off: :mod:`tmass_dist.precision` turns it on.
 
     Raises:
         NoGpuError: the job was given GPUs (``TMASS_GPUS_PER_NODE``) and this rank sees none of its own.
     """
+    # Container images and older torch versions have other defaults.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     present, promised = torch.cuda.device_count(), int(os.environ.get("TMASS_GPUS_PER_NODE", 0))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if promised and (present == 0 or 1 < present <= local_rank):
@@ -71,8 +86,34 @@ def initialise(timeout_s: float = 600.0) -> torch.device:
         torch.cuda.set_device(device)
     if several and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        # NCCL's own limit ends a process with a long trace, so it comes after that of the watchdog.
+        limit = datetime.timedelta(seconds=timeout_s + (60 if backend == "nccl" else 0))
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        _choose_interface(store, rank, world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit)
+        _host_group()
     return device
+
+
+def _choose_interface(store: Any, rank: int, world_size: int) -> None:
+    """Have gloo use the interface that reaches ``MASTER_ADDR``, unless ``GLOO_SOCKET_IFNAME`` is set.
+
+    By default gloo uses the address that the host's name resolves to, which is 127.0.1.1 on many hosts.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    try:
+        own, master = addresses_towards(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    except OSError:
+        return  # gloo then decides, and reports what it could not resolve
+    store.set(f"address/{rank}", master)
+    if is_loopback(own):
+        # This is the master's host. The others know by which of its addresses they reach it.
+        masters = (store.get(f"address/{other}").decode() for other in range(world_size))
+        own = next((address for address in masters if not is_loopback(address)), own)
+    interface = interface_of(own)
+    if interface:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def join_alone() -> None:
@@ -132,9 +173,10 @@ def node_ranks() -> list[int]:
 
 
 def barrier() -> None:
+    """Wait for all ranks. It runs between the CPUs: no GPU waits, and NCCL sees no long pause."""
     if world_size() > 1:
         with _collective():
-            dist.barrier()
+            dist.barrier(group=_host_group())
 
 
 def is_main() -> bool:
@@ -182,7 +224,7 @@ def all_gather_objects(local: Any) -> list[Any]:
         return [local]
     parts: list[Any] = [None] * world_size()
     with _collective():
-        dist.all_gather_object(parts, local)
+        dist.all_gather_object(parts, local, group=_host_group())
     return parts
 
 
@@ -223,7 +265,21 @@ def differentiable_sum(local: Tensor) -> Tensor:
     return local if world_size() == 1 else _AllReduceSum.apply(local)  # pyright: ignore[reportReturnType]
 
 
+def broadcast_from(source: int, values: Tensor) -> None:
+    """Copy rank ``source``'s ``values`` to all ranks, in place."""
+    if world_size() > 1:
+        with _collective():
+            dist.broadcast(values, src=source)
+
+
 _host_groups: list[Any] = []
+
+
+def _host_group() -> Any:
+    """The group of all ranks that communicates between CPUs; None stands for the default group."""
+    if not _host_groups:
+        _host_groups.append(None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
+    return _host_groups[0]
 
 
 def all_reduce_max(values: list[float]) -> list[float]:
@@ -231,30 +287,80 @@ def all_reduce_max(values: list[float]) -> list[float]:
 
     It runs between the CPUs, so that it waits for no GPU.
     """
+    return start_all_reduce_max(values)()
+
+
+def start_all_reduce_max(values: list[float]) -> Callable[[], list[float]]:
+    """Start :func:`all_reduce_max`; call the result to wait for it. Every rank calls both in the same order."""
     if world_size() == 1:
-        return values
-    if not _host_groups:
-        _host_groups.append(None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo"))
+        return lambda: values
     tensor = torch.tensor(values, dtype=torch.float64)
     with _collective():
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_groups[0])
-    return tensor.tolist()
+        work = dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_host_group(), async_op=True)
+    assert work is not None
+
+    def wait() -> list[float]:
+        with PHASE_TIMER.during("communication"):
+            work.wait()
+        return tensor.tolist()
+
+    return wait
 
 
 class StopRequest:
-    """Whether SIGTERM or SIGUSR2 (a time limit, a preemption) was received; the ranks agree on it between steps."""
+    """Whether this process was told to stop: by SIGTERM, SIGUSR2 (a time limit, a preemption) or SIGINT (Ctrl-C).
+
+    A signal sets ``requested``; the ranks agree on it between steps, save and return. A second Ctrl-C ends the process
+    at once. A thread receives the signals, because Python's own handlers wait while the main thread is in a collective.
+    """
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, self._request)
+        self.interrupted = False
+        """Whether it was Ctrl-C."""
+        self._exit_code: int | None = None
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        self._sender = sender  # kept open: the file descriptor is in use
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+        threading.Thread(target=self._receive, args=(receiver,), name="signals", daemon=True).start()
 
-    def _request(self, *_: Any) -> None:
+    def exit_at_once(self, code: int) -> None:
+        """From now on a signal ends the process with this exit code: there is nothing left to save."""
+        self._exit_code = code
+        if self.requested:
+            os._exit(code)
+
+    def _receive(self, receiver: socket.socket) -> None:
+        while numbers := receiver.recv(64):
+            for number in numbers:
+                self._handle(number)
+
+    def _handle(self, number: int) -> None:
+        if number not in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            return
+        if self._exit_code is not None:
+            os._exit(self._exit_code)
+        if number == signal.SIGINT:
+            if self.interrupted:
+                print("\ninterrupted again: leaving without saving", file=sys.stderr, flush=True)
+                os._exit(130)
+            self.interrupted = True
+            print("\ninterrupted: saving; press Ctrl-C again to leave without saving", file=sys.stderr, flush=True)
         self.requested = True
 
 
 def share_failure(error: Exception | None) -> None:
-    """Raise on every rank if any rank failed, so that no rank waits for one that is gone."""
-    messages = [message for message in all_gather_objects(None if error is None else str(error)) if message]
-    if messages:
-        raise UserError(messages[0]) from error
+    """Raise on every rank if any rank failed, so that no rank waits for one that is gone.
+
+    Raises:
+        UserError: the first failure is a user error.
+        MachineError: it is any other error.
+    """
+    own = None if error is None else (isinstance(error, UserError), str(error))
+    failures = [failure for failure in all_gather_objects(own) if failure]
+    if failures:
+        is_user_error, message = failures[0]
+        raise (UserError if is_user_error else MachineError)(message) from error

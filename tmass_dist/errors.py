@@ -5,9 +5,13 @@ class UserError(ValueError):
     """The user must correct something. The message is one line: what is wrong, where, and what to do."""
 
 
-class PeerLostError(RuntimeError):
-    """Another rank, or a decoding process of this one, ended or hangs. Starting again may help."""
+class MachineError(RuntimeError):
+    """A disk, a network or a process failed. Starting again may help."""
 
 
-class NoGpuError(RuntimeError):
+class PeerLostError(MachineError):
+    """Another rank, or a decoding process of this one, ended or hangs."""
+
+
+class NoGpuError(MachineError):
     """A rank that was given a GPU does not see one. Starting again, perhaps on another node, may help."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,16 +33,20 @@ class PhaseTimer:
         yield
         self.switch(before)
 
-    def stop(self) -> dict[str, float]:
-        """Seconds of each phase since ``start``; waits for the GPU."""
-        phase_seconds: dict[str, float] = {}
-        ends = [mark for _, mark in self._marks[1:]] + [_now()]
-        if torch.cuda.is_available():
-            ends[-1].synchronize()
-        for (name, begin), end in zip(self._marks, ends):
-            seconds = begin.elapsed_time(end) / 1e3 if torch.cuda.is_available() else end - begin
-            phase_seconds[name] = phase_seconds.get(name, 0.0) + seconds
+    def stop(self) -> Callable[[], dict[str, float]]:
+        """End the measurement. The result gives the seconds of each phase; calling it waits for the GPU."""
+        marks, end = self._marks, _now()
         self._marks = []
+
+        def phase_seconds() -> dict[str, float]:
+            seconds: dict[str, float] = {}
+            if torch.cuda.is_available():
+                end.synchronize()
+            for (name, begin), next_mark in zip(marks, [*(mark for _, mark in marks[1:]), end]):
+                elapsed = begin.elapsed_time(next_mark) / 1e3 if torch.cuda.is_available() else next_mark - begin
+                seconds[name] = seconds.get(name, 0.0) + elapsed
+            return seconds
+
         return phase_seconds
 
 

@@ -7,9 +7,8 @@ same run directory resumes.
 from __future__ import annotations
 
 import argparse
-import os
 
-from tmass_dist.cli import program, run_command
+from tmass_dist.cli import INTERRUPTED, program, run_command
 from tmass_dist.config import load_config
 
 
@@ -18,15 +17,15 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a page of configs/, or a path")
     parser.add_argument("overrides", nargs="*", help="dotted overrides, as optim.lr=1e-5")
     arguments = parser.parse_intermixed_args()
-    from tmass_dist.distributed import StopRequest, check_environment, finish
-    from tmass_dist.training.checks import check
+    config = load_config(arguments.config, arguments.overrides)
+    from tmass_dist.distributed import StopRequest, finish
     from tmass_dist.training.loop import train
 
-    config = load_config(arguments.config, arguments.overrides)
-    several = check_environment()
-    check(config, int(os.environ["WORLD_SIZE"]) if several else 1)
-    train(config, StopRequest())
+    stop = StopRequest()
+    is_complete = train(config, stop)
     finish()
+    if stop.interrupted and not is_complete:
+        raise SystemExit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -210,7 +210,9 @@ def _id_columns(ids: list[str]) -> dict[str, np.ndarray]:
     return {"id_bytes": np.frombuffer(b"".join(encoded), dtype=np.uint8), "id_end": ends}
 
 
-def load_index(directory: str | Path, cache: str | None = None, retry_s: float = RETRY_S) -> Index:
+def load_index(
+    directory: str | Path, cache: str | None = None, retry_s: float = RETRY_S, *, check_shards: bool = True
+) -> Index:
     """Read the index of a split, and check that every local shard exists and has the right size.
 
     Args:
@@ -218,6 +220,7 @@ def load_index(directory: str | Path, cache: str | None = None, retry_s: float =
             downloaded when they are needed.
         cache: local directory for the shards of a URL.
         retry_s: seconds for which a download that fails is tried again.
+        check_shards: False if another process of the node checks the sizes of the shards.
 
     Raises:
         UserError: one line that says what is missing or damaged, and what is there.
@@ -233,7 +236,8 @@ def load_index(directory: str | Path, cache: str | None = None, retry_s: float =
     settings = (header["split"], header["num_frames"], header["image_size"], header["store"])
     keys = tuple(header.get("caption_keys", ()))
     if not is_remote(directory):
-        _check_shards(Path(directory), shards)
+        if check_shards:
+            _check_shards(Path(directory), shards)
     elif local := [shard.directory for shard in shards if shard.directory and not is_remote(shard.directory)]:
         raise UserError(f"{url} names shards in {local[0]}, which may be read from a local index only")
     return Index(directory, *settings, shards, columns, cache, retry_s, caption_keys=keys)

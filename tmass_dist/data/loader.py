@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import re
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,22 +126,32 @@ class _RankBatches(Dataset):
 
 
 class _StepsFrom(Sampler):
-    """``start``, ``start + 1``, ... without end."""
+    """``start``, ``start + 1``, ... without end; nothing before ``start`` is set."""
 
-    def __init__(self, start: int) -> None:
-        self.start = start
+    start: int | None = None
 
     def __iter__(self) -> Iterator[int]:
         step = self.start
-        while True:
+        while step is not None:
             yield step
             step += 1
 
 
 def prepare_worker(_: int) -> None:
-    # SLURM signals every process of a step; only the training process may act on it.
-    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+    # SLURM and Ctrl-C signal every process; only the training process may act on it.
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def _pin(pixels: Tensor) -> None:
+    """Lock memory in place, so that the GPU copies from it in the background; if that is refused, copies are slower."""
+    if not torch.cuda.is_available():
+        return
+    cudart: Any = torch.cuda.cudart()
+    if cudart.cudaHostRegister(pixels.data_ptr(), pixels.numel(), 0) != cudart.cudaError.success:
+        # The error stays pending until a kernel is launched, which reports it as its own: let it be this one.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros((), device="cuda")
 
 
 class TrainLoader:
@@ -190,10 +202,32 @@ class TrainLoader:
             self._cache = NodeCache(index, self._dataset.order, config, rank, world_size, ranks)
             self._dataset.index = self._cache.reading(index)
         self._pixels = torch.from_numpy(self._dataset.pixels)
-        if torch.cuda.is_available():  # pinned memory is copied to the GPU in the background; without it, it is slower
-            torch.cuda.cudart().cudaHostRegister(  # pyright: ignore[reportOptionalMemberAccess]
-                self._pixels.data_ptr(), self._pixels.numel(), 0
-            )
+        self._sampler = _StepsFrom()
+        self._loader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=self._sampler,
+            num_workers=self._num_workers,
+            worker_init_fn=prepare_worker,
+            multiprocessing_context="fork" if self._num_workers else None,
+            prefetch_factor=PREFETCH if self._num_workers else None,
+            persistent_workers=self._num_workers > 0,
+            timeout=timeout_s if self._num_workers else 0,
+        )
+        self._iterator: Any = None
+
+    def start_workers(self) -> None:
+        """Start the decoding processes, which then wait for :meth:`batches`.
+
+        They are forked. A process that uses CUDA, NCCL or other threads is not forked safely, so call this before.
+        """
+        self._iterator = iter(self._loader)
+
+    def close(self) -> None:
+        """End the decoding processes."""
+        # They ignore SIGTERM, so they must be told to end before this process exits.
+        getattr(self._iterator, "_shutdown_workers", lambda: None)()
+        self._iterator = self._loader._iterator = None
 
     def batches(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches ``start_step``, ``start_step + 1``, ... without end. Closing the generator ends the workers.
@@ -204,24 +238,15 @@ class TrainLoader:
             PeerLostError: a worker was killed, or took longer than ``timeout_s``; it names what was being read.
         """
         fetcher = self._cache.start(start_step) if self._cache else None
-        batches = iter(
-            DataLoader(
-                self._dataset,
-                batch_size=None,
-                sampler=_StepsFrom(start_step),
-                num_workers=self._num_workers,
-                worker_init_fn=prepare_worker,
-                multiprocessing_context="fork" if self._num_workers else None,
-                prefetch_factor=PREFETCH if self._num_workers else None,
-                timeout=self._timeout_s if self._num_workers else 0,
-            )
-        )
-        step = start_step
+        _pin(self._pixels)
+        self._sampler.start = start_step
+        self._iterator = batches = iter(self._loader)
+        step, copied = start_step, None
         try:
             while True:
                 if self._cache:
                     self._cache.note_step(step)
-                batch = self._next(batches)
+                batch = self._next(batches)  # from now on a worker may overwrite the batch before the last one
                 yield Batch(
                     self._pixels[step % len(self._pixels)],
                     torch.from_numpy(batch.tokens_BL),
@@ -231,9 +256,13 @@ class TrainLoader:
                     batch.damaged,
                 )
                 step += 1
+                if torch.cuda.is_available():
+                    copied_before, copied = copied, torch.cuda.Event()
+                    copied.record()
+                    if copied_before is not None:
+                        copied_before.synchronize()
         finally:
-            # Workers ignore SIGTERM, so they must be told to end before this process exits.
-            getattr(batches, "_shutdown_workers", lambda: None)()
+            self.close()
             if fetcher is not None:
                 fetcher.close()
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ def encode_batches(
     config: Config,
     device: torch.device,
     batches: Sequence[int],
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Part:
     """Encode some batches of a split; the batches are the same for any number of ranks.
 
@@ -42,12 +43,14 @@ def encode_batches(
         config: of the run.
         device: on which to encode.
         batches: numbers of batches of ``data.eval_batch_size`` videos.
+        on_batch: called after each batch; an exception that it raises ends the encoding.
     """
     import torch
 
     from tmass_dist.data.transforms import resize_centre_crop
     from tmass_dist.data.videos import iterate_videos
     from tmass_dist.evaluation.features import Part
+    from tmass_dist.precision import tower_precision
 
     width, num_frames = model.towers.embed_dim, config.model.num_frames
     frame_parts, text_parts = [torch.empty(0, num_frames, width)], [torch.empty(0, width)]
@@ -63,7 +66,7 @@ def encode_batches(
         num_workers=config.data.num_workers,
         timeout_s=config.engine.timeout_s,
     )
-    with torch.inference_mode():
+    with torch.inference_mode(), tower_precision(config.engine, device):
         for batch in videos:
             pixels = resize_centre_crop(batch.pixels_BFHWC.to(device), model.towers.image_size)
             frame_parts.append(model.towers.encode_frames(pixels).float().cpu())
@@ -71,6 +74,7 @@ def encode_batches(
             video_ids += batch.video_ids
             caption_ids += batch.caption_ids
             captions += batch.captions
+            on_batch()
         frames_VFD, text_TD = torch.cat(frame_parts), torch.cat(text_parts)
     # Copies outside inference mode are ordinary tensors.
     return Part(video_ids, frames_VFD.clone(), caption_ids, captions, text_TD.clone())

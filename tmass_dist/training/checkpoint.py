@@ -1,24 +1,27 @@
 """Checkpoints that any number of ranks and any ZeRO stage can resume from.
 
-Each rank writes its share of the tensors (weights and optimiser state, float32) and a checksum into a temporary folder,
-which is renamed to ``step-...`` when every share is complete. Only folders of that name are read.
+Each rank writes the pieces of the state that it holds (float32) and a checksum into a temporary folder, which is
+renamed to ``step-...`` when every rank's part is complete. Only folders of that name are read. To resume, each rank
+reads the pieces that it needs.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import shutil
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tmass_dist.cli import write_json
 from tmass_dist.data.remote import sha256_of
 from tmass_dist.distributed import all_gather_objects, barrier, is_main, rank, share_failure, world_size
-from tmass_dist.errors import UserError
+from tmass_dist.errors import MachineError, UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,8 +50,9 @@ class Saver:
     def __init__(self, engine: Engine, directory: Path, keep: int = 2) -> None:
         self.engine, self.directory, self.keep = engine, directory, keep
         self._thread: threading.Thread | None = None
-        self._failure: OSError | None = None
-        self._step = -1
+        self._failure: Exception | None = None
+        self._step = self._num_updates = 0
+        self._copies: dict[str, Tensor] = {}
 
     def begin(self, step: int) -> None:
         """Copy the state after ``step`` steps and start to write it; training may continue at once."""
@@ -58,24 +62,38 @@ class Saver:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         barrier()
-        tensors: dict[str, Tensor] = {}
-        for number, (key, name, value) in enumerate(self.engine.state()):
-            if number % world_size() == rank():
-                # A copy: training changes the original while this one is written.
-                tensors[f"{key}:{name}"] = value.detach().to("cpu", copy=True).contiguous()
-        self._step, self._failure = step, None
-        self._thread = threading.Thread(target=self._write, args=(temporary / _part(rank()), tensors), name="save")
+        copied = self._copy_state()
+        self._step, self._failure, self._num_updates = step, None, self.engine.optimizer.num_updates
+        self._thread = threading.Thread(target=self._write, args=(temporary / _part(rank()), copied), name="save")
         self._thread.start()
 
-    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
-        from safetensors import SafetensorError
+    def _copy_state(self) -> Any:
+        """Copy this rank's pieces into CPU memory, because training changes them; an event of the GPU, or None."""
+        import torch
+
+        on_gpu = torch.cuda.is_available()
+        for piece in self.engine.shards.pieces(self.engine.state_keys):
+            label = f"{piece.key}:{piece.name}:{piece.start}"
+            if label not in self._copies:
+                # Page-locked memory is copied to in the background. It is allocated once for all checkpoints.
+                self._copies[label] = torch.empty(piece.values.shape, dtype=piece.values.dtype, pin_memory=on_gpu)
+            self._copies[label].copy_(piece.values.detach(), non_blocking=True)
+        if not on_gpu:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def _write(self, path: Path, copied: Any) -> None:
         from safetensors.torch import save_file
 
         try:
-            save_file(tensors, path)
+            if copied is not None:
+                copied.synchronize()
+            save_file(self._copies, path)
             path.with_suffix(".sha256").write_text(sha256_of(path), encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            self._failure = error if isinstance(error, OSError) else OSError(str(error))
+        except Exception as error:  # a disk's, or safetensors' own; finish() raises it in the main thread
+            self._failure = error
 
     @property
     def busy(self) -> bool:
@@ -88,10 +106,10 @@ class Saver:
         return self._thread is not None
 
     def finish(self) -> None:
-        """Wait for every rank's share and rename the folder.
+        """Wait for every rank's part and rename the folder.
 
         Raises:
-            UserError: a rank could not write; the last complete checkpoint is named.
+            MachineError: a rank could not write; the last complete checkpoint is named.
         """
         if self._thread is None:
             return
@@ -101,42 +119,79 @@ class Saver:
         failure: Exception | None = None
         if self._failure is not None:
             before = saved_steps(self.directory)
-            remaining = (
-                f"the last complete checkpoint is of step {before[0]}" if before else "there is no checkpoint yet"
+            last = f"the last complete checkpoint is of step {before[0]}" if before else "there is no checkpoint"
+            failure = MachineError(
+                f"rank {rank()} cannot save step {self._step} in {self.directory}: {self._failure}; {last}"
             )
-            failure = UserError(
-                f"rank {rank()} cannot save step {self._step} in {self.directory}: {self._failure}; {remaining}"
-            )
+            failure.__cause__ = self._failure
         try:
             share_failure(failure)
-        except ValueError:
+        except MachineError:
             if is_main():
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         if is_main():
-            parts = {_part(n): (temporary / _part(n)).with_suffix(".sha256").read_text() for n in range(world_size())}
-            manifest = {"step": self._step, "world_size": world_size(), "zero_stage": self.engine.stage, "parts": parts}
-            write_json(temporary / MANIFEST, manifest)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-            for old in saved_steps(self.directory)[self.keep :]:
-                shutil.rmtree(self.directory / f"step-{old:08d}", ignore_errors=True)
+            self._complete(temporary, final)
         barrier()
+
+    def _complete(self, temporary: Path, final: Path) -> None:
+        names = [_part(number) for number in range(world_size())]
+        manifest = {
+            "step": self._step,
+            "world_size": world_size(),
+            "zero_stage": self.engine.stage,
+            "num_updates": self._num_updates,
+            "shapes": {name: self.engine.shards.shape(name) for name in self.engine.named},
+            "parts": {name: (temporary / name).with_suffix(".sha256").read_text(encoding="utf-8") for name in names},
+        }
+        write_json(temporary / MANIFEST, manifest)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for old in saved_steps(self.directory)[self.keep :]:
+            shutil.rmtree(self.directory / f"step-{old:08d}", ignore_errors=True)
 
 
 def _part(number: int) -> str:
     return f"part-{number:05d}.safetensors"
 
 
-def _damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint; each rank verifies its share of the files."""
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint.
+
+    Raises:
+        ValueError: its content is not what was written.
+        OSError: it cannot be read.
+    """
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("parts"), dict):
+        raise ValueError(f"{MANIFEST} does not list the parts")
+    if f"step-{manifest.get('step'):08d}" != folder.name:
+        raise ValueError(f"{MANIFEST} is of step {manifest.get('step')}")
+    if sorted(manifest["parts"]) != [_part(number) for number in range(manifest.get("world_size", 0))]:
+        raise ValueError(f"{MANIFEST} does not list one part for each of {manifest.get('world_size')} ranks")
+    if not manifest["parts"]:
+        raise ValueError(f"{MANIFEST} lists no part")
+    shapes = manifest.get("shapes", {})
+    if not isinstance(shapes, dict) or not all(isinstance(shape, list) for shape in shapes.values()):
+        raise ValueError(f"{MANIFEST} does not list the shapes of the parameters")
+    if not isinstance(manifest.get("num_updates", 0), int):
+        raise ValueError(f"{MANIFEST} does not say how many updates were done")
+    return manifest
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None; each rank verifies its share of the files."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        parts = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["parts"]
+        parts = _read_manifest(folder)["parts"]
         for name in sorted(parts)[rank() :: world_size()]:
-            if sha256_of(directory / name) != parts[name]:
-                return f"{directory / name} is damaged"
-    except (OSError, KeyError, ValueError) as error:
-        return f"{directory} is incomplete ({error})"
+            if sha256_of(folder / name) != parts[name]:
+                return f"{folder / name} is damaged"
+            with safe_open(folder / name, "pt"):
+                pass
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        return f"{folder} is incomplete ({error})"
     return None
 
 
@@ -154,7 +209,8 @@ def resume(engine: Engine, directory: Path, log: logging.Logger | None = None) -
         damage = next((line for line in all_gather_objects(_damage(folder)) if line), None)
         if damage is None:
             _load(engine, folder)
-            engine.set_step(step)
+            # Version 0.1 did not save it. It differs from the steps if some were skipped.
+            engine.optimizer.set_num_updates(_read_manifest(folder).get("num_updates", step))
             return step
         log.warning("%s; using the checkpoint before it", damage)
     if steps:
@@ -163,29 +219,90 @@ def resume(engine: Engine, directory: Path, log: logging.Logger | None = None) -
 
 
 def _load(engine: Engine, folder: Path) -> None:
-    from contextlib import ExitStack
-
-    from safetensors import safe_open
-
-    with ExitStack() as stack:
-        file_of: dict[str, Any] = {}
-        for path in sorted(folder.glob("part-*.safetensors")):
-            file = stack.enter_context(safe_open(path, "pt"))
-            file_of |= dict.fromkeys(file.keys(), file)
+    failure: Exception | None = None
+    with CheckpointReader(folder) as reader:
         for key in engine.state_keys:
-            for name, parameter in engine.named.items():
-                label = f"{key}:{name}"
-                shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-                if label not in file_of or tuple(file_of[label].get_slice(label).get_shape()) != shape:
-                    raise UserError(f"{folder} is of another model or optimiser: it has no {label} of shape {shape}")
-                engine.set_state(key, name, file_of[label].get_tensor(label))
+            for name in engine.named:
+                shape = engine.shards.shape(name)
+                if reader.shape(key, name) != shape:
+                    failure = UserError(
+                        f"{folder} is of another model or optimiser: it has no {key}:{name} of shape {shape}"
+                    )
+                    break
+        share_failure(failure)
+        engine.shards.load(engine.state_keys, reader.read)
+
+
+class CheckpointReader:
+    """Reads parts of the tensors of a checkpoint; a context manager that holds its files open.
+
+    Checkpoints of version 0.1 hold each tensor whole in one file; they are read, too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.num_read = 0
+        """Numbers read so far."""
+        self._stack = ExitStack()
+        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}
+        self._shapes: dict[tuple[str, str], tuple[int, ...]] = {}
+
+    def __enter__(self) -> CheckpointReader:
+        from safetensors import safe_open
+
+        manifest = _read_manifest(self.folder)
+        shapes = {name: tuple(shape) for name, shape in manifest.get("shapes", {}).items()}
+        for part in sorted(manifest["parts"]):
+            file = self._stack.enter_context(safe_open(self.folder / part, "pt"))
+            for label in file.keys():  # noqa: SIM118  (not a dict)
+                key, name, *start = label.split(":")
+                shape = tuple(file.get_slice(label).get_shape())
+                piece = (int(start[0]) if start else 0, math.prod(shape), file, label)
+                self._pieces.setdefault((key, name), []).append(piece)
+                self._shapes[key, name] = shapes.get(name, shape) if start else shape
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def shape(self, key: str, name: str) -> tuple[int, ...] | None:
+        """Shape of a whole tensor; None if the checkpoint does not have it."""
+        return self._shapes.get((key, name))
+
+    def read(self, key: str, name: str, start: int, stop: int) -> Tensor:
+        """Numbers ``start`` to ``stop`` of a flattened tensor.
+
+        Raises:
+            MachineError: the files do not hold all of them.
+        """
+        import torch
+
+        values, num_found = torch.empty(stop - start), 0
+        for piece_start, numel, file, label in self._pieces.get((key, name), []):
+            first, last = max(start, piece_start), min(stop, piece_start + numel)
+            if first >= last:
+                continue
+            part = file.get_slice(label)
+            inside = slice(first - piece_start, last - piece_start)
+            is_flat = len(part.get_shape()) == 1
+            values[first - start : last - start] = part[inside] if is_flat else part[:].flatten()[inside]
+            num_found += last - first
+        self.num_read += num_found
+        if num_found != stop - start:
+            raise MachineError(f"{self.folder} holds {num_found} of {stop - start} numbers of {key}:{name}")
+        return values
+
+    def names(self, key: str) -> list[str]:
+        """Names of the tensors of one kind."""
+        return [name for kind, name in self._shapes if kind == key]
 
 
 def weights_of(folder: Path, key: str = "weight") -> dict[str, Tensor]:
     """All tensors of one kind (``weight``, ``exp_avg``, ``exp_avg_sq``, ``ema``) in a checkpoint, by name."""
-    from safetensors.torch import load_file
-
     tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("part-*.safetensors")):
-        tensors |= {k.split(":", 1)[1]: v for k, v in load_file(path).items() if k.startswith(f"{key}:")}
+    with CheckpointReader(folder) as reader:
+        for name in reader.names(key):
+            shape = reader.shape(key, name)
+            assert shape is not None
+            tensors[name] = reader.read(key, name, 0, math.prod(shape)).reshape(shape)
     return tensors

@@ -11,7 +11,10 @@ from tmass_dist.config import Config, differing_keys, load_config
 from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
+    import logging
+
     from tmass_dist.data.index import Index
+    from tmass_dist.models.tmass import RetrievalModel
 
 
 def check_batch(config: Config, world: int) -> None:
@@ -40,21 +43,42 @@ def _saved_config(config: Config) -> Config | None:
     return load_config(str(path)) if path.is_file() else None
 
 
-def load_splits(config: Config) -> tuple[Index, Index]:
-    """The training split, and the split that selects the checkpoint."""
+def load_splits(config: Config, *, check_shards: bool = True) -> tuple[Index, Index]:
+    """The training split, and the split that selects the checkpoint.
+
+    Args:
+        config: the run.
+        check_shards: check that every shard exists and has the right size.
+
+    Raises:
+        UserError: a split is missing or damaged, or has fewer frames than the model takes.
+    """
     from tmass_dist.data.index import load_index
 
-    remote = (config.data.cache, config.data.retry_s)
-    training = load_index(config.data.train, *remote)
+    def load(directory: str) -> Index:
+        index = load_index(directory, config.data.cache, config.data.retry_s, check_shards=check_shards)
+        _check_frames(index, config.model.num_frames)
+        return index
+
+    training = load(config.data.train)
     if config.evaluation.selected_on == "test":
-        selection = load_index(config.data.test, *remote)
+        selection = load(config.data.test)
     elif config.data.val is None:
         training, selection = training.hold_out(config.data.holdout)
     else:
-        selection = load_index(config.data.val, *remote)
+        selection = load(config.data.val)
     for path in config.data.captions:
         training = training.with_captions(path)
     return training, selection
+
+
+def _check_frames(index: Index, num_frames: int) -> None:
+    """The number is 0 where it varies: a short video then repeats its last frame, as the paper does."""
+    if 0 < index.num_frames < num_frames:
+        raise UserError(
+            f"model.num_frames={num_frames} and the shards in {index.directory} hold {index.num_frames} frames of each "
+            f"video; set model.num_frames={index.num_frames}, or pack again with --num-frames {num_frames}"
+        )
 
 
 def validation_steps(config: Config, steps_per_epoch: int, num_steps: int) -> set[int]:
@@ -77,15 +101,27 @@ def check(config: Config, world: int) -> Config:
     Raises:
         UserError: in one line, what is wrong and what to do.
     """
+    return check_and_load(config, world)[0]
+
+
+def check_and_load(config: Config, world: int, *, look_at_files: bool = True) -> tuple[Config, tuple[Index, Index]]:
+    """:func:`check`, and the splits of :func:`load_splits`.
+
+    Args:
+        config: the run.
+        world: number of ranks.
+        look_at_files: False if another rank of this node checks the shards and the run directory.
+    """
     from tmass_dist.data.node_cache import check_order
     from tmass_dist.data.order import choose_order
 
     check_batch(config, world)
     saved = _saved_config(config)
     config = replace(config, data=choose_order(config.data, world, saved.data if saved else None))
-    training, _ = load_splits(config)
-    check_order(training, config.data, config.seed, world)
-    writable_dir(config.run_dir)
+    splits = load_splits(config, check_shards=look_at_files)
+    check_order(splits[0], config.data, config.seed, world)
+    if look_at_files:
+        writable_dir(config.run_dir)
     if saved:
         differing = differing_keys(replace(saved, data=choose_order(saved.data, 1, saved.data)), config)
         if differing:
@@ -93,4 +129,28 @@ def check(config: Config, world: int) -> Config:
                 f"{config.run_dir} holds a run with another config ({'; '.join(differing)}); "
                 "give the same settings to resume, or another run_dir"
             )
-    return config
+    return config, splits
+
+
+def check_model(model: RetrievalModel, training: Index, config: Config, log: logging.Logger) -> None:
+    """Check what is only known of a model that was built.
+
+    Raises:
+        UserError: the towers have BatchNorm.
+    """
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise UserError(
+            f"model.architecture={config.model.architecture} has BatchNorm layers, whose statistics would depend on "
+            "the number of ranks and are not part of a checkpoint; use a ViT, as ViT-B-32-quickgelu"
+        )
+    if training.image_size < model.towers.image_size:
+        log.warning(
+            "the shards in %s hold frames of %d pixels, which are enlarged to the towers' %d; pack again with "
+            "--image-size %d for sharper ones",
+            training.directory,
+            training.image_size,
+            model.towers.image_size,
+            model.towers.image_size,
+        )

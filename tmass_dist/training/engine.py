@@ -1,4 +1,4 @@
-"""The only module that calls DeepSpeed: an optimisation step with the same result at every ZeRO stage."""
+"""One optimisation step by DeepSpeed, with the same result at every ZeRO stage."""
 
 # Shapes: B pairs of this rank, F frames, H W pixels, C colours, L tokens, D embedding width.
 
@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tmass_dist.config import Config
-from tmass_dist.distributed import all_reduce_sum, is_initialised, join_alone, rank, world_size
+from tmass_dist.distributed import all_reduce_sum, is_initialised, join_alone, world_size
 from tmass_dist.models.pooling import DropoutKeys
+from tmass_dist.precision import use_tf32
 from tmass_dist.training.objective import Losses, Objective, parameter_groups
 from tmass_dist.training.optim import AuthorsAdamW, TorchAdamW
+from tmass_dist.training.zero import Shards
 
 
 def _deepspeed() -> Any:
@@ -36,23 +39,23 @@ def _deepspeed() -> Any:
 class Engine:
     """The objective under ZeRO (``engine.zero_stage``) with its optimiser.
 
-    Every rank calls ``backward``, then ``step``. Between the two, ``finite`` says whether this rank's loss and
-    gradients are finite. If those of any rank are not, all ranks must call ``step(skip_update=True)``.
+    Every rank calls ``backward``, then ``step``. If the loss or the gradients of any rank are not finite, ``step``
+    changes nothing on any rank; :meth:`last_step_was_finite` tells, and by then the GPU may be busy with the next
+    backward pass.
     """
 
     def __init__(self, model: Objective, config: Config) -> None:
         local = config.data.batch_size // world_size()
         self.micro = min(config.engine.micro_batch or local, local)
         self.num_micro = -(-local // self.micro)
+        self.max_grad_norm, self.tf32 = config.optim.max_grad_norm, config.engine.tf32
         groups: Any = parameter_groups(model, config.optim)
         kind = AuthorsAdamW if config.optim.kind == "authors" else TorchAdamW
         self.optimizer = kind(groups, lr=config.optim.lr, weight_decay=config.optim.weight_decay)
         self.optimizer.ema = config.optim.ema
         self.base_lrs = {group["name"]: group["lr"] for group in groups}
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._bad = torch.zeros((), device=next(model.parameters()).device)
-        for parameter in self.named.values():
-            parameter.register_hook(self._watch)
+        self.device = next(model.parameters()).device
         if config.engine.checkpoint_activations:
             model.towers.clip.set_grad_checkpointing(True)
         if config.engine.compile:
@@ -63,40 +66,29 @@ class Engine:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
+        self.stage = config.engine.zero_stage
         self._engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
             config={
                 "train_micro_batch_size_per_gpu": local,
                 "gradient_accumulation_steps": 1,
-                "gradient_clipping": config.optim.max_grad_norm,
-                "zero_optimization": {"stage": config.engine.zero_stage},
+                "gradient_clipping": 0.0,  # the optimiser clips
+                "zero_optimization": _zero_options(self.stage),
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": 10**9,
             },
         )
-        self.stage = config.engine.zero_stage
-        self.optimizer.prepare(self._pieces())
-        if self.stage in (1, 2):
-            zero = self._engine.optimizer
-            zero._hp_optimizer_states_linked = False
-            zero._lazy_init_hp_params_optimizer_state()
-
-    def _pieces(self) -> list[Tensor]:
-        """The tensors that the optimiser updates on this rank."""
-        zero = self._engine.optimizer
-        if self.stage == 3:
-            return zero.fp32_partitioned_groups_flat
-        return zero.single_partition_of_fp32_groups if self.stage else list(self.named.values())
-
-    def _watch(self, gradient: Tensor) -> None:
-        self._bad += gradient.detach().float().sum() * 0  # inf and nan times 0 are nan
-
-    @property
-    def finite(self) -> bool:
-        """Whether the loss and all gradients of this rank's last ``backward`` are finite."""
-        return not bool(self._bad.isnan())
+        self.shards = Shards(self._engine, self.named, self.optimizer, self.stage)
+        self.optimizer.set_num_updates(0)
+        self._loss_check = torch.zeros((), device=self.device)
+        # Squared norms of the groups, then whether the update was skipped; on the CPU when the event has passed.
+        self._verdict = torch.zeros(len(groups) + 1, dtype=torch.float32)
+        if torch.cuda.is_available():
+            self._verdict = self._verdict.pin_memory()
+        self._skip_is_counted = True
+        self._verdict_copied: Any = torch.cuda.Event() if torch.cuda.is_available() else None
 
     def backward(
         self, pixels_BFHWC: Tensor, tokens_BL: Tensor, noise_BD: Tensor | None, dropout_keys: DropoutKeys | None
@@ -107,7 +99,6 @@ class Engine:
         of the embeddings are computed from all of them. Each micro-batch is then encoded again and differentiated. The
         result is the gradient of the whole batch in the memory of one micro-batch (Gao et al., 2021, arXiv:2101.06983).
         """
-        self._bad.zero_()
         if self.num_micro == 1:
             losses = self._engine("whole", pixels_BFHWC, tokens_BL, noise_BD, dropout_keys)
             self._differentiate(losses.total)
@@ -122,54 +113,97 @@ class Engine:
             gradients = zip(text_BD.grad.split(self.micro), frames_BFD.grad.split(self.micro))
             for number, (micro, (text_grad_bD, frames_grad_bFD)) in enumerate(zip(micros, gradients)):
                 text_bD, frames_bFD = self._engine("encode", *micro)
-                along = (text_bD * text_grad_bD).sum() + (frames_bFD * frames_grad_bFD).sum()
-                self._differentiate(along, last=number + 1 == self.num_micro)
-        self._bad += losses.total.detach() * 0
+                use_tf32(self.tf32)  # this backward pass is that of the towers alone
+                product = (text_bD * text_grad_bD).sum() + (frames_bFD * frames_grad_bFD).sum()
+                self._differentiate(product, last=number + 1 == self.num_micro)
+        self._loss_check = losses.total.detach() * 0  # NaN if the loss is not finite, else 0
         return losses
 
     def _differentiate(self, loss: Tensor, *, last: bool = True) -> None:
         # DeepSpeed is told of one accumulation step, because it divides by their number at some stages only.
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        with self.shards.waiting_on_the_device():
+            self._engine.backward(loss)
+        use_tf32(False)
         if not last:
             self._engine.step()  # ends this backward pass; only the last one updates
 
-    def group_norms(self) -> dict[str, float]:
-        """Gradient norm of each parameter group and of all (``total``), before clipping; after ``backward``."""
-        names = list(self.base_lrs)
-        squares = torch.zeros(len(names), dtype=torch.float64, device=self._bad.device)
-        zero = self._engine.optimizer
-        if self.stage == 0:
-            for number, group in enumerate(self.optimizer.param_groups):
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        squares[number] += parameter.grad.double().square().sum()
-        else:
-            for piece, gradients in zero.averaged_gradients.items():
-                number = zero.sub_group_to_group_id[piece] if self.stage == 3 else piece
-                for gradient in gradients or []:
-                    squares[number] += gradient.double().square().sum()
-            all_reduce_sum(squares)
-        norms = dict(zip(names, squares.sqrt().tolist()))
-        return norms | {"total": squares.sum().sqrt().item()}
-
-    def step(self, factor: float, *, skip_update: bool = False) -> None:
-        """Update the weights with ``factor`` times the peak rates and clear the gradients.
+    def step(self, factor: float, *, discard: bool = False) -> None:
+        """Update the weights with ``factor`` times the peak rates, and clear the gradients; waits for no GPU.
 
         Args:
             factor: of the learning-rate schedule, 0 to 1.
-            skip_update: leave the weights and the optimiser's state as they are.
+            discard: clear the gradients without an update.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = self.base_lrs[group["name"]] * factor
-        self.optimizer.skip_update = skip_update
-        zero = self._engine.optimizer
+        squares_G = self._squared_norms()
+        norm = squares_G.sum().sqrt()
+        skipped = (~norm.isfinite()).float() if not discard else torch.ones_like(norm)
+        self.optimizer.grad_divisor = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1.0)
+        self.optimizer.found_inf = skipped
+        if not discard:
+            self.optimizer.num_updates += 1
+            self._skip_is_counted = False
+            self._verdict.copy_(torch.cat([squares_G, skipped[None]]), non_blocking=True)
+            if self._verdict_copied is not None:
+                self._verdict_copied.record()
         # ZeRO-3's first backward pass of a step overwrites the gradients of the parameters it reaches. A parameter that
         # only a later pass reaches would add to the gradient of the step before.
+        zero = self._engine.optimizer
         stale = [g for piece in zero.averaged_gradients.values() for g in piece or []] if self.stage == 3 else []
         self._engine.step()
         for gradient in stale:
             gradient.zero_()
+
+    def _squared_norms(self) -> Tensor:
+        """Squared gradient norm of each parameter group over all ranks; NaN if the loss is not finite."""
+        gradients = self.shards.gradients(list(self.base_lrs))
+        norms = [torch.nn.utils.get_total_norm(parts) if parts else self._loss_check for parts in gradients.values()]
+        squares_G = torch.stack([norm.to(self.device) for norm in norms]).float().square() + self._loss_check
+        if self.stage:
+            all_reduce_sum(squares_G)
+        return squares_G
+
+    def last_step_was_finite(self) -> bool:
+        """Whether the last ``step`` updated the weights, which it does if all gradients are finite.
+
+        It waits until the GPU has done that step, so call it when the next one has been started, but before the next
+        ``step``: the optimiser's count of updates is corrected here if the step was skipped.
+        """
+        self._wait_for_verdict()
+        if self._verdict[-1] == 0:
+            return True
+        self.optimizer.num_updates -= int(not self._skip_is_counted)
+        self._skip_is_counted = True
+        return False
+
+    def group_norms(self) -> dict[str, float]:
+        """Gradient norm of each parameter group and of all (``total``), before clipping, of the last ``step``."""
+        self._wait_for_verdict()
+        squares_G = self._verdict[:-1].double()
+        return dict(zip(self.base_lrs, squares_G.sqrt().tolist())) | {"total": squares_G.sum().sqrt().item()}
+
+    def _wait_for_verdict(self) -> None:
+        if self._verdict_copied is not None:
+            self._verdict_copied.synchronize()
+
+    def nonfinite_gradients(self, *inputs: Any) -> list[str]:
+        """Repeat a backward pass and name the parameters whose gradient on this rank is not finite.
+
+        The gradients are discarded. Every rank calls it, with the inputs of :meth:`backward`.
+        """
+        flags = {name: torch.zeros((), device=self.device) for name in self.named}
+
+        def check(name: str, gradient: Tensor) -> None:
+            flags[name] += (~gradient.detach().isfinite()).any()
+
+        hooks = [p.register_hook(partial(check, name)) for name, p in self.named.items()]
+        self.backward(*inputs)
+        for hook in hooks:
+            hook.remove()
+        self.step(0.0, discard=True)
+        return [name for name, flag in flags.items() if flag > 0]
 
     @property
     def state_keys(self) -> tuple[str, ...]:
@@ -182,45 +216,19 @@ class Engine:
 
         for key in keys or self.state_keys:
             for name, parameter in self.named.items():
-                if self.stage == 0:
-                    value: Any = parameter.detach() if key == "weight" else self.optimizer.state[parameter][key]
+                if key == "weight" and self.stage < 3:
+                    value: Any = parameter.detach()  # float32, and the same on every rank
                 elif key == "weight":
                     value = safe_get_full_fp32_param(parameter)
+                elif self.stage == 0:
+                    value = self.optimizer.state[parameter][key]
                 else:
                     value = safe_get_full_optimizer_state(parameter, key)
                 yield key, name, value
 
-    def set_state(self, key: str, name: str, value: Tensor) -> None:
-        """Load one whole tensor of :meth:`state`; a rank keeps the part that it owns."""
-        from deepspeed.utils import (
-            safe_set_full_fp32_param,
-            safe_set_full_optimizer_state,
-            safe_set_local_fp32_param,
-            safe_set_local_optimizer_state,
-        )
 
-        parameter = self.named[name]
-        value = value.to(self._bad.device)
-        if self.stage == 0:
-            target = parameter.data if key == "weight" else self.optimizer.state[parameter][key]
-            target.copy_(value)
-        elif self.stage == 3:
-            # Shards are padded to one length; DeepSpeed's own setter of whole tensors does not handle the padding.
-            length: int = parameter.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
-            padded = nn.functional.pad(value.flatten(), (0, length * world_size() - value.numel()))
-            piece = padded.narrow(0, length * rank(), length)
-            if key == "weight":
-                safe_set_local_fp32_param(parameter, piece)
-                parameter.ds_tensor.data.copy_(piece)  # pyright: ignore[reportAttributeAccessIssue]
-            else:
-                safe_set_local_optimizer_state(parameter, piece, key)
-        elif key == "weight":
-            safe_set_full_fp32_param(parameter, value)
-            parameter.data.copy_(value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, key)
-
-    def set_step(self, step: int) -> None:
-        """Set the number of steps done, by which Adam corrects its moments."""
-        for piece in self._pieces():
-            self.optimizer.state[piece]["step"].fill_(step)
+def _zero_options(stage: int) -> dict[str, Any]:
+    options: dict[str, Any] = {"stage": stage, "overlap_comm": stage > 0 and torch.cuda.is_available()}
+    if stage in (1, 2):
+        options["compute_grad_norm"] = False  # the engine computes it, for the update and the log
+    return options

@@ -8,10 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmass_dist.distributed import is_main, world_size
+from tmass_dist.distributed import is_main, rank, world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +41,7 @@ TAGS = {
     "speed/head_s": "seconds of the logged step in pooling, mass and loss, forward and backward",
     "speed/communication_s": "seconds of the logged step in our own collectives: embeddings, similarities, flags",
     "speed/optimizer_s": "seconds of the logged step in gradient norms and update, with ZeRO's communication",
+    "speed/logging_s": "seconds of the logged step in reading the step before and writing the log",
     "speed/videos_per_s": "videos of the global batch per second",
     "speed/data_wait": "share of a step spent waiting for the loader, 0 to 1",
     "speed/tflops": "useful TFLOP/s of a rank: three forward passes of the towers for each of its pairs",
@@ -98,6 +100,22 @@ class Monitor:
             self._writer.close()
 
 
+@dataclass(frozen=True)
+class LoggedStep:
+    """Speed and rates of a step that will be logged when its results are known."""
+
+    num_steps: int
+    """Steps since the last one that was logged."""
+    elapsed_s: float
+    """Seconds that they took."""
+    waited_s: float
+    """Seconds of these spent waiting for the loader."""
+    rates: dict[str, float]
+    """Learning rates by parameter group."""
+    phase_seconds: Callable[[], dict[str, float]]
+    """Seconds of this one step by phase."""
+
+
 class Meter:
     """Losses, rates, norms, speed and phase times of a run, written every ``log_every`` steps."""
 
@@ -120,20 +138,16 @@ class Meter:
         yield
         self._waited_s += time.perf_counter() - start_s
 
-    def log(
-        self,
-        step: int,
-        losses: Losses,
-        norms: dict[str, float],
-        rates: dict[str, float],
-        phase_seconds: dict[str, float],
-        num_damaged: int,
-    ) -> None:
-        """Write the values of the last step and the speed since the last call.
+    def measure(self, step: int, rates: dict[str, float], phase_seconds: Callable[[], dict[str, float]]) -> LoggedStep:
+        """Measure the speed since the last call, when ``step`` was started on the device; :meth:`log` writes it."""
+        elapsed_s = time.perf_counter() - self._start_s
+        measured = LoggedStep(max(1, step - self._start_step), elapsed_s, self._waited_s, rates, phase_seconds)
+        self.start(step)
+        return measured
 
-        ``norms`` and ``rates`` are by parameter group; ``phase_seconds`` are of the last step.
-        """
-        steps, elapsed_s = max(1, step - self._start_step), time.perf_counter() - self._start_s
+    def log(self, step: int, losses: Losses, norms: dict[str, float], logged: LoggedStep, num_damaged: int) -> None:
+        """Write the values of a step; ``norms`` are by parameter group. Waits until the GPU has done that step."""
+        steps, elapsed_s = logged.num_steps, logged.elapsed_s
         batch = self.config.data.batch_size
         rate = steps * batch / elapsed_s
         total = losses.total.item()
@@ -148,9 +162,10 @@ class Meter:
             "model/hardest_negative_similarity": losses.hardest.item(),
             "progress/samples": float(step * batch),
             "progress/damaged_videos": float(num_damaged),
+            "speed/logging_s": "seconds of the logged step in reading the step before and writing the log",
             "speed/videos_per_s": rate,
-            "speed/data_wait": self._waited_s / elapsed_s,
-            "speed/data_s": self._waited_s / steps,
+            "speed/data_wait": logged.waited_s / elapsed_s,
+            "speed/data_s": logged.waited_s / steps,
             "speed/memory_gb": peak_memory_gb(),
         }
         self._flops = self._flops or self._count_flops()
@@ -158,25 +173,24 @@ class Meter:
         values["speed/tflops"] = useful / 1e12
         if self._peak:
             values["speed/mfu"] = useful / self._peak
-        values |= {f"speed/{name}_s": seconds for name, seconds in phase_seconds.items()}
-        values |= {f"optim/lr_{name}": value for name, value in rates.items()}
+        values |= {f"speed/{name}_s": seconds for name, seconds in logged.phase_seconds().items()}
+        values |= {f"optim/lr_{name}": value for name, value in logged.rates.items()}
         values |= {f"optim/grad_norm{'' if name == 'total' else '_' + name}": value for name, value in norms.items()}
         self.monitor.scalars(values, step)
         self.monitor.histogram("model/radius", losses.radius_B, step)
         remaining = datetime.timedelta(seconds=round((self.num_steps - step) * batch / rate))
         self.console.info("step %d/%d loss %.4f, %.1f videos/s, ETA %s", step, self.num_steps, total, rate, remaining)
-        self.start(step)
 
 
 def start_log(path: Path) -> logging.Logger:
-    """The run's log: rank 0 writes to a file and to stderr, the other ranks write warnings to stderr."""
+    """The run's log: rank 0 writes to a file and to stderr; the others write warnings, each to its own file."""
     log = logging.getLogger("tmass_dist")
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO if is_main() else logging.WARNING)
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if is_main():
-        handlers.append(logging.FileHandler(path, encoding="utf-8"))
+    own = path if is_main() else path.with_name(f"{path.stem}-rank-{rank():05d}{path.suffix}")
+    handlers.append(logging.FileHandler(own, encoding="utf-8", delay=True))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
@@ -198,16 +212,21 @@ def peak_flops(config: Config) -> float | None:
 
 
 def forward_flops(model: RetrievalModel, pixels_BFHWC: Tensor, tokens_BL: Tensor) -> float:
-    """FLOPs of the towers' forward pass for the first pair, counted by torch; the head is not counted."""
+    """FLOPs of the towers' forward pass for the first pair, counted by torch; the head is not counted.
+
+    Only shapes matter: a copy of the model on the ``meta`` device is used, and nothing is computed.
+    """
+    import copy
+
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    training = model.training
-    model.train()  # in evaluation mode torch fuses the attention into an operator that its counter does not know
+    model = (
+        copy.deepcopy(model).to("meta").train()
+    )  # in evaluation mode torch fuses the attention into an operator that its counter does not know
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.towers.encode_frames(pixels_BFHWC[:1])
-        model.towers.encode_text(tokens_BL[:1])
-    model.train(training)
+        model.towers.encode_frames(pixels_BFHWC[:1].to("meta"))
+        model.towers.encode_text(tokens_BL[:1].to("meta"))
     return float(counter.get_total_flops())
 
 

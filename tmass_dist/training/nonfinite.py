@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def report_nonfinite(
-    run_dir: Path, step: int, batch: Batch, loss: float, is_own: bool, config: Config, log: logging.Logger
+    run_dir: Path, step: int, batch: Batch, loss: float, names: list[str], config: Config, log: logging.Logger
 ) -> None:
-    """Write the ranks and pairs concerned to ``nonfinite/step-N.json``; every rank calls it.
+    """Write the ranks, pairs and parameters concerned to ``nonfinite/step-N.json``; every rank calls it.
 
     Args:
         run_dir: of the run.
         step: counted from 1.
         batch: this rank's.
         loss: of the whole batch.
-        is_own: whether this rank's loss or gradients are the ones that are not finite.
+        names: the parameters whose gradient on this rank was not finite when the step was repeated.
         config: ``engine.nonfinite`` decides whether the run stops or skips the step.
         log: for the warning.
 
@@ -34,8 +34,10 @@ def report_nonfinite(
         UserError: with ``engine.nonfinite=stop``.
     """
     pairs = [f"{video} caption {slot}" for video, slot in zip(batch.video_ids, batch.caption_slots)]
-    own_entry = {"rank": distributed.rank(), "loss": str(loss), "pairs": pairs}
-    entries = [entry for entry in distributed.all_gather_objects(own_entry if is_own else None) if entry]
+    own_entry = {"rank": distributed.rank(), "loss": str(loss), "pairs": pairs, "parameters": names}
+    entries = distributed.all_gather_objects(own_entry)
+    # If no rank is concerned the second time, a calculation went wrong once; all are listed.
+    entries = [entry for entry in entries if entry["parameters"]] or entries
     path = run_dir / "nonfinite" / f"step-{step:08d}.json"
     if distributed.is_main():
         path.parent.mkdir(exist_ok=True)

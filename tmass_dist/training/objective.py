@@ -20,6 +20,7 @@ from tmass_dist.models.head import RetrievalHead
 from tmass_dist.models.pooling import DropoutKeys
 from tmass_dist.models.tmass import RetrievalModel, build_model
 from tmass_dist.phase_timer import PHASE_TIMER
+from tmass_dist.precision import tower_precision, use_tf32
 from tmass_dist.training.columns import PAIR_TENSORS, OwnColumns
 from tmass_dist.training.losses import column_info_nce, mean_over_ranks, similarity_metrics, temperature
 
@@ -130,13 +131,12 @@ class Objective(RetrievalModel):
         super().__init__(model.towers, model.head)
         self.stochastic = config.stochastic
         self.pooled_by: Literal["text", "sample"] = config.model.pooled_by
-        self.memory_mb, self.bf16 = config.engine.head_memory_mb, config.engine.bf16
+        self.memory_mb, self.engine_config = config.engine.head_memory_mb, config.engine
 
     def encode(self, pixels_BFHWC: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
         """``text_BD`` and ``frames_BFD``, float32 whatever the towers run in."""
         PHASE_TIMER.switch("encode")
-        # Autocast leaves the weights, their gradients and the optimiser in float32.
-        with torch.autocast(tokens_BL.device.type, torch.bfloat16, enabled=self.bf16):
+        with tower_precision(self.engine_config, tokens_BL.device):
             text_BD, frames_BFD = self.towers.encode_text(tokens_BL), self.towers.encode_frames(pixels_BFHWC)
         return text_BD.float(), frames_BFD.float()
 
@@ -146,8 +146,10 @@ class Objective(RetrievalModel):
         """See :func:`global_losses`."""
         PHASE_TIMER.switch("head")
         embeddings = [x for x in (text_BD, frames_BFD) if x.requires_grad]
-        if embeddings:  # their gradients end the head's part of the backward pass
-            torch.autograd.graph.register_multi_grad_hook(embeddings, lambda _: PHASE_TIMER.switch("encode"))
+        if embeddings:
+            # Autograd runs first what was recorded last, so the head's backward pass is over when it comes to the first
+            # embedding. The text embedding was recorded first, so it comes after the whole image tower.
+            torch.autograd.graph.register_multi_grad_hook(embeddings, self._begin_towers_backward, mode="any")
         # The loss is float32 whatever the towers run in: a softmax over many negatives loses digits in bf16.
         with torch.autocast(text_BD.device.type, enabled=False):
             return global_losses(
@@ -161,6 +163,10 @@ class Objective(RetrievalModel):
                 dropout_keys=dropout_keys,
                 memory_mb=self.memory_mb,
             )
+
+    def _begin_towers_backward(self, _: Tensor) -> None:
+        PHASE_TIMER.switch("encode")
+        use_tf32(self.engine_config.tf32)  # the engine turns it off after the backward pass
 
     def forward(self, part: Literal["whole", "encode", "losses"], *inputs: Any) -> Any:
         """All of a step, or one half of it; ZeRO-3 lends its weights only inside the forward."""

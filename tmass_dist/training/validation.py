@@ -1,25 +1,28 @@
 """Validation during training, and the selection of the best checkpoint."""
 
+# Shapes: T texts, V videos.
+
 from __future__ import annotations
 
-import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tmass_dist.cli import write_json
+from tmass_dist.cli import read_json, write_json
 from tmass_dist.config import Config
 from tmass_dist.data.index import Index
 from tmass_dist.data.samples import read_into
-from tmass_dist.distributed import is_main
+from tmass_dist.data.videos import num_batches
+from tmass_dist.distributed import all_gather_objects, is_main, rank, world_size
 from tmass_dist.evaluation.baselines import choose_tau
 from tmass_dist.evaluation.blocks import BlockScorer
-from tmass_dist.evaluation.encode import encode, ranks_of
-from tmass_dist.evaluation.features import Features
+from tmass_dist.evaluation.encode import encode_batches, ranks_of
+from tmass_dist.evaluation.features import Features, merge
 from tmass_dist.evaluation.ranking import metrics
 from tmass_dist.models.tmass import RetrievalModel
 from tmass_dist.pictures import sheet
@@ -36,45 +39,112 @@ def improves(scores: list[float], window: int) -> bool:
     return len(means) == 1 or means[-1] > max(means[:-1])
 
 
+class _StopError(Exception):
+    """This rank was asked to stop."""
+
+
 class Validator:
-    """Scores the selection split by a second model, which gets the gathered weights or their running mean.
+    """Scores the selection split by the trained weights or their running mean.
 
     Args:
-        model: a copy of the trained model, made before ZeRO sharded it.
+        model: the trained model. It is validated itself where it holds the weights whole: at ZeRO stages 0 to 2.
+        spare: a copy of the model, made before ZeRO took it, for gathered weights or the running mean. It is on the GPU
+            only during a validation. None if it is not needed.
         selection: the split that selects the checkpoint.
         tokenize: texts to token ids.
         config: of the run.
         device: on which to encode.
+        on_batch: called after each encoded batch; returns whether to stop.
     """
 
     def __init__(
-        self, model: RetrievalModel, selection: Index, tokenize: Any, config: Config, device: torch.device
+        self,
+        model: RetrievalModel,
+        spare: RetrievalModel | None,
+        selection: Index,
+        tokenize: Any,
+        config: Config,
+        device: torch.device,
+        on_batch: Callable[[], bool],
     ) -> None:
-        self.model, self.selection, self.tokenize = model.eval().requires_grad_(False), selection, tokenize
-        self.config, self.device = config, device
+        self.model, self.spare, self.selection, self.tokenize = model, spare, selection, tokenize
+        self.config, self.device, self.on_batch = config, device, on_batch
         self.directory = Path(config.run_dir) / "checkpoints"
         self.history: list[dict[str, float]] = []
         self.last_metrics: dict[str, float] = {}
 
+    @staticmethod
+    def needs_spare(config: Config) -> bool:
+        """Whether the trained model does not hold what is validated."""
+        return config.engine.zero_stage == 3 or config.optim.ema > 0
+
     def resume(self, step: int) -> None:
         """Load the history up to ``step``; later validations will be repeated."""
-        path = self.directory / "validation.json"
-        history = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-        self.history = [point for point in history if point["step"] <= step]
+        points = all_gather_objects(read_json(self.directory / "validation.json", list) if is_main() else None)[0]
+        self.history = [point for point in points or [] if _is_point(point) and point["step"] <= step]
 
-    def validate(self, step: int, engine: Engine, monitor: Monitor, log: logging.Logger) -> None:
-        """Score the selection split and keep the weights if they are the best so far; every rank calls it."""
+    def has_validated(self, step: int) -> bool:
+        """Whether the history holds this step."""
+        return any(point["step"] == step for point in self.history)
+
+    def validate(self, step: int, engine: Engine, monitor: Monitor, log: logging.Logger) -> bool:
+        """Score the selection split and keep the weights if they are the best so far; every rank calls it.
+
+        Returns:
+            False if ``on_batch`` of any rank asked to stop; the validation then counts as not done.
+        """
+        model = self._model_with_weights(engine)
+        model.eval()
+        try:
+            features = self._encode(model)
+            if features is None:
+                return False
+            t2v = metrics(ranks_of(model.head, features, self.config).t2v_T)
+            if is_main():
+                monitor.image("validation/queries", self._queries(model, features), step)
+            self._record(step, t2v, features, model, monitor, log)
+            return True
+        finally:
+            if self.spare is not None:
+                self.spare.cpu()
+            else:
+                model.train()
+
+    def _model_with_weights(self, engine: Engine) -> RetrievalModel:
+        if self.spare is None:
+            return self.model
+        parameters = dict(self.spare.to(self.device).named_parameters())
+        with torch.no_grad():
+            for _, name, value in engine.state(("ema" if self.config.optim.ema else "weight",)):
+                parameters[name].copy_(value)
+        return self.spare
+
+    def _encode(self, model: RetrievalModel) -> Features | None:
+        """The features of the whole split; None if a rank was asked to stop."""
+        part = None
+        try:
+            own = range(num_batches(self.selection, self.config.data.eval_batch_size))[rank() :: world_size()]
+            part = encode_batches(model, self.selection, self.tokenize, self.config, self.device, own, self._check_stop)
+        except _StopError:
+            pass
+        parts = all_gather_objects(part)
+        return None if any(part is None for part in parts) else merge(parts, self.selection.ids)
+
+    def _check_stop(self) -> None:
+        if self.on_batch():
+            raise _StopError
+
+    def _record(
+        self,
+        step: int,
+        t2v: dict[str, float],
+        features: Features,
+        model: RetrievalModel,
+        monitor: Monitor,
+        log: logging.Logger,
+    ) -> None:
         from safetensors.torch import save_file
 
-        parameters = dict(self.model.named_parameters())
-        kind = "ema" if self.config.optim.ema else "weight"
-        with torch.no_grad():
-            for _, name, value in engine.state((kind,)):
-                parameters[name].copy_(value)
-        features = encode(self.model, self.selection, self.tokenize, self.config, self.device)
-        if is_main():
-            monitor.image("validation/queries", self._queries(features), step)
-        t2v = metrics(ranks_of(self.model.head, features, self.config).t2v_T)
         split, protocol = self.config.evaluation.selected_on, self.config.evaluation.protocol
         monitor.scalars({f"{split}/{protocol}/t2v_{name}": value for name, value in t2v.items()}, step)
         log.info("step %d: %s t2v R@1 %.1f (%s)", step, split, t2v["R@1"], protocol)
@@ -83,7 +153,7 @@ class Validator:
         if not is_main():
             return
         if improves([point["R@1"] for point in self.history], self.config.evaluation.window):
-            weights = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+            weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
             temporary = self.directory / "best.safetensors.tmp"
             save_file(weights, temporary)
             os.replace(temporary, self.directory / "best.safetensors")
@@ -104,9 +174,9 @@ class Validator:
             "query_scoring_tau": choose_tau(features),
         }
 
-    def _queries(self, features: Features) -> Any:
+    def _queries(self, model: RetrievalModel, features: Features) -> Any:
         """The same few texts at each validation: the correct video, and below it the top-ranked one."""
-        scorer = BlockScorer(self.model.head, features, self.config)
+        scorer = BlockScorer(model.head, features, self.config)
         rows = []
         num_texts = len(features.owner_T)
         for number in np.linspace(0, num_texts - 1, min(QUERIES, num_texts)).astype(int):
@@ -125,3 +195,7 @@ class Validator:
         frames = np.empty((number, side, side, 3), np.uint8)
         read_into(frames, self.selection, self.selection.ids.index(video_id))
         return list(frames)
+
+
+def _is_point(point: Any) -> bool:
+    return isinstance(point, dict) and isinstance(point.get("step"), int) and isinstance(point.get("R@1"), int | float)

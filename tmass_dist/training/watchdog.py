@@ -1,135 +1,161 @@
-"""No rank waits for ever: when one is gone or hangs, the others end with a line that names it."""
+"""Ends a rank, with a line that says why, when another rank is gone or nothing progresses."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-import sys
 import threading
 import time
 from types import TracebackType
-from typing import Any
 
+from tmass_dist.cli import MACHINE_FAILURE, print_error
 from tmass_dist.distributed import all_gather_objects, collectives_entered, is_main, open_store, rank, world_size
 from tmass_dist.errors import PeerLostError
+from tmass_dist.training.heartbeats import Heartbeats
 
-_OF_A_COLLECTIVE = re.compile(r"gloo|nccl|tcpstore|connection|socket|broken pipe|timed out waiting", re.IGNORECASE)
+_COLLECTIVE_ERROR = re.compile(r"gloo|nccl|tcpstore|connection|socket|broken pipe|timed out waiting", re.IGNORECASE)
+SILENCE_S = 20.0
+"""Seconds without a heartbeat after which a rank is taken for dead. A busy interpreter is silent for less."""
 
 
 class Watchdog:
-    """Every rank tells the others, through a store on rank 0, where it is; a context around the training loop.
+    """Sends heartbeats and watches those of the other ranks; a context around the training loop.
 
-    A rank that fails says so before it ends. A rank whose collective breaks asks the store why. A thread ends a rank
-    that made no step in ``limit_s``, wherever it hangs, after asking the same.
+    A rank that fails reports it before it ends. A rank whose collective fails asks for the reason. A thread ends the
+    rank, even while a collective blocks it, if another rank failed or is silent, or if it made no step in ``limit_s``.
 
     Args:
-        limit_s: seconds that a step may take; validation and its checkpoint included.
+        limit_s: seconds that a step may take; in validation and saving, seconds between two calls of :meth:`progress`.
     """
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
         self.period_s = min(1.0, limit_s / 4)
-        self._done = threading.Event()
-        self._step, self._at, self._beats = -1, time.monotonic(), 0
-        self._store: Any = None
-        self._seen: dict[int, tuple[str, float]] = {}
-        self._failed: dict[int, str] = {}
-        self._heard = 0.0
+        self.silence_s = max(4 * self.period_s, min(SILENCE_S, limit_s))
+        self._leaving, self._done = threading.Event(), threading.Event()
+        self._step, self._progress_at = -1, time.monotonic()
+        self._heartbeats: Heartbeats | None = None
+        self._store_answered_at = 0.0
 
     def __enter__(self) -> Watchdog:
         if world_size() > 1:
-            self._store = open_store()
-            self._heard = time.monotonic()
-            threading.Thread(target=self._talk, name="watch-talk", daemon=True).start()
-        self._at = time.monotonic()
-        threading.Thread(target=self._limit, name="watch-limit", daemon=True).start()
+            self._heartbeats = Heartbeats(open_store(), rank(), world_size(), self.period_s)
+            all_gather_objects(None)  # every rank has written its first heartbeat
+            self._store_answered_at = time.monotonic()
+            threading.Thread(target=self._exchange, name="heartbeats", daemon=True).start()
+        self._progress_at = time.monotonic()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
-    def beat(self, step: int) -> None:
+    def begin_step(self, step: int) -> None:
         """This rank begins step ``step`` (from 0)."""
-        self._step, self._at = step, time.monotonic()
+        self._step, self._progress_at = step, time.monotonic()
+
+    def progress(self) -> None:
+        """This rank is still working, for example on the next batch of a validation."""
+        self._progress_at = time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leaving.set()  # from now on this thread says why, and not the one that watches
         try:
-            if error is None:
-                all_gather_objects(None)  # nobody needs the store any more
-            elif isinstance(error, PeerLostError) or "DataLoader worker" in str(error):
-                # A worker's death is a signal to its parent, wherever that is; torch makes it a RuntimeError.
-                line = " ".join(str(error).split())
-                line = line if isinstance(error, PeerLostError) else f"a decoding process ended or hangs: {line}"
-                self._tell(line)
-                raise PeerLostError(f"rank {rank()}: {line}") from error
-            elif isinstance(error, RuntimeError) and _OF_A_COLLECTIVE.search(str(error)):
-                raise PeerLostError(self._why()) from error
-            elif error is not None:
-                self._tell(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            self._leave(error)
         finally:
             self._done.set()
 
-    def _tell(self, why: str) -> None:
-        if self._store is not None:
-            try:
-                self._store.set(f"failed/{rank()}", why)
-                time.sleep(2 * self.period_s if is_main() else 0)  # rank 0 takes the store with it: let the others read
-            except RuntimeError:
-                pass  # rank 0 is gone already
+    def _leave(self, error: BaseException | None) -> None:
+        if error is None:
+            all_gather_objects(None)  # no rank needs the store any more
+        elif isinstance(error, PeerLostError) or "DataLoader worker" in str(error):
+            # The death of a worker is a signal to its parent, wherever that is; torch turns it into a RuntimeError.
+            line = " ".join(str(error).split())
+            line = line if isinstance(error, PeerLostError) else f"a decoding process ended or hangs: {line}"
+            self._report(line)
+            raise PeerLostError(f"rank {rank()}: {line}") from error
+        elif isinstance(error, RuntimeError) and _COLLECTIVE_ERROR.search(str(error)):
+            raise PeerLostError(self._reason()) from error
+        else:
+            self._report(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
-    def _talk(self) -> None:
-        """Tell the store where this rank is and read about the others; if rank 0 is stopped, this waits for ever."""
+    def _report(self, error: str) -> None:
+        """Tell the other ranks; if rank 0 does not answer, give up after a few seconds."""
+        if self._heartbeats is not None:
+            thread = threading.Thread(target=self._send_report, args=(self._heartbeats, error), daemon=True)
+            thread.start()
+            thread.join(5 * self.period_s)
+
+    def _send_report(self, heartbeats: Heartbeats, error: str) -> None:
+        try:
+            heartbeats.report_failure(error)
+        except RuntimeError:
+            return  # rank 0 is gone
+        if is_main():  # the store ends with this rank: let the others read it first
+            time.sleep(3 * self.period_s)
+
+    def _exchange(self) -> None:
+        """Send and read heartbeats; if rank 0 is stopped, this blocks for good."""
+        assert self._heartbeats is not None
         while not self._done.wait(self.period_s):
-            self._beats += 1
             try:
-                self._store.set(f"beat/{rank()}", f"{self._beats} {self._step} {collectives_entered()}")
-                for other in range(world_size()):
-                    if other not in self._failed and self._store.check([f"failed/{other}"]):
-                        self._failed[other] = self._store.get(f"failed/{other}").decode()
-                    key = f"beat/{other}"
-                    word = self._store.get(key).decode() if self._store.check([key]) else ""
-                    if other not in self._seen or self._seen[other][0] != word:
-                        self._seen[other] = (word, time.monotonic())
+                self._heartbeats.exchange(self._step, collectives_entered())
             except RuntimeError:
-                return  # rank 0 is gone, as the age of this word will tell
-            self._heard = time.monotonic()
+                return  # rank 0 is gone, which the age of the last answer will tell
+            self._store_answered_at = time.monotonic()
 
-    def _limit(self) -> None:
-        while not self._done.wait(self.period_s):
-            if time.monotonic() - self._at > self.limit_s:
-                why = self._why()
-                if not self._done.is_set():
-                    print(f"error: rank {rank()}: {why}", file=sys.stderr, flush=True)
-                    os._exit(1)
+    def _watch(self) -> None:
+        """End this rank if there is a reason to, and its main thread did not within a few seconds."""
+        noticed_at = None
+        while not self._leaving.wait(self.period_s):
+            if time.monotonic() - self._progress_at > self.limit_s:
+                self._end(self._reason())
+            lost = self._lost_rank(self.silence_s)
+            noticed_at = None if lost is None else noticed_at or time.monotonic()
+            # A gloo collective fails when its peer ends, and the main thread then reports it. One of NCCL waits on.
+            if lost is not None and noticed_at is not None and time.monotonic() - noticed_at > 4 * self.period_s:
+                self._end(lost)
 
-    def _why(self) -> str:
-        """One line: who failed, who fell silent, or who is behind."""
+    def _end(self, reason: str) -> None:
+        if not self._leaving.is_set():
+            line = f"rank {rank()}: {reason}"
+            logging.getLogger("tmass_dist").info("ended: %s", line)
+            print_error(line)
+            os._exit(MACHINE_FAILURE)
+
+    def _lost_rank(self, silence_s: float) -> str | None:
+        """One line that names a rank which failed or was silent for ``silence_s``; None if there is none."""
+        if self._heartbeats is None:
+            return None
+        summary, now = self._heartbeats.summary, time.monotonic()
+        others_failed = {number: error for number, error in summary.failed.items() if number != str(rank())}
+        if others_failed:
+            return "; ".join(f"rank {number} failed: {error}" for number, error in others_failed.items())
         here = f"this rank waited for it at step {self._step + 1}"
-        if self._store is None:
-            return (
-                f"no step within {self.limit_s:.0f} s at step {self._step + 1}; "
-                "raise engine.timeout_s if a step may take so long"
-            )
-        patience_s = 3 * self.period_s
-        deadline = time.monotonic() + patience_s + self.period_s
-        while True:
-            if self._failed:
-                return "; ".join(f"rank {number} failed: {why}" for number, why in self._failed.items())
-            now = time.monotonic()
-            if now - self._heard > patience_s:
-                return f"rank 0 is gone or stopped; {here}"
-            silent = [n for n, (_, at) in self._seen.items() if n != rank() and now - at > patience_s]
-            if silent:
-                names = ", ".join(f"{n} (last seen at step {self._last(n)})" for n in silent)
-                return f"rank {names} is gone or stopped; {here}"
-            if now > deadline:
-                # Alive, and yet it has not entered the exchange in which the others wait.
-                behind = min(self._seen, key=lambda number: int((self._seen[number][0].split() or [0])[-1]))
-                return (
-                    f"no step within {self.limit_s:.0f} s; rank {behind} is behind, at step {self._last(behind)} (this "
-                    f"rank: {self._step + 1}); raise engine.timeout_s if a step may take so long"
-                )
-            time.sleep(self.period_s / 2)
+        silent_since = min(self._store_answered_at, self._heartbeats.summary_changed_at)
+        if now - silent_since > silence_s:
+            return f"rank 0 is gone or stopped; {here}"
+        silent = [(other, step) for other, step, age in summary.silent if other != rank() and age > silence_s]
+        if silent:
+            names = ", ".join(f"{other} (last seen at step {step})" for other, step in silent)
+            return f"rank {names} is gone or stopped; {here}"
+        return None
 
-    def _last(self, number: int) -> int:
-        words = self._seen[number][0].split()
-        return int(words[1]) + 1 if words else 0
+    def _reason(self) -> str:
+        """One line that names the rank which failed, fell silent, or is behind; it may take a few seconds."""
+        advice = "raise engine.timeout_s if a step may take so long"
+        if self._heartbeats is None:
+            return f"no step within {self.limit_s:.0f} s at step {self._step + 1}; {advice}"
+        patience_s = 3 * self.period_s
+        deadline = time.monotonic() + patience_s + 2 * self.period_s
+        while time.monotonic() < deadline:
+            lost = self._lost_rank(patience_s)
+            if lost is not None:
+                return lost
+            time.sleep(self.period_s / 2)
+        # All are alive, and one of them has not entered the collective in which the others wait.
+        behind, step = self._heartbeats.summary.behind
+        return (
+            f"no step within {self.limit_s:.0f} s; rank {behind} is behind, at step {step} (this rank: "
+            f"{self._step + 1}); {advice}"
+        )
