@@ -14,17 +14,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, run
 from tests.faulty_server import FaultyServer
 from tests.loaders import global_batches, make_loaders
+from tests.ranks import on_ranks
 from tests.resharded import reshard
+from tmass_dist.config import load_config
 from tmass_dist.data.cache import GB, CachePlan, check_capacity, needed_bytes, node_uses
 from tmass_dist.data.fetcher import Fetcher
 from tmass_dist.data.index import Index, load_index
 from tmass_dist.data.remote import DownloadError
 from tmass_dist.data.streaming import StreamingOrder
 from tmass_dist.errors import UserError
+from tmass_dist.training.loop import train
 
 
 def _order(num_shards: int = 400, per_shard: int = 16, lanes: int = 16, batch_size: int = 64) -> StreamingOrder:
@@ -274,3 +278,47 @@ def test_a_fetcher_that_cannot_start_says_so(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="did not start"):
         Fetcher([], lambda *_: plan, tmp_path / "cache", [0], 1.0)
     assert os.path.isfile(tmp_path / "cache")
+
+
+def _train(overrides: list[str]) -> None:
+    train(load_config("demo.yaml", overrides))
+
+
+def _losses(run_dir: Path) -> dict[int, float]:
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("loss/total")}
+
+
+def test_a_run_through_a_small_cache_has_the_losses_of_local_shards_though_killed_and_resumed_on_two_ranks(
+    data: list[str], server: FaultyServer, local: Index, tmp_path: Path
+) -> None:
+    common = [*data, "max_steps=40", "epochs=9", "eval_every=20", "log_every=1", "data.num_workers=1"]
+    common += ["data.order=streaming", "data.lanes=4"]
+    done = run(
+        "-m",
+        "tmass_dist.train",
+        "--config",
+        "demo.yaml",
+        *common,
+        f"data.train={local.directory}",
+        f"run_dir={tmp_path / 'local'}",
+    )
+    assert done.returncode == 0, done.stderr
+    remote = [*common, f"data.train={server.url}", f"data.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'remote'}"]
+    remote += [f"data.cache_gb={_tenth(local)}"]
+    command = [sys.executable, "-m", "tmass_dist.train", "--config", "demo.yaml", *remote]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    log, deadline = tmp_path / "remote" / "train.log", time.monotonic() + 200
+    while not (log.is_file() and "step 27/40" in log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    (tmp_path / "ranks").mkdir()
+    on_ranks(2, _train, remote, tmp_path=tmp_path / "ranks")
+    expected, losses = _losses(tmp_path / "local"), _losses(tmp_path / "remote")
+    assert sorted(losses) == sorted(expected) == [*range(1, 41)]
+    assert all(abs(losses[step] - expected[step]) < 1e-4 for step in losses)
+    assert "step 20 of 40, 2 ranks" in log.read_text()
+    assert _cached_bytes(tmp_path / "cache") <= _tenth(local) * GB
