@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS = 1
 DEMO := build/demo
 
-.PHONY: install demo demo-data demo-towers serve test test-all test-slurm lint bench gpu-check docs
+.PHONY: install demo demo-data demo-towers serve test test-all test-slurm lint bench gpu-check docs fuzz
 install: .venv/installed
 
 .venv/installed: pyproject.toml setup.py
@@ -41,6 +41,12 @@ test-all: install
 
 test-slurm: install
 	$(BIN)/python -m pytest -m slurm tests/slurm
+
+FUZZ_CASES ?= 800
+FUZZ_SEED ?= 0
+
+fuzz: install
+	FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz --hypothesis-seed=$(FUZZ_SEED)
 
 lint: install
 	$(BIN)/ruff check .

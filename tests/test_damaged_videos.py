@@ -130,3 +130,12 @@ def test_a_header_that_claims_two_billion_frames_allocates_nothing(tmp_path: Pat
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(BadVideoError, match="missing"):
         read_video(tmp_path / "nowhere.mp4", uniform(3), 32)
+
+
+def test_an_unknown_codec(tmp_path: Path) -> None:
+    """Found by tests/fuzz: an AttributeError, which would end a training run on clips."""
+    path = tmp_path / "video.avi"
+    write_greys(path, [100] * 5)
+    path.write_bytes(path.read_bytes().replace(b"MJPG", b"XQZW"))
+    with pytest.raises(BadVideoError, match="no decoder"):
+        read_video(path, uniform(3), 32)

@@ -153,6 +153,9 @@ def _open(source: Path | bytes) -> Any:
         container.close()
         raise BadVideoError("no video stream")
     stream = streams[0]
+    if stream.codec_context is None:
+        container.close()
+        raise BadVideoError("ffmpeg has no decoder for its codec")
     stream.thread_type = "NONE"
     if stream.codec_context.name in CONCEALING_CODECS:
         stream.codec_context.options = {"err_detect": "explode"}
