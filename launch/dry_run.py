@@ -6,16 +6,13 @@ import dataclasses
 import os
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from launch.data_report import read_training_split
 from launch.nodes import Node, describe_gpus
-from launch.plan import Step
 from launch.resources import Resources
+from launch.steps import Step
 from tmass_dist.config import Config, differing_keys, load_config, to_yaml
 from tmass_dist.errors import UserError
-
-if TYPE_CHECKING:
-    from tmass_dist.data.index import Index
 
 _WITHOUT_BF16 = (
     "k80",
@@ -89,7 +86,7 @@ def _run(run: Config, resources: Resources, nodes: list[Node]) -> tuple[list[str
     lines = [f"global batch of {run.data.batch_size} pairs, {pairs} a rank"]
     if pairs == 1 and ranks > 1:
         warnings.append("each rank has one pair: most of a step is spent on exchanges; use fewer ranks or more pairs")
-    training, missing = _training_split(run)
+    training, missing = read_training_split(run)
     if training is not None:
         per_epoch = int(training.num_captions.sum()) // run.data.batch_size
         steps = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)
@@ -112,19 +109,6 @@ def _run(run: Config, resources: Resources, nodes: list[Node]) -> tuple[list[str
 
 def _limit(run: Config, steps: int, per_epoch: int) -> str:
     return f", ended by max_steps={run.max_steps}" if steps < run.epochs * per_epoch else ""
-
-
-def _training_split(run: Config) -> tuple[Index | None, str]:
-    """The split, or why it cannot be read; the other splits are read too."""
-    from tmass_dist.data.index import load_index
-    from tmass_dist.training.checks import load_splits
-
-    try:
-        training, _ = load_splits(run)
-        load_index(run.data.test, run.data.cache)
-    except (UserError, OSError) as error:
-        return None, " ".join(str(error).split())
-    return training, ""
 
 
 def _run_dir_conflict(run: Config) -> str | None:

@@ -42,6 +42,7 @@ _JOBS_OF = {
     "pack": ("shards", "all"),
     "describe": ("captions",),
     "sweep": ("train",),
+    "plan": ("train", "all"),
 }
 """Jobs that an option applies to."""
 
@@ -93,6 +94,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="print a summary, the scripts and the resolved config; submit nothing"
     )
+    parser.add_argument("--plan", action="store_true", help="print memory, exchanges, time and sizes; submit nothing")
+    parser.add_argument("--gpu", metavar="NAME", help="of --plan: h100, a100, ...; default: what SLURM says")
+    parser.add_argument(
+        "--gpu-memory-gb", type=float, metavar="GB", help="of --plan: memory of a GPU that is not known"
+    )
+    parser.add_argument("--peak-tflops", type=float, help="of --plan: dense bfloat16 peak of a GPU that is not known")
+    parser.add_argument("--mfu", type=float, help="of --plan: part of the peak that the towers reach (0.4)")
+    parser.add_argument(
+        "--force", action="store_true", help="submit even if the run does not fit into the GPU's memory"
+    )
     parser.add_argument("overrides", nargs="*", help="dotted overrides, as optim.lr=1e-5")
     parsed = parser.parse_intermixed_args(arguments)
     _refuse_options_without_effect(parsed)
@@ -105,8 +116,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def _refuse_options_without_effect(arguments: argparse.Namespace) -> None:
     """Raises: UserError: an option that the chosen job or cluster would ignore."""
     for name, jobs in _JOBS_OF.items():
-        if getattr(arguments, name) not in (None, []) and arguments.job not in jobs:
+        if getattr(arguments, name) not in (None, False, []) and arguments.job not in jobs:
             raise UserError(f"--{name} is for --job {' or '.join(jobs)}, and the job is {arguments.job}")
+    for name in ("gpu", "gpu_memory_gb", "peak_tflops", "mfu"):
+        if getattr(arguments, name) is not None and arguments.job not in _JOBS_OF["plan"]:
+            raise UserError(f"--{name.replace('_', '-')} is for --job train or all, and the job is {arguments.job}")
     if arguments.cluster == "local":
         for name in sorted(_SLURM_ONLY):
             if getattr(arguments, name) not in (None, False):

@@ -1,130 +1,73 @@
-"""The steps of a submission, one after the other; each is a job or an array of tasks."""
+"""``--plan``, and the refusal of runs that do not fit into the memory of their GPUs."""
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-import shlex
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import argparse
+import sys
 
-from launch.job import CommandJob, RankedJob
+from launch import forecast
+from launch.data_report import read_training_split
+from launch.hardware import Gpu, find_gpu
+from launch.nodes import Node
 from launch.resources import Resources
-from tmass_dist.config import Config, load_config
-from tmass_dist.data.remote import is_remote
+from tmass_dist.config import Config
 from tmass_dist.errors import UserError
-from tmass_dist.evaluation.settings import BLOCK_SETTINGS, scoring_overrides
 
 
-@dataclass(frozen=True)
-class Step:
-    """One job, or an array with a task for each entry of ``tasks``.
-
-    ``after`` is SLURM's condition on the step before: ``afterok`` that it succeeded, ``afterany`` that it ended.
-    """
-
-    name: str
-    tasks: list[Any]
-    resources: Resources
-    after: str = "afterok"
-
-
-def absolute(config: Config) -> Config:
-    """The config with absolute paths, which are valid wherever the job starts."""
-    splits = {name: getattr(config.data, name) for name in ("train", "val", "test")}
-    paths: Any = {name: path if is_remote(path) else str(Path(path).resolve()) for name, path in splits.items() if path}
-    files = {
-        key: str(Path(value).resolve())
-        for key in ("architecture", "pretrained")
-        if (value := getattr(config.model, key)) and Path(value).is_file()
-    }
-    captions = tuple(str(Path(path).resolve()) if Path(path).is_file() else path for path in config.data.captions)
-    return dataclasses.replace(
-        config,
-        run_dir=str(Path(config.run_dir).resolve()),
-        data=dataclasses.replace(config.data, captions=captions, **paths),
-        model=dataclasses.replace(config.model, **files),
-    )
-
-
-def training(config: Config, resources: Resources, folder: Path, *, then: str = "evaluate") -> Step:
-    """Train, then ``evaluate`` in the same job, or only ``encode`` and leave the scoring to an array."""
-    return Step("train", [_ranked(config, resources, folder, ("train", then))], resources)
-
-
-def _ranked(config: Config, resources: Resources, folder: Path, do: Any) -> RankedJob:
-    threads = max(1, resources.cpus - config.data.num_workers)
-    return RankedJob(config, str(folder), do, resources.requeues, threads)
-
-
-def evaluation(config: Config, resources: Resources, folder: Path, tasks: int, *, encode: bool) -> list[Step]:
-    """Encode the test split where that is not done yet, score it by an array of tasks, and write the report.
-
-    A task that scores gets a GPU if the run has GPUs.
-    """
-    out = Path(config.run_dir) / "evaluation"
-    command = ("-m", "tmass_dist.evaluate", "--features", str(out / "features"), "--out", str(out))
-    one = resources.one_task()
-    steps = [Step("encode", [_ranked(config, resources, folder, ("encode",))], resources)] if encode else []
-    # Also features that were encoded before are scored with the settings of this submission.
-    blocks = scoring_overrides(config, BLOCK_SETTINGS)
-    shares = [CommandJob((*command, "--shard", f"{n}/{tasks}", *blocks), str(folder), one.cpus) for n in range(tasks)]
-    report = CommandJob((*command, *scoring_overrides(config)), str(folder), one.cpus)
-    return [*steps, Step("score", shares, resources.one_task(gpu=True)), Step("report", [report], one)]
-
-
-def packing(arguments: list[str], resources: Resources, folder: Path, tasks: int) -> list[Step]:
-    """``shards/make_shards.py`` for each entry of ``arguments``: an array packs, then one task writes the index."""
-    one = resources.one_task()
-    steps = []
-    for text in arguments:
-        words = shlex.split(text)
-        for number, word in enumerate(words[:-1]):
-            if word in ("--annotations", "--videos", "--out"):
-                words[number + 1] = str(Path(words[number + 1]).resolve())
-        command = ("shards/make_shards.py", *words, "--workers", str(resources.cpus))
-        if tasks > 1:
-            steps.append(_array("pack", command, one, folder, tasks))
-        steps.append(Step("index", [CommandJob(command, str(folder), one.cpus)], one))
-    return steps
-
-
-def describing(arguments: list[str], resources: Resources, folder: Path, tasks: int) -> list[Step]:
-    """``shards/caption_videos.py DIRECTORY ...`` for each entry of ``arguments``: an array captions, each task on a GPU
-    if the run has GPUs, then one task merges the parts."""
-    one = resources.one_task()
-    steps = []
-    for text in arguments:
-        directory, *words = shlex.split(text)
-        words = [str(Path(word).resolve()) if "/" in word and Path(word).exists() else word for word in words]
-        command = ("shards/caption_videos.py", str(Path(directory).resolve()), *words)
-        steps.append(_array("describe", command, resources.one_task(gpu=True), folder, tasks))
-        steps.append(Step("merge", [CommandJob((*command, "--merge"), str(folder), one.cpus)], one))
-    return steps
-
-
-def _array(name: str, command: tuple[str, ...], one: Resources, folder: Path, tasks: int) -> Step:
-    """``command`` with ``--part n/tasks`` for every n."""
-    shares = [CommandJob((*command, "--part", f"{n}/{tasks}"), str(folder), one.cpus) for n in range(tasks)]
-    return Step(name, shares, one)
-
-
-def sweep(page: str, overrides: list[str], grid: list[str], base: Path) -> list[Config]:
-    """Every combination of ``key=a,b`` settings, each with a run directory named after it.
+def show_plan(arguments: argparse.Namespace, config: Config, resources: Resources, nodes: list[Node]) -> None:
+    """Print the plan, and what makes the run fit if it does not.
 
     Raises:
-        UserError: a setting without values, or twice.
+        UserError: no GPUs, an unknown GPU, or a run that fits at no setting.
     """
-    axes: dict[str, list[str]] = {}
-    for setting in grid:
-        key, _, values = setting.partition("=")
-        if not values or key in axes:
-            raise UserError(f"--sweep {setting}: write key=value,value,... and each key once, as optim.lr=1e-5,3e-5")
-        axes[key] = [value for value in values.split(",") if value]
-    configs = []
-    for chosen in itertools.product(*axes.values()):
-        settings = [f"{key}={value}" for key, value in zip(axes, chosen)]
-        run_dir = base / ",".join(setting.replace("/", "_") for setting in settings)
-        configs.append(absolute(load_config(page, [*overrides, *settings, f"run_dir={run_dir}"])))
-    return configs
+    if not resources.gpus:
+        raise UserError("--plan is for GPUs; give --gpus N and --gpu NAME")
+    plan, cached = _forecast(arguments, config, resources, _gpu(arguments, nodes))
+    print(forecast.describe(plan, cached))
+    if not plan.fits:
+        print(f"it fits with: {' '.join(forecast.settings_that_fit(plan))}")
+
+
+def refuse_what_cannot_fit(
+    arguments: argparse.Namespace, config: Config, resources: Resources, nodes: list[Node]
+) -> None:
+    """Simulate a step if the GPU is known, and refuse a run whose memory does not fit.
+
+    Raises:
+        UserError: it does not fit; settings that fit are named.
+    """
+    named = arguments.gpu or arguments.gpu_memory_gb
+    if not resources.gpus or not (named or any(node.gpu_type for node in nodes)):
+        return
+    try:
+        gpu = _gpu(arguments, nodes)
+    except UserError:
+        if named:
+            raise
+        return  # a type that only the site knows
+    try:
+        plan, _ = _forecast(arguments, config, resources, gpu)
+    except RuntimeError as error:
+        print(f"warning: memory was not checked: {error}", file=sys.stderr)
+        return
+    if not plan.fits:
+        fitting = " ".join(forecast.settings_that_fit(plan))
+        raise UserError(
+            f"the run needs {plan.total / forecast.GIB:.0f} GB on each GPU and {gpu.name} has {gpu.memory_gb:g} GB: it "
+            f"fits with {fitting}; --plan shows the parts, --force submits it as it is"
+        )
+
+
+def _gpu(arguments: argparse.Namespace, nodes: list[Node]) -> Gpu:
+    kinds = {node.gpu_type for node in nodes if node.gpu_type}
+    name = arguments.gpu or (kinds.pop() if len(kinds) == 1 else None)
+    return find_gpu(name, arguments.gpu_memory_gb, arguments.peak_tflops, arguments.mfu)
+
+
+def _forecast(
+    arguments: argparse.Namespace, config: Config, resources: Resources, gpu: Gpu
+) -> tuple[forecast.Forecast, int | None]:
+    training, _ = read_training_split(config)
+    num_pairs = int(training.num_captions.sum()) if training is not None else None
+    cached = sum(shard.bytes for shard in training.shards) if training is not None else None
+    return forecast.forecast(config, gpu, resources, num_pairs), cached

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launch import plan, slurm  # noqa: E402
+from launch import slurm, steps  # noqa: E402
 from launch.failures import FINAL_ERROR  # noqa: E402
 from launch.job import CommandJob  # noqa: E402
 from launch.options import parse, read_resources  # noqa: E402
@@ -33,28 +33,37 @@ def submit(arguments: argparse.Namespace) -> None:
     page, config = _read_config(arguments)
     resources, nodes = read_resources(arguments, config.data.num_workers, ROOT / "configs" / "clusters")
     base = Path(config.run_dir)
-    runs, steps = _plan(arguments, page, config, resources)
+    runs, plan = _plan(arguments, page, config, resources)
     for run in runs:
         if resources.min_nodes is None:
             check_batch(run, resources.ranks)
     folder, name = base / "jobs", arguments.name or base.name
+    if arguments.plan:
+        from launch.plan import show_plan
+
+        show_plan(arguments, config, resources, nodes)
+        return
     if arguments.dry_run:
         from launch.dry_run import show
 
-        show(steps, runs, resources, nodes, folder, name)
+        show(plan, runs, resources, nodes, folder, name)
         return
     if resources.cluster == "slurm":
         slurm.require_slurm()
     refuse_live(base)
     for run in runs:
         check(run, 1 if resources.min_nodes else resources.ranks)
+    if runs and not arguments.force:
+        from launch.plan import refuse_what_cannot_fit
+
+        refuse_what_cannot_fit(arguments, config, resources, nodes)
     folder.mkdir(parents=True, exist_ok=True)
     for note in folder.glob(f"{FINAL_ERROR}-*.txt"):
         note.unlink()
     if resources.cluster == "local":
-        _submit_locally(steps, folder, base)
+        _submit_locally(plan, folder, base)
     else:
-        _submit_to_slurm(steps, folder, base, name, wait=arguments.wait)
+        _submit_to_slurm(plan, folder, base, name, wait=arguments.wait)
 
 
 def _read_config(arguments: argparse.Namespace) -> tuple[str, Config]:
@@ -68,7 +77,7 @@ def _read_config(arguments: argparse.Namespace) -> tuple[str, Config]:
         page = str(Path(arguments.run_dir) / "config.yaml")
     if page is None:
         raise UserError("--config is needed: a page of configs/, or a path")
-    return page, plan.absolute(load_config(page, _overrides(arguments)))
+    return page, steps.absolute(load_config(page, _overrides(arguments)))
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
@@ -77,34 +86,34 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
 
 def _plan(
     arguments: argparse.Namespace, page: str, config: Config, resources: Resources
-) -> tuple[list[Config], list[plan.Step]]:
+) -> tuple[list[Config], list[steps.Step]]:
     """The runs that are trained, and the steps of the submission in their order."""
     base = Path(config.run_dir)
     folder = base / "jobs"
     if arguments.job == "shards":
         if not arguments.pack:
             raise UserError('--job shards needs --pack "--source ... --videos ... --split ... --out ...", once a split')
-        return [], plan.packing(arguments.pack, resources, folder, arguments.tasks)
+        return [], steps.packing(arguments.pack, resources, folder, arguments.tasks)
     if arguments.job == "captions":
         if not arguments.describe:
             raise UserError('--job captions needs --describe "DIRECTORY --model ...", once a split')
-        return [], plan.describing(arguments.describe, resources, folder, arguments.tasks)
+        return [], steps.describing(arguments.describe, resources, folder, arguments.tasks)
     if arguments.job == "evaluate":
-        return [], plan.evaluation(config, resources, folder, arguments.tasks, encode=True)
+        return [], steps.evaluation(config, resources, folder, arguments.tasks, encode=True)
     if arguments.sweep:
-        runs = plan.sweep(page, _overrides(arguments), arguments.sweep, base)
-        trained = [plan.training(run, resources, folder) for run in runs]
-        array = plan.Step("train", [task for step in trained for task in step.tasks], resources)
+        runs = steps.sweep(page, _overrides(arguments), arguments.sweep, base)
+        trained = [steps.training(run, resources, folder) for run in runs]
+        array = steps.Step("train", [task for step in trained for task in step.tasks], resources)
         compare = CommandJob(("launch/compare.py", str(base), "--out", str(base)), str(folder))
-        return runs, [array, plan.Step("compare", [compare], resources.one_task(), "afterany")]
+        return runs, [array, steps.Step("compare", [compare], resources.one_task(), "afterany")]
     if arguments.job == "all":
         splits = filter(None, (config.data.train, config.data.val, config.data.test))
         ready = all(Path(path, "index.safetensors").is_file() for path in splits)
-        packs = plan.packing([] if ready else arguments.pack, resources, folder, arguments.tasks)
-        trained = plan.training(config, resources, folder, then="encode")
-        after = plan.evaluation(config, resources, folder, arguments.tasks, encode=False)
+        packs = steps.packing([] if ready else arguments.pack, resources, folder, arguments.tasks)
+        trained = steps.training(config, resources, folder, then="encode")
+        after = steps.evaluation(config, resources, folder, arguments.tasks, encode=False)
         return [config] if not packs else [], [*packs, trained, *after]
-    return [config], [plan.training(config, resources, folder)]
+    return [config], [steps.training(config, resources, folder)]
 
 
 def _copy_code(run_dir: Path) -> Path:
@@ -118,7 +127,7 @@ def _copy_code(run_dir: Path) -> Path:
     return copy
 
 
-def _submit_to_slurm(steps: list[plan.Step], folder: Path, base: Path, name: str, *, wait: bool) -> None:
+def _submit_to_slurm(plan: list[steps.Step], folder: Path, base: Path, name: str, *, wait: bool) -> None:
     """Submit a job for each step, and print how to follow them.
 
     Raises:
@@ -129,7 +138,7 @@ def _submit_to_slurm(steps: list[plan.Step], folder: Path, base: Path, name: str
     jobs: list[dict[str, str]] = []
     code = _copy_code(base)
     (folder / "local.json").unlink(missing_ok=True)
-    for step in steps:
+    for step in plan:
         flags = step.resources.flags | ({"dependency": f"{step.after}:{jobs[-1]['id']}"} if jobs else {})
         executor = cluster.slurm_executor(dataclasses.replace(step.resources, flags=flags), folder, code, name)
         job_id = cluster.submit(executor, step.tasks)[0].job_id.split("_")[0]
@@ -150,12 +159,12 @@ def _submit_to_slurm(steps: list[plan.Step], folder: Path, base: Path, name: str
             raise UserError(f"job {jobs[-1]['id']} ended {state}; its logs are in {folder}")
 
 
-def _submit_locally(steps: list[plan.Step], folder: Path, base: Path) -> None:
+def _submit_locally(plan: list[steps.Step], folder: Path, base: Path) -> None:
     """Run every task of every step here, one after the other."""
     from launch.local import run_local
 
     (folder / "jobs.json").unlink(missing_ok=True)
-    tasks = [(step, task) for step in steps for task in step.tasks]
+    tasks = [(step, task) for step in plan for task in step.tasks]
     for number, (step, task) in enumerate(tasks):
         job_id = f"local-{os.getpid()}-{number}"
         print(f"{step.name}: job {job_id} in {base}, log {folder}/{job_id}_0_log.err", flush=True)

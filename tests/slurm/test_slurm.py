@@ -60,7 +60,7 @@ def test_a_stop_during_evaluation(cluster: Cluster, settings: list[str], tmp_pat
     """SLURM's warning arrives while the job evaluates: it leaves, is queued again and finishes the evaluation."""
     job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings, "max_steps=3", "stochastic.num_trials=500")
     log = tmp_path / "run" / "train.log"
-    until(lambda: log.is_file() and "trained: " in log.read_text(), PATIENCE_S, "end of the training", 0.01)
+    until(lambda: log.is_file() and "training is complete" in log.read_text(), PATIENCE_S, "end of the training", 0.01)
     assert cluster.run("scancel", "--signal=USR2", job.id).returncode == 0
     job.until_completed()
     assert "restart 1" in _restarted(job) and log.read_text().count("step 3/3 ") == 1

@@ -1,0 +1,158 @@
+"""``--plan`` against real steps on CPUs: peak of live tensor bytes, state of ZeRO, numbers exchanged; JSON lines.
+
+``python benchmarks/plan_accuracy.py [CASE ...]``. The reference is torch's profiler around DeepSpeed's engine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from launch.forecast import gradient_exchanges, planned_peak, simulate, zero_state  # noqa: E402
+from tmass_dist.config import Config, load_config  # noqa: E402
+
+VITB32 = ["model.architecture=ViT-B-32-quickgelu"]
+CASES: dict[str, tuple[str, int, list[str]]] = {
+    "demo": ("demo.yaml", 1, []),
+    "demo-2-ranks": ("demo.yaml", 2, []),
+    "demo-4-ranks": ("demo.yaml", 4, []),
+    "demo-micro": ("demo.yaml", 1, ["engine.micro_batch=8"]),
+    "demo-checkpointing": ("demo.yaml", 1, ["engine.checkpoint_activations=true"]),
+    **{f"demo-stage-{stage}": ("demo.yaml", 2, [f"engine.zero_stage={stage}"]) for stage in (0, 2, 3)},
+    **{f"vitb32-{pairs}": ("msrvtt.yaml", 1, [*VITB32, f"data.batch_size={pairs}"]) for pairs in (2, 4, 8)},
+    "vitb32-8-micro": ("msrvtt.yaml", 1, [*VITB32, "data.batch_size=8", "engine.micro_batch=2"]),
+    "vitb32-8-checkpointing": (
+        "msrvtt.yaml",
+        1,
+        [*VITB32, "data.batch_size=8", "engine.checkpoint_activations=true"],
+    ),
+    "vitb32-8-both": (
+        "msrvtt.yaml",
+        1,
+        [*VITB32, "data.batch_size=8", "engine.micro_batch=2", "engine.checkpoint_activations=true"],
+    ),
+    **{
+        f"vitb32-stage-{stage}": ("msrvtt.yaml", 2, [*VITB32, "data.batch_size=4", f"engine.zero_stage={stage}"])
+        for stage in (0, 1, 2, 3)
+    },
+}
+TOKENS = 16
+
+
+def config_of(case: str) -> tuple[Config, int]:
+    """The config and the number of ranks of a case; bfloat16 off, as a CPU would emulate it."""
+    page, ranks, overrides = CASES[case]
+    fixed = ["model.pretrained=null", "engine.bf16=false"]
+    return load_config(page, [*overrides, *fixed]), ranks
+
+
+def real_step(config: Config, rank: int, num_ranks: int, port: int, answer: Any) -> None:
+    """Two steps of a real rank on a CPU: live bytes after the first, and the peak of the second."""
+    names = {"RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from launch.simulation import ExchangeCounter, step_inputs_of
+    from tmass_dist import distributed
+    from tmass_dist.training.engine import Engine
+    from tmass_dist.training.objective import build_objective
+
+    torch.set_num_threads(1)
+    distributed.initialise()
+    inputs = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        model = build_objective(config)
+        engine = Engine(model, config)
+        model.train()
+        marks = []
+        exchanges = ExchangeCounter()
+        for step in range(2):
+            marks.append(time.time_ns())
+            inputs = step_inputs_of(model, config, config.data.batch_size // num_ranks, TOKENS)
+            with exchanges if step else nullcontext():
+                engine.backward(*inputs)
+                engine.step(1.0)
+            del inputs
+    live = peak = state = 0
+    for event in sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns()):  # pyright: ignore
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            if event.start_ns() < marks[1]:
+                state = live
+            else:
+                peak = max(peak, live)
+    answer.put({"rank": rank, "state": state, "peak": peak, "exchanged": dict(exchanges.numbers)})
+    distributed.finish()
+    os._exit(0) if rank else None
+
+
+def measure(config: Config, num_ranks: int) -> dict[str, Any]:
+    """:func:`real_step` of rank 0."""
+    import multiprocessing
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    processes = [
+        context.Process(target=real_step, args=(config, rank, num_ranks, port, answers)) for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    found = [answers.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return next(answer for answer in found if answer["rank"] == 0)
+
+
+def compare(case: str) -> list[dict[str, Any]]:
+    """Lines ``name, value, unit, n, reference, ratio``: planned, and measured as the reference.
+
+    DeepSpeed's buffer of 1.9 GiB is left out on both sides of the peak; it would make every ratio look good.
+    """
+    config, num_ranks = config_of(case)
+    stage = config.engine.zero_stage
+    cost, real = simulate(config, num_ranks, num_tokens=TOKENS), measure(config, num_ranks)
+    buffers = zero_state(cost, stage, num_ranks, ema=False)["buffers"]
+    values = {"peak": (planned_peak(cost, stage, num_ranks, ema=False) - buffers, real["peak"] - buffers, "bytes")}
+    planned = Counter(cost.exchanged) + Counter()
+    if num_ranks > 1:
+        for name, numbers in gradient_exchanges(cost, stage).items():
+            planned[name.rpartition(", ")[2]] += numbers
+    counted = Counter(real["exchanged"])
+    if num_ranks > 1:
+        for kind in planned | counted:
+            values[f"exchanged-{kind}"] = (planned[kind], counted[kind], "numbers")
+    return [
+        {
+            "name": f"{case}-{name}",
+            "value": value,
+            "unit": unit,
+            "n": num_ranks,
+            "reference": reference,
+            "ratio": round(value / reference, 3) if reference else None,
+        }
+        for name, (value, reference, unit) in values.items()
+    ]
+
+
+def main() -> None:
+    for case in sys.argv[1:] or CASES:
+        for line in compare(case):
+            print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()

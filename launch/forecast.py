@@ -1,0 +1,279 @@
+"""``--plan``: memory, exchanges, time and sizes of a run, before it is submitted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.hardware import Gpu
+from launch.resources import Resources
+from tmass_dist.config import Config, to_yaml
+from tmass_dist.errors import UserError
+
+GIB = 2**30
+USABLE = 0.92
+"""Part of a GPU's memory that tensors can use; the rest is for the CUDA context, NCCL and fragmentation."""
+BUCKET = 500_000_000
+"""Numbers of DeepSpeed's buffer for the reduction of gradients, its default ``reduce_bucket_size``."""
+LIVE_WEIGHTS = 1_000_000_000
+"""Gathered weights that ZeRO 3 keeps at most, DeepSpeed's default ``stage3_max_live_parameters``."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What :mod:`launch.simulation` says of one step of one rank; its ``StepCost``."""
+
+    num_parameters: int
+    num_trainable: int
+    image_size: int
+    weights: int
+    peak: int
+    peak_without_gradients: int
+    head_peak: int
+    flops: int
+    exchanged: dict[str, int]
+
+
+def simulate(config: Config, num_ranks: int, *, num_tokens: int | None = None) -> Cost:
+    """Run the simulation in a process of its own.
+
+    Raises:
+        RuntimeError: it failed; the last line of its error.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "config.yaml"
+        page.write_text(to_yaml(config), encoding="utf-8")
+        command = [sys.executable, "-m", "launch.simulation", str(page), str(num_ranks)]
+        command += [str(num_tokens)] if num_tokens else []
+        root = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+        env = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(f"the simulation of a step failed: {lines[-1]}")
+    return Cost(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def zero_state(cost: Cost, stage: int, num_ranks: int, *, ema: bool, overlap: bool = False) -> dict[str, int]:
+    """Bytes that a rank holds through a step, by part, at a ZeRO stage.
+
+    Args:
+        cost: of the step.
+        stage: of ZeRO, 0 to 3.
+        num_ranks: that share the state.
+        ema: with a running mean of the weights.
+        overlap: gradients are reduced during the backward pass, which takes a second buffer at stages 1 and 2.
+
+    Source: Rajbhandari et al., "ZeRO", SC 2020, for float32 weights. DeepSpeed keeps a second copy of a rank's share of
+    the weights from stage 1 on, which its optimiser updates. At stage 3 it keeps up to 10^9 gathered weights from the
+    forward to the backward pass. Measured against DeepSpeed: docs/scale.md.
+    """
+    numbers, share = cost.num_trainable, math.ceil(cost.num_trainable / num_ranks)
+    moments = 3 if ema else 2
+    gradients = 4 * numbers if stage < 2 else 4 * share
+    weights = cost.weights + (4 * share - 4 * max(0, numbers - LIVE_WEIGHTS) if stage == 3 else 0)
+    optimiser = 4 * moments * numbers if stage == 0 else 4 * (moments + 1) * share
+    num_buffers = 0 if stage == 0 else 2 if overlap and stage < 3 else 1
+    return {"weights": weights, "gradients": gradients, "optimiser": optimiser, "buffers": 4 * BUCKET * num_buffers}
+
+
+def planned_peak(cost: Cost, stage: int, num_ranks: int, *, ema: bool, overlap: bool = False) -> int:
+    """Largest sum of live tensors in a step: during the backward pass, or while the optimiser updates."""
+    state = zero_state(cost, stage, num_ranks, ema=ema, overlap=overlap)
+    sharded = stage > 1
+    step = (cost.peak_without_gradients if sharded else cost.peak) - cost.weights
+    backward = state["weights"] + state["optimiser"] + state["buffers"] + step
+    backward += state["gradients"] if sharded else 0
+    return max(backward, sum(state.values()) + state["gradients"])
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run's cost on some GPUs."""
+
+    config: Config
+    cost: Cost
+    gpu: Gpu
+    num_ranks: int
+    gpus_per_node: int
+    num_pairs: int | None
+    """Training pairs; None without the data."""
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes on each GPU by part, at the moment when their sum is largest."""
+        stage = self.config.engine.zero_stage
+        state = zero_state(self.cost, stage, self.num_ranks, ema=self.config.optim.ema > 0, overlap=True)
+        rest = self.total - sum(state.values())
+        parts = {name: state[name] for name in ("weights", "optimiser", "gradients")}
+        parts["buffers of the reduction"] = state["buffers"]
+        if rest == state["gradients"]:
+            return parts | {"copies of the gradients in the update": rest}
+        if stage < 2:  # all gradients exist at the end of the backward pass only; the activations are gone by then
+            del parts["gradients"]
+            rest += state["gradients"]
+        head = min(self.cost.head_peak, rest)
+        return parts | {"head and loss": head, "activations of the towers, and their gradients so far": rest - head}
+
+    @property
+    def total(self) -> int:
+        """Bytes on each GPU at the peak."""
+        stage, ema = self.config.engine.zero_stage, self.config.optim.ema > 0
+        return planned_peak(self.cost, stage, self.num_ranks, ema=ema, overlap=True)
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= USABLE * self.gpu.memory_gb * GIB
+
+    @property
+    def host_memory(self) -> int:
+        """Bytes of a rank's batches in shared memory: two for each decoding process, and two in use."""
+        data = self.config.data
+        pixels = self.config.model.num_frames * 3 * self.cost.image_size**2
+        return (2 * data.num_workers + 2) * data.batch_size // self.num_ranks * pixels
+
+    @property
+    def exchanges(self) -> dict[str, int]:
+        """Numbers of a step by what is exchanged; each is the size of the gathered or reduced tensor."""
+        if self.num_ranks == 1:
+            return {}
+        loss = {f"loss, {kind}": numbers for kind, numbers in self.cost.exchanged.items()}
+        return loss | gradient_exchanges(self.cost, self.config.engine.zero_stage)
+
+    @property
+    def tflops(self) -> float:
+        """Peak of the GPU in the precision of the towers."""
+        return self.gpu.peak_tflops if self.config.engine.bf16 else self.gpu.float32_tflops or self.gpu.peak_tflops
+
+    @property
+    def compute_s(self) -> float:
+        """Seconds of the towers and the head at the assumed part of the peak; recomputation included."""
+        return self.cost.flops / (self.tflops * 1e12 * self.gpu.mfu)
+
+    @property
+    def exchange_s(self) -> float:
+        """Seconds of a step's exchanges in a ring, none of them hidden behind the compute."""
+        several = self.num_ranks > self.gpus_per_node
+        bandwidth = (self.gpu.network_gb_s if several else self.gpu.node_gb_s) * 1e9
+        passes = sum(numbers * (2 if "allreduce" in name else 1) for name, numbers in self.exchanges.items())
+        return 4 * passes * (self.num_ranks - 1) / self.num_ranks / bandwidth
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps of the run; None if neither the data nor ``max_steps`` says."""
+        if self.num_pairs is None:
+            return self.config.max_steps
+        steps = self.config.epochs * (self.num_pairs // self.config.data.batch_size)
+        return min(steps, self.config.max_steps or steps)
+
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one checkpoint: weights, two moments and the running mean, in float32."""
+        moments = 3 if self.config.optim.ema else 2
+        return self.cost.weights + 4 * moments * self.cost.num_trainable
+
+
+def gradient_exchanges(cost: Cost, stage: int) -> dict[str, int]:
+    """Numbers of a step that ZeRO exchanges; DeepSpeed pads them to whole shares. Measured: docs/scale.md."""
+    numbers = cost.num_trainable
+    if stage == 3:
+        gathers = 1 if numbers <= LIVE_WEIGHTS else 2
+        return {"gradients, reduce_scatter": numbers, "weights, allgather": gathers * numbers}
+    return {"gradients, allreduce": numbers} | ({"weights, allgather": numbers} if stage else {})
+
+
+def forecast(config: Config, gpu: Gpu, resources: Resources, num_pairs: int | None) -> Forecast:
+    """Simulate a step with bfloat16 as the GPU has it."""
+    ranks = resources.ranks
+    bf16 = config.engine.bf16 in (True, "auto") and gpu.has_bf16
+    engine = dataclasses.replace(config.engine, bf16=bf16)
+    exact = dataclasses.replace(config, engine=engine)
+    return Forecast(exact, simulate(exact, ranks), gpu, ranks, resources.gpus, num_pairs)
+
+
+def settings_that_fit(plan: Forecast) -> list[str]:
+    """Overrides with which a run fits that does not fit as it is: the cheapest of our means first.
+
+    Raises:
+        UserError: it cannot fit at any setting; the message says how much the least needs.
+    """
+    local = plan.config.data.batch_size // plan.num_ranks
+    head = min(plan.config.engine.head_memory_mb or 512, 512)
+    tried = plan
+    means: list[dict[str, Any]] = [{"head_memory_mb": head}] if plan.cost.head_peak > GIB else []
+    means += [{"checkpoint_activations": True}]
+    means += [{"zero_stage": 2}, {"micro_batch": max(1, local // 4)}, {"micro_batch": 1}, {"zero_stage": 3}]
+    chosen: dict[str, Any] = {}
+    for change in means:
+        if any(getattr(tried.config.engine, key) == value for key, value in change.items()):
+            continue
+        if change.get("zero_stage", 9) <= tried.config.engine.zero_stage or (
+            plan.num_ranks == 1 and "zero_stage" in change
+        ):
+            continue
+        chosen |= change
+        engine = dataclasses.replace(tried.config.engine, **change)
+        config = dataclasses.replace(tried.config, engine=engine)
+        cost = tried.cost if "zero_stage" in change else simulate(config, plan.num_ranks)
+        tried = dataclasses.replace(tried, config=config, cost=cost)
+        if tried.fits:
+            return [f"engine.{key}={str(value).lower()}" for key, value in chosen.items()]
+    raise UserError(
+        f"this run cannot fit into {plan.gpu.memory_gb:g} GB: the least is {tried.total / GIB / USABLE:.0f} GB, with "
+        f"{' '.join(f'engine.{key}={str(value).lower()}' for key, value in chosen.items())}; use more ranks, a smaller "
+        "model or a smaller batch"
+    )
+
+
+def describe(plan: Forecast, cached: int | None) -> str:
+    """The plan as text.
+
+    Args:
+        plan: of the run.
+        cached: bytes of the training shards; None without the data.
+    """
+    gpu, engine = plan.gpu, plan.config.engine
+    tower = "bfloat16" if engine.bf16 else "float32"
+    usable = USABLE * gpu.memory_gb
+    lines = [
+        f"plan: {plan.num_ranks} x {gpu.name} ({gpu.memory_gb:g} GB, {gpu.peak_tflops:g} TFLOP/s), "
+        f"ZeRO {engine.zero_stage}, towers in {tower}, micro_batch {engine.micro_batch or 'all'}, "
+        f"activation checkpointing {'on' if engine.checkpoint_activations else 'off'}",
+        f"memory of a GPU, {usable:.1f} GB usable ({USABLE:.0%}):",
+        *(f"  {size / GIB:9.2f} GB  {name}" for name, size in plan.memory.items() if size),
+        f"  {plan.total / GIB:9.2f} GB  in all: {'fits' if plan.fits else 'does not fit'}",
+        f"memory of a rank on the host: {plan.host_memory / GIB:.2f} GB of batches",
+        f"a step: {plan.cost.flops / 1e12:.2f} TFLOP a rank; exchanged numbers:",
+        *(f"  {numbers / 1e6:9.2f} M   {name}" for name, numbers in plan.exchanges.items()),
+    ]
+    step_s = plan.compute_s + plan.exchange_s
+    link = gpu.network_gb_s if plan.num_ranks > plan.gpus_per_node else gpu.node_gb_s
+    lines.append(
+        f"step time: {step_s:.3f} s = {plan.compute_s:.3f} s compute ({gpu.mfu:.0%} of {plan.tflops:g} TFLOP/s) "
+        f"+ {plan.exchange_s:.3f} s exchange ({link:g} GB/s a GPU, not overlapped); without data loading and validation"
+    )
+    steps = plan.num_steps
+    if steps is None:
+        lines.append("run time: unknown without the data or max_steps")
+    else:
+        hours = steps * step_s / 3600
+        lines.append(f"run time: {steps} steps, {hours:.2f} hours, {hours * plan.num_ranks:.1f} GPU-hours")
+    kept = plan.checkpoint * (engine.keep + 1) + plan.cost.weights
+    lines.append(
+        f"on disk: {plan.checkpoint / 1e9:.2f} GB a checkpoint, at most {kept / 1e9:.2f} GB in the run directory"
+    )
+    if cached is not None:
+        lines.append(
+            f"training shards: {cached / 1e9:.2f} GB"
+            + (f", cached in {plan.config.data.cache}" if plan.config.data.cache else "")
+        )
+    return "\n".join(lines)
