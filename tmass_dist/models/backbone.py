@@ -244,7 +244,7 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
         *(f"lacks {name}" for name in own if name not in weights),
         *(f"has an additional {name}" for name in weights if name not in own),
         *(
-            f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+            f"{name} is {tuple(weights[name].shape)} and not {tuple(own[name].shape)}"
             for name in own
             if name in weights and weights[name].shape != own[name].shape
         ),
