@@ -97,7 +97,7 @@ def run_until_lost(device: Any, out: Path, limit_s: float) -> None:
     engine = Engine(small_objective(config).to(device), config)
     with Watchdog(limit_s) as watchdog:
         for step in range(10**6):
-            watchdog.beat(step)
+            watchdog.begin_step(step)
             pixels, tokens, noise, keys = own_rows(batch_of(step % 10))
             engine.backward(pixels.to(device), tokens.to(device), noise.to(device), keys)
             engine.step(1.0)
@@ -159,7 +159,7 @@ def step_seconds(device: Any, out: Path, architecture: str, batch: int, frames: 
     seconds = sorted(seconds_of(step, device) for _ in range(5))[2]
     PHASE_TIMER.start("encode")
     step()
-    spent = PHASE_TIMER.stop()
+    spent = PHASE_TIMER.stop()()
     return {
         "seconds": seconds,
         "communication": spent.get("communication", 0.0) / sum(spent.values()),

@@ -92,7 +92,7 @@ def our_step(config: Config, device: torch.device, local: int | None = None) -> 
 
     def step() -> None:
         engine.backward(*inputs)
-        assert engine.finite
+        assert engine.last_step_was_finite()  # of the step before, as in training
         engine.step(1.0)
 
     return step, model, inputs

@@ -278,10 +278,10 @@ def validation(overrides: str, shards: str, device: torch.device, begin: Callabl
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(*overrides.split(), f"run_dir={folder}", "data.num_workers=0", "stochastic.num_trials=3")
         Path(folder, "checkpoints").mkdir()
-        model, copy = (small_objective(config).to(device) for _ in range(2))
+        model = small_objective(config).to(device)
         on_device(device)
         tokenize, log = build_tokenizer(config.model.architecture), logging.getLogger("placement")
-        validator = Validator(copy, load_index(shards), tokenize, config, device)
+        validator = Validator(model, None, load_index(shards), tokenize, config, device, lambda: False)
         monitor = Monitor(Path(folder, "tensorboard"), 0)
         begin()
         validator.validate(1, cast(Any, Weights(model)), monitor, log)

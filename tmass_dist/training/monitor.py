@@ -214,19 +214,17 @@ def peak_flops(config: Config) -> float | None:
 def forward_flops(model: RetrievalModel, pixels_BFHWC: Tensor, tokens_BL: Tensor) -> float:
     """FLOPs of the towers' forward pass for the first pair, counted by torch; the head is not counted.
 
-    Only shapes matter: a copy of the model on the ``meta`` device is used, and nothing is computed.
+    On the ``meta`` device nothing is computed.
     """
-    import copy
-
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = (
-        copy.deepcopy(model).to("meta").train()
-    )  # in evaluation mode torch fuses the attention into an operator that its counter does not know
+    training, device = model.training, next(model.parameters()).device
+    model.train()  # in evaluation mode torch fuses the attention into an operator that its counter does not know
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.towers.encode_frames(pixels_BFHWC[:1].to("meta"))
-        model.towers.encode_text(tokens_BL[:1].to("meta"))
+        model.towers.encode_frames(pixels_BFHWC[:1].to(device))
+        model.towers.encode_text(tokens_BL[:1].to(device))
+    model.train(training)
     return float(counter.get_total_flops())
 
 
