@@ -75,7 +75,7 @@ def zero_state(cost: Cost, stage: int, num_ranks: int, *, ema: bool, overlap: bo
 
     Source: Rajbhandari et al., "ZeRO", SC 2020, for float32 weights. DeepSpeed keeps a second copy of a rank's share of
     the weights from stage 1 on, which its optimiser updates. At stage 3 it keeps up to 10^9 gathered weights from the
-    forward to the backward pass. Measured against DeepSpeed: docs/scale.md.
+    forward to the backward pass. Measured against DeepSpeed: docs/cluster.md.
     """
     numbers, share = cost.num_trainable, math.ceil(cost.num_trainable / num_ranks)
     moments = 3 if ema else 2
@@ -183,7 +183,7 @@ class Forecast:
 
 
 def gradient_exchanges(cost: Cost, stage: int) -> dict[str, int]:
-    """Numbers of a step that ZeRO exchanges; DeepSpeed pads them to whole shares. Measured: docs/scale.md."""
+    """Numbers of a step that ZeRO exchanges; DeepSpeed pads them to whole shares. Measured: docs/cluster.md."""
     numbers = cost.num_trainable
     if stage == 3:
         gathers = 1 if numbers <= LIVE_WEIGHTS else 2

@@ -55,7 +55,14 @@ def _processes_of(run_dir: Path) -> list[int]:
     return pids
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        signal.SIGKILL,
+        *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP)),
+    ],
+)
 def test_no_rank_outlives_the_command(started: tuple[subprocess.Popen[str], Path], number: int) -> None:
     """However the command ends, its ranks save and leave, and nothing is left in memory or beside the run."""
     process, run_dir = started
