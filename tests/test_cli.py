@@ -1,5 +1,6 @@
 """Every command: ``--help`` imports nothing heavy, and a user error is one line without a traceback."""
 
+import logging
 import subprocess
 from dataclasses import asdict
 from pathlib import Path
@@ -8,6 +9,8 @@ import pytest
 
 from tests.conftest import run
 from tmass_dist.__main__ import COMMANDS
+from tmass_dist.cli import run_command
+from tmass_dist.errors import UserError
 
 OF_TMASS = [
     module if module.startswith("tmass_dist.") else module.replace(".", "/") + ".py" for module, _ in COMMANDS.values()
@@ -109,3 +112,49 @@ def test_partly_set_environment_names_the_missing_variable() -> None:
 def test_status_and_cancel_name_what_is_no_run(tmp_path: Path) -> None:
     assert "not a run directory" in _fails_in_one_line(run("launch/status.py", str(tmp_path)))
     assert "no SLURM job" in _fails_in_one_line(run("launch/cancel.py", str(tmp_path)))
+
+
+def _exit_code_of(error: Exception) -> object:
+    def command() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(command)
+    return stop.value.code
+
+
+def test_only_a_user_error_is_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exit_code_of(UserError("set it")) == 2
+    assert capsys.readouterr().err == "error: set it\n"
+    for error in (ValueError("of a library"), OSError(116, "Stale file handle"), FileNotFoundError(2, "gone", "/x/y")):
+        assert _exit_code_of(error) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[0].startswith("Traceback") and lines[-1].startswith(f"error: {type(error).__name__}: ")
+
+
+def test_a_file_named_on_the_command_line_is_the_users(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["command", "key=/x/y"])
+    assert _exit_code_of(FileNotFoundError(2, "No such file", "/x/y")) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_with_a_log_the_traceback_goes_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    handler = logging.FileHandler(tmp_path / "log")
+    logging.getLogger("tmass_dist").addHandler(handler)
+    try:
+        assert _exit_code_of(RuntimeError("broken")) == 1
+    finally:
+        logging.getLogger("tmass_dist").removeHandler(handler)
+    assert capsys.readouterr().err.splitlines() == [f"error: RuntimeError: broken (traceback in {tmp_path / 'log'})"]
+    assert "Traceback" in (tmp_path / "log").read_text()
+
+
+def test_an_error_starts_a_line_of_its_own_below_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    from tqdm import tqdm
+
+    bar = tqdm(total=3)
+    assert _exit_code_of(UserError("set it")) == 2
+    bar.close()
+    assert "\nerror: set it\n" in capsys.readouterr().err
