@@ -110,7 +110,7 @@ def bare_step(config: Config, device: torch.device) -> Step:
     pixels, tokens, *_ = batch_of(config.data.batch_size, config.model.num_frames, *shape, device)
     images = (pixels.flatten(0, 1).permute(0, 3, 1, 2).float() / 255).contiguous()
     full = F.pad(tokens, (0, towers.context_length - tokens.shape[1]))
-    low = torch.bfloat16 if config.engine.bf16 else torch.float32
+    low = torch.bfloat16 if config.engine.bf16 is True else torch.float32
 
     def step() -> None:
         with torch.autocast(device.type, low, enabled=low != torch.float32):
@@ -140,7 +140,7 @@ def lines(rounds: int = 3) -> Iterator[dict[str, Any]]:
     """Our step at ZeRO-0 and ZeRO-1 against the bare one: ViT-B/32, 4 pairs of 12 frames."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for stage in (0, 1):
-        config = config_of("ViT-B-32-quickgelu", 4, 12, f"engine.zero_stage={stage}")
+        config = config_of("ViT-B-32-quickgelu", 4, 12, f"engine.zero_stage={stage}", "engine.bf16=false")
         our_s, bare_s = compare(config, device, rounds)
         yield {
             "name": f"step-vitb32-zero{stage}-{device.type}",
