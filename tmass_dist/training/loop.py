@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,20 +63,23 @@ def train(config: Config, stop: StopRequest | None = None) -> bool:
             loader = _start_loader(config, splits[0], None)
     except Exception as error:
         failure = error
-    device = distributed.initialise(config.engine.timeout_s)
-    distributed.share_failure(failure)
-    assert splits is not None
-    if loader is None:  # the cache of a node needs to know its ranks
-        loader = _start_loader(config, splits[0], distributed.node_ranks())
-    run_dir = Path(config.run_dir)
-    with closing(loader), RunLock(run_dir):
+    with ExitStack() as stack:
+        if loader is not None:
+            stack.enter_context(closing(loader))  # its processes end, whatever fails from here on
+        device = distributed.initialise(config.engine.timeout_s)
+        distributed.share_failure(failure)
+        assert splits is not None
+        if loader is None:  # the cache of a node needs to know its ranks
+            loader = stack.enter_context(closing(_start_loader(config, splits[0], distributed.node_ranks())))
+        run_dir = Path(config.run_dir)
+        stack.enter_context(RunLock(run_dir))
         if distributed.is_main():
             (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         distributed.barrier()
         log = start_log(run_dir / "train.log")
         run = _TrainingRun(config, device, log, loader, splits, stop)
-        with logging_redirect_tqdm([log]):
-            return run.run()
+        stack.enter_context(logging_redirect_tqdm([log]))
+        return run.run()
 
 
 def _start_loader(config: Config, training: Index, node_ranks: list[int] | None) -> TrainLoader:
