@@ -72,7 +72,7 @@ def placement(check: Check) -> list[str]:
     from tmass_dist.training.step_inputs import step_inputs
 
     def losses(overrides: tuple[str, ...], device: torch.device) -> Any:
-        config = config_of(*overrides)
+        config = config_of(*overrides, "engine.bf16=false")
         model = small_objective(config).to(device)
         pixels, tokens, *_ = batch_of(0)
         if device.type == "cuda":
@@ -139,10 +139,12 @@ def ranks(check: Check) -> list[str]:
     world = max(n for n in (1, 2, 3, 4, 6) if n <= check.num_ranks)
     if world == 1:
         return ["not measured: one GPU"]
-    [one] = _losses(1)
+    [one] = _losses(1, "engine.bf16=false")
     rows = []
     for stage in (0, 1, 3) if check.small else (0, 1, 2, 3):
-        error = max(_greatest(found, one) for found in _losses(world, f"engine.zero_stage={stage}"))
+        error = max(
+            _greatest(found, one) for found in _losses(world, f"engine.zero_stage={stage}", "engine.bf16=false")
+        )
         if error > 1e-4:
             raise RuntimeError(f"{world} ranks at ZeRO-{stage} differ from one by {error:.1e}")
         rows.append(f"- {world} ranks at ZeRO-{stage}: losses of 5 steps within {error:.1e} of one rank's")
