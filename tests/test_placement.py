@@ -14,6 +14,7 @@ import multiprocessing
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import FunctionType
@@ -33,8 +34,10 @@ CPU = torch.device("cpu")
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """``function(*arguments)`` in a process of its own; what it raises is raised here."""
-    with multiprocessing.get_context(START_METHOD).Pool(1, register) as pool:
-        return pool.apply(function, arguments)
+    context = multiprocessing.get_context(START_METHOD)
+    # An executor, unlike multiprocessing.Pool, raises when its process dies.
+    with ProcessPoolExecutor(1, context, initializer=register) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def on_host(value: Any) -> Any:
