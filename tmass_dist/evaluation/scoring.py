@@ -29,7 +29,7 @@ class Gallery:
         Args:
             head: in evaluation mode.
             frames_VFD: raw embeddings, in time order.
-            tile_videos: videos in hand at a time; it bounds the memory and changes no score beyond rounding.
+            tile_videos: videos per tile; it bounds the memory and changes no score beyond rounding.
 
         Raises:
             UserError: no videos, or features that are not numbers (rows named).
@@ -59,13 +59,13 @@ class Gallery:
         Args:
             text_TD: raw embeddings.
             noise_TMD: ``eps`` of each text, or ``(1, M, D)`` shared by all; None scores the mean text.
-            protocol: ``published_code`` pools every video with its own caption, whatever the query: a leak, for
+            protocol: ``published_code`` pools each video with its own caption for all queries: a leak, for
                 parity only. A caption slot that a video lacks gives NaN.
-            pooled_by: what asks the frames; ``sample`` pools every video anew for every sample of every pair.
+            pooled_by: the attention query; ``sample`` pools each video once for each sample of each pair.
             caption_owner_T: video of each text; ``published_code`` needs it, and all texts in one call.
             pair_noise_VMTD: fresh ``eps`` of every pair (the authors' law), in place of ``noise_TMD``.
             precision: of the products of ``noise_TMD`` with what the text itself pooled; all else is float32.
-            tile_texts: texts in hand at a time.
+            tile_texts: texts per tile.
 
         Raises:
             UserError: no texts, features that are not numbers (rows named), or no trials.
@@ -203,7 +203,7 @@ class _Tile:
         return self.head.mass.radius_of(cosine_VTF, text_TD.expand(len(self.unit_VFD), *text_TD.shape))
 
     def mean_text(self, text_TD: Tensor, target_TVD: Tensor | None) -> Tensor:
-        """Similarity ``(T, V)`` without samples; ``target_TVD`` stands in for what the text itself pooled."""
+        """Similarity ``(T, V)`` without samples; ``target_TVD`` replaces the video as pooled by the text."""
         seen = self.videos.pooled(text_TD).transpose(0, 1) if target_TVD is None else target_TVD
         return torch.einsum("td,tvd->tv", F.normalize(text_TD, dim=-1), F.normalize(seen, dim=-1))
 

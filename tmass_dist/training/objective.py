@@ -26,9 +26,9 @@ from tmass_dist.training.losses import column_info_nce, mean_over_ranks, similar
 
 
 class Losses(NamedTuple):
-    """What one step yields; ``total`` is the one to differentiate, the rest is detached.
+    """The result of a step; ``total`` is differentiated, the rest is detached.
 
-    A tuple, because ZeRO-3 finds the tensors of a forward in tuples alone.
+    A tuple, because ZeRO-3 finds the tensors of a forward pass only in tuples.
     """
 
     total: Tensor
@@ -36,13 +36,13 @@ class Losses(NamedTuple):
     support: Tensor
     divergence: Tensor
     radius_B: Tensor
-    """Mean radius of each own pair, in units of the text embedding; zeros where there is no mass."""
+    """Mean radius of each own pair, in units of the text embedding; zeros without a mass."""
     positive: Tensor
     """Mean cosine of the pairs."""
     hardest: Tensor
     """Mean cosine of each text's most similar wrong video."""
     temperature: Tensor
-    """What the cosines are multiplied by."""
+    """Factor of the cosines."""
 
 
 def global_losses(
@@ -134,7 +134,7 @@ class Objective(RetrievalModel):
         self.memory_mb, self.engine_config = config.engine.head_memory_mb, config.engine
 
     def encode(self, pixels_BFHWC: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
-        """``text_BD`` and ``frames_BFD``, float32 whatever the towers run in."""
+        """``text_BD`` and ``frames_BFD``, float32 also if the towers run in bfloat16."""
         PHASE_TIMER.switch("encode")
         with tower_precision(self.engine_config, tokens_BL.device):
             text_BD, frames_BFD = self.towers.encode_text(tokens_BL), self.towers.encode_frames(pixels_BFHWC)
@@ -150,7 +150,7 @@ class Objective(RetrievalModel):
             # Autograd runs first what was recorded last, so the head's backward pass is over when it comes to the first
             # embedding. The text embedding was recorded first, so it comes after the whole image tower.
             torch.autograd.graph.register_multi_grad_hook(embeddings, self._begin_towers_backward, mode="any")
-        # The loss is float32 whatever the towers run in: a softmax over many negatives loses digits in bf16.
+        # The loss is float32 also if the towers run in bfloat16: a softmax over many negatives needs the precision.
         with torch.autocast(text_BD.device.type, enabled=False):
             return global_losses(
                 self.head,
@@ -169,7 +169,7 @@ class Objective(RetrievalModel):
         use_tf32(self.engine_config.tf32)  # the engine turns it off after the backward pass
 
     def forward(self, part: Literal["whole", "encode", "losses"], *inputs: Any) -> Any:
-        """All of a step, or one half of it; ZeRO-3 lends its weights only inside the forward."""
+        """A whole step or one half of it; ZeRO-3 gathers its weights only inside a forward pass."""
         if part == "encode":
             return self.encode(*inputs)
         if part == "losses":
@@ -179,14 +179,16 @@ class Objective(RetrievalModel):
 
 
 def build_objective(config: Config) -> Objective:
-    """The model of ``config`` with its loss; what the loss does not see, or the config freezes, takes no gradient.
+    """The model of ``config`` with its loss.
+
+    Parameters that do not affect the loss, or that the config freezes, need no gradient.
 
     Raises:
         UserError: ``optim.frozen`` names a parameter that does not exist.
     """
     model = build_model(config.model)
     if config.stochastic.training == "mean" and model.head.mass is not None:
-        model.head.mass.requires_grad_(False)  # the loss does not see it
+        model.head.mass.requires_grad_(False)  # it does not affect the loss
     names = [name for name, _ in model.named_parameters()]
     for prefix in config.optim.frozen:
         if not any(name.startswith(prefix) for name in names):
