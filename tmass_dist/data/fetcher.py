@@ -140,9 +140,12 @@ class Fetcher:
             raise UserError(error)
 
     def close(self) -> None:
-        """End the process; what it has downloaded stays, and what it was downloading is removed at the next start."""
+        """End the process. Downloaded shards stay; unfinished downloads are removed."""
         self._process.kill()
         self._process.join()
+        for folder in self._folders:
+            for unfinished in folder.glob(f"*.{self._process.pid}.tmp"):
+                unfinished.unlink(missing_ok=True)
 
     def _run(self) -> None:
         import filelock
