@@ -49,7 +49,9 @@ def check_environment() -> bool:
 
 
 def environment_rank() -> tuple[int, int]:
-    """Rank and number of ranks as the environment says, before the process group exists; (0, 1) for one process."""
+    """Rank and number of ranks: of the process group if it exists, else of the environment; (0, 1) for one process."""
+    if dist.is_initialized():
+        return rank(), world_size()
     return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if check_environment() else (0, 1)
 
 
