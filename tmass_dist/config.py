@@ -182,6 +182,12 @@ class OptimConfig:
         _require(0 <= self.ema < 1, "optim.ema", self.ema, "it must be in [0, 1)")
 
 
+LOGGERS = ("tensorboard", "wandb", "trackio")
+"""Choices of ``log.to``."""
+MAX_PROFILED_STEPS = 100
+"""Longest range of ``engine.profile_steps``."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """DeepSpeed and the hardware."""
@@ -210,14 +216,37 @@ class EngineConfig:
     """Seconds without progress after which the ranks give up and say which of them is missing."""
     keep: int = 2
     """Complete checkpoints that stay."""
+    save_every: int | None = None
+    """Steps between checkpoints, in addition to the one at each validation; null: at validations only."""
+    profile_steps: str | None = None
+    """``100..110``: rank 0 records these steps with torch's profiler, to the directory ``profile`` of the run."""
 
     def __post_init__(self) -> None:
+        self.profile_range()
         _require(self.zero_stage in (0, 1, 2, 3), "engine.zero_stage", self.zero_stage, "it is 0, 1, 2 or 3")
         _require(self.bf16 in (True, False, "auto"), "engine.bf16", self.bf16, "it is true, false or auto")
-        for key in ("micro_batch", "head_memory_mb", "timeout_s", "keep"):
+        for key in ("micro_batch", "head_memory_mb", "timeout_s", "keep", "save_every"):
             value = getattr(self, key)
             _require(value is None or value >= 1, f"engine.{key}", value, "at least 1")
         _require(self.peak_tflops is None or self.peak_tflops > 0, "engine.peak_tflops", self.peak_tflops, "above 0")
+
+    def profile_range(self) -> tuple[int, int] | None:
+        """First and last step of ``profile_steps``; None if nothing is profiled.
+
+        Raises:
+            UserError: it is not of the form ``FIRST..LAST``, is empty, or is too long to be viewed.
+        """
+        if self.profile_steps is None:
+            return None
+        match = re.fullmatch(r"(\d+)\.\.(\d+)", self.profile_steps)
+        form = "write FIRST..LAST, two steps counted from 1, as 100..110"
+        _require(match is not None, "engine.profile_steps", self.profile_steps, form)
+        assert match is not None
+        first, last = int(match[1]), int(match[2])
+        _require(1 <= first <= last, "engine.profile_steps", self.profile_steps, form)
+        too_long = f"at most {MAX_PROFILED_STEPS} steps; a longer trace is too large to view"
+        _require(last - first < MAX_PROFILED_STEPS, "engine.profile_steps", self.profile_steps, too_long)
+        return first, last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +276,23 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where the curves of a run go, in addition to ``metrics.jsonl`` in its directory."""
+
+    to: tuple[str, ...] = ("tensorboard",)
+    """Any of ``tensorboard``, ``wandb`` and ``trackio``. The last two are optional packages (``pip install
+    'tmass-dist[wandb]'``)."""
+    project: str = "tmass-dist"
+    """Name of the project in wandb and trackio. The run is named after its directory."""
+
+    def __post_init__(self) -> None:
+        for name in self.to:
+            _require(name in LOGGERS, "log.to", name, f"the loggers are {', '.join(LOGGERS)}")
+        _require(len(set(self.to)) == len(self.to), "log.to", list(self.to), "each logger once")
+        _require(bool(self.project), "log.project", self.project, "it cannot be empty")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a run."""
 
@@ -262,14 +308,18 @@ class Config:
     """Steps between validations. A checkpoint is saved after each."""
     evals_per_epoch: int | None = None
     """If set, validations per epoch, in place of ``eval_every``. The authors use 10."""
+    eval_at_start: bool = False
+    """Also validate before the first step, for the curves only: the checkpoint is selected among the later validations.
+    """
     log_every: int = 10
-    """Steps between entries of TensorBoard and the log."""
+    """Steps between entries of ``metrics.jsonl``, TensorBoard and the log."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     stochastic: StochasticConfig = field(default_factory=StochasticConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         for key in ("epochs", "eval_every", "log_every"):
@@ -410,11 +460,11 @@ def to_yaml(config: Config) -> str:
 
 # Settings that may change when a run is resumed: they do not change its result.
 _FREE_KEYS = (
-    {"run_dir", "data.num_workers", "data.eval_batch_size", "data.max_bad", "log_every"}
+    {"run_dir", "data.num_workers", "data.eval_batch_size", "data.max_bad", "log_every", "eval_at_start"}
     | {f"data.{key}" for key in ("cache", "cache_gb", "retry_s")}
     | {f"engine.{key}" for key in ("zero_stage", "micro_batch", "head_memory_mb", "checkpoint_activations", "compile")}
-    | {f"engine.{key}" for key in ("nonfinite", "timeout_s", "keep", "peak_tflops")}
-    | {"evaluation.baselines", "evaluation.feature_precision"}
+    | {f"engine.{key}" for key in ("nonfinite", "timeout_s", "keep", "peak_tflops", "save_every", "profile_steps")}
+    | {"evaluation.baselines", "evaluation.feature_precision", "log.to", "log.project"}
 )
 
 
