@@ -18,14 +18,14 @@ OUTSIDE = {
     "usearch": {"tmass_dist/evaluation/search.py"},
     "starlette": {"tmass_dist/web/app.py", "tmass_dist/serve.py"},
     "uvicorn": {"tmass_dist/serve.py"},
-    "omegaconf": {"tmass_dist/config.py"},
+    "omegaconf": {"tmass_dist/config/loading.py"},
     "jinja2": {"tmass_dist/pages.py", "launch/paper/page.py"},
 }
 """The modules that may import a library."""
 
 ORDER = (
+    {"tmass_dist.errors"},
     {
-        "tmass_dist.errors",
         "tmass_dist.cli",
         "tmass_dist.config",
         "tmass_dist.noise",

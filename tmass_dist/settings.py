@@ -1,6 +1,6 @@
 """List the settings of a run: ``python -m tmass_dist.settings [KEY]``, the same as ``tmass config [KEY]``.
 
-Types, defaults and descriptions are read from the dataclasses of ``tmass_dist/config.py``.
+Types, defaults and descriptions are read from the dataclasses of ``tmass_dist/config/``.
 """
 
 from __future__ import annotations

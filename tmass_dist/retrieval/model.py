@@ -63,7 +63,7 @@ class TMass(
     ``best.safetensors``.
 
     Args:
-        settings: of the training run, as nested dictionaries (see ``tmass_dist/config.py``).
+        settings: of the training run, as nested dictionaries (see ``tmass_dist/config/``).
         towers: description of towers that open_clip does not know, or None.
         normalisation: mean and standard deviation of the pixels, ``{"mean": [...], "std": [...]}``; None: the towers'.
         trained: facts for the model card: ``step``, ``data``, ``results`` (a markdown table).

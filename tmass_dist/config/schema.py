@@ -1,0 +1,94 @@
+"""All settings of a run, and which of them may change when it is resumed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from tmass_dist.config.model import DataConfig, ModelConfig, StochasticConfig
+from tmass_dist.config.ranges import require
+from tmass_dist.config.training import EngineConfig, EvaluationConfig, LogConfig, OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run."""
+
+    run_dir: str = "runs/default"
+    """Directory for everything that the run writes. Running again with the same directory resumes."""
+    seed: int = 0
+    """Seed of the data order, the noise, augmentation, dropout and the initial weights."""
+    epochs: int = 5
+    """Passes over all (video, caption) pairs."""
+    max_steps: int | None = None
+    """If set, the number of steps, in place of ``epochs``; the learning-rate schedule ends there."""
+    eval_every: int = 100
+    """Steps between validations. A checkpoint is saved after each."""
+    evals_per_epoch: int | None = None
+    """If set, validations per epoch, in place of ``eval_every``. The authors use 10."""
+    eval_at_start: bool = False
+    """Also validate before the first step, for the curves only: the checkpoint is selected among the later validations.
+    """
+    log_every: int = 10
+    """Steps between entries of ``metrics.jsonl``, TensorBoard and the log."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    stochastic: StochasticConfig = field(default_factory=StochasticConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "eval_every", "log_every"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        require(
+            self.evals_per_epoch is None or self.evals_per_epoch >= 1,
+            "evals_per_epoch",
+            self.evals_per_epoch,
+            "at least 1, or null",
+        )
+        by_sample = self.model.pooled_by == "sample"
+        mean_only = self.stochastic.training == "mean" or self.model.radius == "none"
+        require(
+            not (by_sample and mean_only), "model.pooled_by", "sample", "training draws no samples with these settings"
+        )
+        exact = by_sample or self.model.radius == "none" or self.evaluation.protocol == "published_code"
+        require(
+            self.evaluation.precision == "float32" or not exact,
+            "evaluation.precision",
+            self.evaluation.precision,
+            "published_code, model.pooled_by=sample and model.radius=none support float32 only",
+        )
+        require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
+        waits = "://" not in str(self.data.train) or self.data.retry_s < self.engine.timeout_s
+        reason = "it must be below engine.timeout_s, or a slow download is taken for a rank that hangs"
+        require(waits, "data.retry_s", self.data.retry_s, reason)
+
+
+# Settings that may change when a run is resumed: they do not change its result.
+_FREE_KEYS = (
+    {"run_dir", "data.num_workers", "data.eval_batch_size", "data.max_bad", "log_every", "eval_at_start"}
+    | {f"data.{key}" for key in ("cache", "cache_gb", "retry_s")}
+    | {f"engine.{key}" for key in ("zero_stage", "micro_batch", "head_memory_mb", "checkpoint_activations", "compile")}
+    | {f"engine.{key}" for key in ("nonfinite", "timeout_s", "keep", "peak_tflops", "save_every", "profile_steps")}
+    | {"evaluation.baselines", "evaluation.feature_precision", "log.to", "log.project"}
+)
+
+
+def differing_keys(one: Config, other: Config) -> list[str]:
+    """Settings in which two runs differ, except those that do not change the result; for an error message."""
+    a, b = flat(asdict(one)), flat(asdict(other))
+    return [
+        f"{key}: saved {a.get(key)!r}, given {b.get(key)!r}"
+        for key in a
+        if a[key] != b.get(key) and key not in _FREE_KEYS
+    ]
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dictionary with dotted keys."""
+    settings: dict[str, Any] = {}
+    for key, value in tree.items():
+        settings |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return settings
