@@ -15,7 +15,6 @@ from tests.resharded import reshard
 from tmass_dist.data.index import Index, Sample, Shard, load_index, make_columns
 from tmass_dist.data.order import epoch_batches, rounds, substitutes
 from tmass_dist.data.samples import DamagedError, read_sample
-from tmass_dist.data.transforms import augment
 from tmass_dist.data.videos import iterate_videos, num_batches
 from tmass_dist.errors import PeerLostError
 
@@ -140,14 +139,6 @@ def test_held_out_videos_are_the_same_in_every_run_and_in_no_batch(packed: Path)
     assert [read_sample(held, k)[0]["id"] for k in range(3)] == held.ids
     with pytest.raises(ValueError, match=f"data.holdout is {len(index)}"):
         index.hold_out(len(index))
-
-
-def test_augmentation_belongs_to_the_pair_and_is_one_crop_for_all_frames() -> None:
-    pixels = torch.arange(2 * 1 * 8 * 8 * 3, dtype=torch.uint8).view(2, 1, 8, 8, 3).expand(2, 4, 8, 8, 3)
-    both = augment(pixels, [1, 2], 8)
-    assert torch.equal(augment(pixels[1:], [2], 8)[0], both[1])
-    assert all(torch.equal(both[:, 0], both[:, frame]) for frame in range(4))
-    assert not torch.equal(both[0], pixels[0].float())
 
 
 def test_more_packed_frames_than_the_model_takes(packed: Path) -> None:

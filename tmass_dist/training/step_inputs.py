@@ -36,8 +36,8 @@ def step_inputs(batch: Batch, step: int, model: Objective, config: Config, devic
         noise_BD = noise_BD.unflatten(1, (config.stochastic.samples, -1))
     pixels = batch.pixels_BFHWC.to(device, non_blocking=True)
     if config.data.augment:
-        crop_keys = [text_key("crop", config.seed, step, *pair) for pair in pairs]
-        pixels = augment(pixels, crop_keys, model.towers.image_size)
+        crop_keys_B = torch.tensor([text_key("crop", config.seed, step, *pair) for pair in pairs])
+        pixels = augment(pixels, crop_keys_B, model.towers.image_size)
     else:
         pixels = resize_centre_crop(pixels, model.towers.image_size)
     dropout_keys = torch.tensor([text_key("dropout", config.seed, step, *pair) for pair in pairs])
