@@ -63,7 +63,7 @@ def real_step(config: Config, rank: int, num_ranks: int, port: int, answer: Any)
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from launch.simulation import ExchangeCounter, step_inputs_of
+    from launch.simulation import StepMeter, step_inputs_of
     from tmass_dist import distributed
     from tmass_dist.training.engine import Engine
     from tmass_dist.training.objective import build_objective
@@ -76,11 +76,11 @@ def real_step(config: Config, rank: int, num_ranks: int, port: int, answer: Any)
         engine = Engine(model, config)
         model.train()
         marks = []
-        exchanges = ExchangeCounter()
+        meter = StepMeter()
         for step in range(2):
             marks.append(time.time_ns())
             inputs = step_inputs_of(model, config, config.data.batch_size // num_ranks, TOKENS)
-            with exchanges if step else nullcontext():
+            with meter if step else nullcontext():
                 engine.backward(*inputs)
                 engine.step(1.0)
             del inputs
@@ -92,7 +92,7 @@ def real_step(config: Config, rank: int, num_ranks: int, port: int, answer: Any)
                 state = live
             else:
                 peak = max(peak, live)
-    answer.put({"rank": rank, "state": state, "peak": peak, "exchanged": dict(exchanges.numbers)})
+    answer.put({"rank": rank, "state": state, "peak": peak, "exchanged": dict(meter.exchanged)})
     distributed.finish()
     os._exit(0) if rank else None
 

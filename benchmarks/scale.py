@@ -16,7 +16,6 @@ import math
 import multiprocessing
 import os
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -29,9 +28,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 
+from launch.simulation import StepMeter  # noqa: E402
 from tmass_dist.config import ModelConfig, StochasticConfig  # noqa: E402
 from tmass_dist.models.head import build_head  # noqa: E402
 from tmass_dist.training.objective import global_losses  # noqa: E402
@@ -39,41 +37,8 @@ from tmass_dist.training.objective import global_losses  # noqa: E402
 BATCH, NUM_FRAMES, WIDTH, HEAD_MEMORY_MB = 32, 12, 512, 128
 
 
-class Meter(TorchDispatchMode):
-    """Bytes of live tensors, and numbers exchanged by collectives, of everything that runs inside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = self.exchanged = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.namespace == "c10d":
-            # The larger side of a collective: what a gather returns, what a reduction takes in.
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            self.exchanged += max(tensor.numel() for tensor in tensors)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage._cdata, storage.nbytes()
-        if address in self._known:
-            return
-        self._known.add(address)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, address, size)
-
-    def _forget(self, address: int, size: int) -> None:
-        self._known.discard(address)
-        self.live -= size
-
-
 @dataclass(frozen=True)
-class StepCost:
+class LossCost:
     """What forward and backward pass of the objective take on one rank."""
 
     memory_mb: float
@@ -89,7 +54,7 @@ def loss_step(
     memory_mb: float | None = HEAD_MEMORY_MB,
     stochastic: dict[str, Any] | None = None,
     width: int = WIDTH,
-) -> StepCost:
+) -> LossCost:
     """One training step of the head, as one rank of ``num_pairs / BATCH`` of a fake process group.
 
     Args:
@@ -126,7 +91,7 @@ def loss_step(
     dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=num_pairs // BATCH)
     Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
     before = resident_peak_mb()
-    with Meter() as meter:
+    with StepMeter() as meter:
         step(memory_mb)
     grown_mb = resident_peak_mb() - before
     dist.destroy_process_group()
@@ -134,7 +99,7 @@ def loss_step(
     # instead of samples, and it has no gradient.
     num_gathered = 4 + (settings.samples if settings.training_radius == "pair" else 2 * settings.samples)
     rows = num_gathered * num_pairs * width
-    return StepCost((meter.peak - 4 * rows) / 1e6, meter.exchanged - rows, grown_mb)
+    return LossCost((meter.peak - 4 * rows) / 1e6, sum(meter.exchanged.values()) - rows, grown_mb)
 
 
 def resident_peak_mb() -> float:
@@ -163,7 +128,7 @@ def growth(points: dict[int, float], start: int) -> tuple[float, int]:
 
 def loss_lines() -> Iterator[None]:
     """``loss-memory`` and ``loss-traffic``: one rank's objective, forward and backward, N from 512 to 32,768."""
-    costs: dict[int, StepCost] = {}
+    costs: dict[int, LossCost] = {}
     for n in (512, 2048, 8192, 32768):
         costs[n] = cost = in_fresh_process(loss_step, n)
         say("loss-memory", cost.memory_mb, "MB", n, "at most 300 MB at N = 32,768", 300 / cost.memory_mb)

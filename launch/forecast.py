@@ -28,22 +28,27 @@ LIVE_WEIGHTS = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Cost:
-    """What :mod:`launch.simulation` says of one step of one rank; its ``StepCost``."""
+class StepCost:
+    """Cost of one step on one rank; bytes, unless a name says otherwise. ZeRO's shards are not part of it."""
 
     num_parameters: int
     num_trainable: int
     image_size: int
     weights: int
     peak: int
+    """Largest sum of live tensors, gradients included and optimiser excluded."""
     peak_without_gradients: int
+    """The same without the gradients of the weights, which ZeRO 2 and 3 shard."""
     head_peak: int
+    """Of the head and the loss alone, forward and backward, beside the embeddings."""
     flops: int
+    """Forward and backward."""
     exchanged: dict[str, int]
+    """Numbers by kind of collective, of the loss: those of the gathered, summed or scattered tensor."""
 
 
-def simulate(config: Config, num_ranks: int, *, num_tokens: int | None = None) -> Cost:
-    """Run the simulation in a process of its own.
+def simulate(config: Config, num_ranks: int, *, num_tokens: int | None = None) -> StepCost:
+    """Run :mod:`launch.simulation` in a process of its own.
 
     Raises:
         RuntimeError: it failed; the last line of its error.
@@ -60,10 +65,10 @@ def simulate(config: Config, num_ranks: int, *, num_tokens: int | None = None) -
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(f"the simulation of a step failed: {lines[-1]}")
-    return Cost(**json.loads(done.stdout.strip().splitlines()[-1]))
+    return StepCost(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def zero_state(cost: Cost, stage: int, num_ranks: int, *, ema: bool, overlap: bool = False) -> dict[str, int]:
+def zero_state(cost: StepCost, stage: int, num_ranks: int, *, ema: bool, overlap: bool = False) -> dict[str, int]:
     """Bytes that a rank holds through a step, by part, at a ZeRO stage.
 
     Args:
@@ -86,7 +91,7 @@ def zero_state(cost: Cost, stage: int, num_ranks: int, *, ema: bool, overlap: bo
     return {"weights": weights, "gradients": gradients, "optimiser": optimiser, "buffers": 4 * BUCKET * num_buffers}
 
 
-def planned_peak(cost: Cost, stage: int, num_ranks: int, *, ema: bool, overlap: bool = False) -> int:
+def planned_peak(cost: StepCost, stage: int, num_ranks: int, *, ema: bool, overlap: bool = False) -> int:
     """Largest sum of live tensors in a step: during the backward pass, or while the optimiser updates."""
     state = zero_state(cost, stage, num_ranks, ema=ema, overlap=overlap)
     sharded = stage > 1
@@ -101,7 +106,7 @@ class Forecast:
     """A run's cost on some GPUs."""
 
     config: Config
-    cost: Cost
+    cost: StepCost
     gpu: Gpu
     num_ranks: int
     gpus_per_node: int
@@ -182,7 +187,7 @@ class Forecast:
         return self.cost.weights + 4 * moments * self.cost.num_trainable
 
 
-def gradient_exchanges(cost: Cost, stage: int) -> dict[str, int]:
+def gradient_exchanges(cost: StepCost, stage: int) -> dict[str, int]:
     """Numbers of a step that ZeRO exchanges; DeepSpeed pads them to whole shares. Measured: docs/cluster.md."""
     numbers = cost.num_trainable
     if stage == 3:

@@ -1,7 +1,8 @@
 """One training step of one rank, simulated: its memory, exchanges and FLOPs, without memory, GPUs or other ranks.
 
 ``python -m launch.simulation CONFIG RANKS`` prints them as JSON. Tensors have shapes and no contents (torch's
-``FakeTensorMode``), the process group answers at once (``fake``), and torch's ``MemTracker`` adds up live storages.
+``FakeTensorMode``), the process group answers at once (``fake``), and :class:`StepMeter` counts what each operation
+does.
 """
 
 # Shapes: B pairs of this rank, F frames, H W pixels, C colours, L tokens, K samples, D embedding width.
@@ -10,9 +11,11 @@ from __future__ import annotations
 
 import json
 import sys
+import weakref
 from collections import Counter
-from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -20,79 +23,93 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
+from launch.forecast import StepCost
 from tmass_dist.config import Config, load_config
+from tmass_dist.models.pooling import TILE_NUMBERS
 from tmass_dist.training.objective import Objective, build_objective
 
 
-@dataclass(frozen=True)
-class StepCost:
-    """Cost of one step on one rank; bytes, unless a name says otherwise. ZeRO's shards are not part of it."""
+class StepMeter(TorchDispatchMode):
+    """Counts live bytes, floating-point operations and exchanged numbers of all operations that run inside it.
 
-    num_parameters: int
-    num_trainable: int
-    image_size: int
-    weights: int
-    peak: int
-    """Largest sum of live tensors, gradients included and optimiser excluded."""
-    peak_without_gradients: int
-    """The same without the gradients of the weights, which ZeRO 2 and 3 shard."""
-    head_peak: int
-    """Of the head and the loss alone, forward and backward, beside the embeddings."""
-    flops: int
-    """Forward and backward."""
-    exchanged: dict[str, int]
-    """Numbers by kind of collective, of the loss: those of the gathered, summed or scattered tensor."""
-
-
-class PeakTracker(MemTracker):
-    """torch's tracker without its statistics of each module, which take most of its time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak: dict[str, int] = {}
-        self.peak_without_gradients = 0
-
-    def track_gradients(self, model: nn.Module) -> None:
-        """Tell the gradients of the model's weights from other tensors."""
-        self._track_module_params_and_buffers(model, install_grad_hooks=True)
-
-    def _ignore(self, *_: Any) -> None:
-        pass
-
-    _pre_fw_hook = _ignore  # pyright: ignore[reportAssignmentType]
-    _post_fw_hook = _ignore  # pyright: ignore[reportAssignmentType]
-    _pre_bw_hook = _ignore  # pyright: ignore[reportAssignmentType]
-    _post_bw_hook = _ignore  # pyright: ignore[reportAssignmentType]
-
-    def _update_peak_stats(self, peak_state: Any) -> None:
-        for snapshot in self._curr_mem_snap.values():
-            total = snapshot["Total"]
-            without = total - next((size for kind, size in snapshot.items() if "GRAD" in str(kind)), 0)
-            self.peak_without_gradients = max(self.peak_without_gradients, without)
-            if total > self.peak.get("Total", -1):
-                self.peak = {str(kind).rpartition(".")[2]: size for kind, size in deepcopy(snapshot).items()}
-
-
-class ExchangeCounter(TorchDispatchMode):
-    """Counts the numbers of every collective: those of the whole gathered, summed or scattered tensor.
-
-    Works with real process groups too.
+    Works with real tensors and process groups too. torch's ``MemTracker`` and ``FlopCounterMode`` are not used: they
+    put hooks on each module, which keep the activations alive that activation checkpointing computes again (the demo's
+    peak was 1.5 times the measured one), and the simulation takes several times as long.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.numbers: Counter[str] = Counter()
+        self.live = self.peak = 0
+        """Bytes of the tensors that exist, and the most so far; a storage counts once."""
+        self.peak_without_gradients = 0
+        """The same without the gradients of the weights that :meth:`track_gradients` was told of."""
+        self.flops = 0
+        self.exchanged: Counter[str] = Counter()
+        """Numbers by kind of collective: those of the whole gathered, summed or scattered tensor."""
+        self.section_peak = self._section_start = 0
+        self._gradients = 0
+        self._sizes: dict[int, int] = {}
+        self._gradient_addresses: set[int] = set()
+
+    def track_gradients(self, model: nn.Module) -> None:
+        """Tell the gradients of the model's weights from other tensors, and count its weights and buffers."""
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._add(tensor)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._add_gradient)
+
+    def restart(self) -> None:
+        """Forget the peaks so far."""
+        self.peak, self.peak_without_gradients = self.live, self.live - self._gradients
+
+    def begin_section(self) -> None:
+        """From here on, ``section_peak`` is the most bytes above those of now, gradients of weights left out."""
+        self._section_start, self.section_peak = self.live - self._gradients, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         if func.namespace == "c10d":
             name = func.name().removeprefix("c10d::").strip("_").removesuffix("_base")
-            self.numbers[name] += max((sum(t.numel() for t in _tensors(argument)) for argument in args), default=0)
-        return func(*args, **(kwargs or {}))
+            self.exchanged[name] += max((sum(t.numel() for t in _tensors(argument)) for argument in args), default=0)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.flops += count(*args, **kwargs, out_val=result)
+        for tensor in _tensors(result):
+            self._add(tensor)
+        return result
+
+    def _add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address in self._sizes:
+            return
+        self._sizes[address] = size = storage.nbytes()
+        self.live += size
+        without = self.live - self._gradients
+        self.peak = max(self.peak, self.live)
+        self.peak_without_gradients = max(self.peak_without_gradients, without)
+        self.section_peak = max(self.section_peak, without - self._section_start)
+        weakref.finalize(storage, self._remove, address)
+
+    def _remove(self, address: int) -> None:
+        size = self._sizes.pop(address)
+        self.live -= size
+        if address in self._gradient_addresses:
+            self._gradient_addresses.remove(address)
+            self._gradients -= size
+
+    def _add_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        address = parameter.grad.untyped_storage()._cdata
+        if address in self._sizes and address not in self._gradient_addresses:
+            self._gradient_addresses.add(address)
+            self._gradients += self._sizes[address]
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -101,7 +118,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, (list, tuple)) else []
 
 
-def simulate(config: Config, num_ranks: int, *, num_tokens: int | None = None) -> StepCost:
+def step_cost(config: Config, num_ranks: int, *, num_tokens: int | None = None) -> StepCost:
     """One step of rank 0 of ``num_ranks``; needs a process without a process group, and leaves one behind.
 
     Args:
@@ -111,32 +128,31 @@ def simulate(config: Config, num_ranks: int, *, num_tokens: int | None = None) -
     """
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     num_pairs = config.data.batch_size // num_ranks
-    # Masks are made in parts on a CPU, and at once on a GPU.
-    whole_mask = mock.patch("tmass_dist.models.pooling.keyed_mask", lambda keys, like, *_, **__: torch.empty_like(like))
-    with FakeTensorMode(), whole_mask:
+    with FakeTensorMode(), as_on_a_gpu(), StepMeter() as meter:
         model = _build(config)
+        meter.track_gradients(model)
         inputs = step_inputs_of(model, config, num_pairs, num_tokens)
-        tracker, exchanges = PeakTracker(), ExchangeCounter()
-        tracker.track_gradients(model)
-        with exchanges, tracker:
-            flops = _step(model, config, *inputs)
-        head = PeakTracker()
-        embeddings = [torch.empty(num_pairs, *shape) for shape in _embedding_shapes(model, config)]
-        with head:
-            leaves = [tensor.requires_grad_() for tensor in embeddings]
-            model.losses(*leaves, *inputs[2:]).total.backward()
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        meter.restart()
+        flops, head_peak = _step(meter, model, config, *inputs)
     return StepCost(
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         image_size=model.towers.image_size,
-        weights=weights,
-        peak=tracker.peak["Total"],
-        peak_without_gradients=tracker.peak_without_gradients,
-        head_peak=head.peak_without_gradients,
+        weights=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
+        peak=meter.peak,
+        peak_without_gradients=meter.peak_without_gradients,
+        head_peak=head_peak,
         flops=flops,
-        exchanged=dict(exchanges.numbers),
+        exchanged=dict(meter.exchanged),
     )
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Sizes of the head's intermediate results as on a GPU: a CPU works on smaller tiles, and makes masks in parts."""
+    whole_mask = mock.patch("tmass_dist.models.pooling.keyed_mask", lambda keys, like, *_, **__: torch.empty_like(like))
+    with whole_mask, mock.patch.dict(TILE_NUMBERS, cpu=TILE_NUMBERS["cuda"]):
+        yield
 
 
 def _build(config: Config) -> Objective:
@@ -162,46 +178,53 @@ def step_inputs_of(model: Objective, config: Config, num_pairs: int, num_tokens:
     return pixels_BFHWC, torch.zeros(num_pairs, length, dtype=torch.int64), noise_BKD, keys_B
 
 
-def _embedding_shapes(model: Objective, config: Config) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return (model.towers.embed_dim,), (config.model.num_frames, model.towers.embed_dim)
-
-
 def _step(
-    model: Objective, config: Config, pixels_BFHWC: Tensor, tokens_BL: Tensor, noise_BKD: Tensor | None, keys_B: Tensor
-) -> int:
+    meter: StepMeter,
+    model: Objective,
+    config: Config,
+    pixels_BFHWC: Tensor,
+    tokens_BL: Tensor,
+    noise_BKD: Tensor | None,
+    keys_B: Tensor,
+) -> tuple[int, int]:
     """Forward and backward in the order of ``Engine.backward``, its twin with DeepSpeed around the model.
 
     All micro-batches cost the same, so that two of them are simulated.
 
     Returns:
-        FLOPs of all micro-batches.
+        FLOPs of all micro-batches; peak bytes of the head and the loss.
     """
     num_pairs = len(pixels_BFHWC)
     micro = config.engine.micro_batch or num_pairs
     if micro >= num_pairs:
-        with FlopCounterMode(display=False) as whole:
-            model("whole", pixels_BFHWC, tokens_BL, noise_BKD, keys_B).total.backward()
-        return whole.get_total_flops()
+        head_peaks: list[int] = []
+        text_BD, frames_BFD = model("encode", pixels_BFHWC, tokens_BL)
+        # The first gradient of an embedding ends the backward pass of the head.
+        end: Callable[[Tensor], None] = lambda _: head_peaks.append(meter.section_peak)  # noqa: E731
+        torch.autograd.graph.register_multi_grad_hook([text_BD, frames_BFD], end, mode="any")
+        meter.begin_section()
+        model("losses", text_BD, frames_BFD, noise_BKD, keys_B).total.backward()
+        return meter.flops, head_peaks[0]
     num_micro = -(-num_pairs // micro)
     micros = list(zip(pixels_BFHWC.split(micro), tokens_BL.split(micro)))[:2]
-    with FlopCounterMode(display=False) as first, torch.no_grad():
+    with torch.no_grad():
         encoded = [model("encode", *part) for part in micros[:1]] * num_micro
+    first = meter.flops
     text_BD, frames_BFD = (torch.cat(part)[:num_pairs].requires_grad_() for part in zip(*encoded))
-    with FlopCounterMode(display=False) as head:
-        losses = model("losses", text_BD, frames_BFD, noise_BKD, keys_B)
-        losses.total.backward()
+    meter.begin_section()
+    model("losses", text_BD, frames_BFD, noise_BKD, keys_B).total.backward()
+    head_peak, head = meter.section_peak, meter.flops - first
     assert text_BD.grad is not None and frames_BFD.grad is not None
     gradients = zip(text_BD.grad.split(micro), frames_BFD.grad.split(micro))
-    with FlopCounterMode(display=False) as second:
-        for part, (text_grad_bD, frames_grad_bFD) in zip(micros, gradients):
-            text_bD, frames_bFD = model("encode", *part)
-            ((text_bD * text_grad_bD).sum() + (frames_bFD * frames_grad_bFD).sum()).backward()
+    for part, (text_grad_bD, frames_grad_bFD) in zip(micros, gradients):
+        text_bD, frames_bFD = model("encode", *part)
+        ((text_bD * text_grad_bD).sum() + (frames_bFD * frames_grad_bFD).sum()).backward()
     simulated = sum(len(part[0]) for part in micros)
-    per_pair = first.get_total_flops() / micro + second.get_total_flops() / simulated
-    return head.get_total_flops() + round(per_pair * num_pairs)
+    per_pair = first / micro + (meter.flops - first - head) / simulated
+    return head + round(per_pair * num_pairs), head_peak
 
 
 if __name__ == "__main__":
     page, ranks, *tokens = sys.argv[1:]
-    cost = simulate(load_config(page), int(ranks), num_tokens=int(tokens[0]) if tokens else None)
-    print(json.dumps(asdict(cost)))
+    cost = step_cost(load_config(page), int(ranks), num_tokens=int(tokens[0]) if tokens else None)
+    print(json.dumps(vars(cost)))

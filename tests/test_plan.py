@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.plan_accuracy import compare
 from launch.forecast import GIB, USABLE, Forecast, forecast, settings_that_fit, simulate
@@ -14,9 +15,29 @@ from launch.hardware import find_gpu
 from launch.options import parse
 from launch.plan import refuse_what_cannot_fit
 from launch.resources import Resources
+from launch.simulation import StepMeter
 from tests.conftest import run
 from tmass_dist.config import load_config
 from tmass_dist.errors import UserError
+
+
+def test_the_meter_counts_bytes_gradients_and_flops() -> None:
+    """A product of (8, 4) with (4, 2) numbers; all sizes are those of float32."""
+    layer = torch.nn.Linear(4, 2, bias=False)
+    with StepMeter() as meter:
+        meter.track_gradients(layer)
+        assert meter.live == 4 * 8
+        output = layer(torch.ones(8, 4))
+        assert meter.live == 4 * (8 + 32 + 16) and meter.flops == 2 * 8 * 4 * 2
+        meter.begin_section()
+        output.sum().backward()
+        del output
+    assert meter.live == 4 * 2 * 8  # the weight and its gradient
+    assert (
+        meter.peak == meter.peak_without_gradients >= 4 * (8 + 32 + 16 + 8)
+    )  # the gradient is complete at the end only
+    assert 4 * 8 <= meter.section_peak <= 4 * (16 + 16 + 8 + 2)
+    assert meter.flops == 2 * (2 * 8 * 4 * 2)  # forward, and the gradient of the weight
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +49,14 @@ def plan() -> Forecast:
 
 @pytest.mark.parametrize(
     "case",
-    ["demo-2-ranks", "demo-micro", *(pytest.param(f"demo-stage-{n}", marks=pytest.mark.slow) for n in (0, 2, 3))],
+    [
+        "demo-2-ranks",
+        "demo-micro",
+        *(
+            pytest.param(f"demo-{name}", marks=pytest.mark.slow)
+            for name in ("checkpointing", "stage-0", "stage-2", "stage-3")
+        ),
+    ],
 )
 def test_a_plan_is_close_to_a_real_step(case: str) -> None:
     """Peak of live bytes within 15 % of torch's profiler; exchanged numbers equal, but for DeepSpeed's padding."""

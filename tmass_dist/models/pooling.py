@@ -23,6 +23,9 @@ from tmass_dist.noise import keyed_mask
 DropoutKeys = Sequence[int] | Tensor
 """One whole number for each video; see :func:`tmass_dist.noise.keyed_mask`."""
 
+TILE_NUMBERS = {"cpu": 2**19, "cuda": 2**24}
+"""By type of device: most numbers of a pair tensor that are worked on at a time."""
+
 
 class PooledPairs(NamedTuple):
     """Every video pooled by every text, in factored form: the pooled vectors are ``vectors_VTD * gain_D + bias_D``."""
@@ -237,8 +240,7 @@ class MeanPool(nn.Module):
 
 def _tiles(pairs_VTD: Tensor) -> Iterator[slice]:
     """A few videos at a time, so that the intermediate results of a tile stay in the processor's cache."""
-    numbers = 2**19 if pairs_VTD.device.type == "cpu" else 2**24
-    tile = max(1, numbers // pairs_VTD[0].numel())
+    tile = max(1, TILE_NUMBERS[pairs_VTD.device.type] // pairs_VTD[0].numel())
     return (slice(start, start + tile) for start in range(0, len(pairs_VTD), tile))
 
 
