@@ -18,7 +18,7 @@ from launch.submitted import jobs_of, local_state  # noqa: E402
 from tmass_dist.cli import program, run_command  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
-_STEP = re.compile(r"step (\d+)/(\d+) loss ([\d.nan]+), ([\d.]+) videos/s(?:, ETA (\S+))?")
+_STEP = re.compile(r"step (\d+)/(\d+) loss ([\d.nan]+), ([\d.]+) videos/s(?:.*, ETA (\S+))?")
 
 
 def describe(run: Path) -> str:

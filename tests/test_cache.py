@@ -285,7 +285,7 @@ def _train(overrides: list[str]) -> None:
 
 
 def _losses(run_dir: Path) -> dict[int, float]:
-    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events = EventAccumulator(str(run_dir))
     events.Reload()
     return {event.step: event.value for event in events.Scalars("loss/total")}
 

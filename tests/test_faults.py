@@ -238,7 +238,7 @@ def test_one_run_survives_every_fault(
     assert not list((disturbed / "checkpoints").glob("tmp-*"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(disturbed / "tensorboard")).Reload()
+    events = EventAccumulator(str(disturbed)).Reload()
     assert [event.step for event in events.Scalars("loss/total")] == list(range(1, steps + 1))
     validated = [event.step for event in events.Scalars("val/query_conditioned/t2v_R@1")]
     assert validated == [*range(15, steps, 15), steps]

@@ -213,7 +213,7 @@ def test_training_replaces_damaged_videos_and_stops_at_too_many(data: list[str],
     assert "another video replaces it" in (tmp_path / "run" / "train.log").read_text()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     assert events.Scalars("progress/damaged_videos")[-1].value == 1
     done = run(*command, f"run_dir={tmp_path / 'other'}", "data.max_bad=0")

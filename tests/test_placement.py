@@ -285,10 +285,10 @@ def validation(overrides: str, shards: str, device: torch.device, begin: Callabl
         on_device(device)
         tokenize, log = build_tokenizer(config.model.architecture), logging.getLogger("placement")
         validator = Validator(model, None, load_index(shards), tokenize, config, device, lambda: False)
-        monitor = Monitor(Path(folder, "tensorboard"), 0)
+        monitor = Monitor(config, 0)
         begin()
         validator.validate(1, cast(Any, Weights(model)), monitor, log)
-        monitor.close()
+        monitor.close(complete=True)
         best = load_file(Path(folder, "checkpoints", "best.safetensors"))
         return {"metrics": [torch.tensor([*validator.last_metrics.values()])], "weights": [*best.values()]}
 

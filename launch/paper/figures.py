@@ -59,8 +59,8 @@ def training_curves(tmass: list[Path], kl: list[Path]) -> bytes:
     drawn, (left, right) = figure(2)
     for runs, colour, name in ((tmass, "tab:red", "T-MASS"), (kl, "tab:blue", "KL variant")):
         for number, run in enumerate(runs):
-            events = EventAccumulator(str(run / "tensorboard")).Reload()
-            points = events.Scalars("val/query_conditioned/t2v_R@1")
+            events = EventAccumulator(str(run)).Reload()
+            points = events.Scalars("metrics/val/query_conditioned/t2v_R@1")
             label = name if number == 0 else None
             left.plot([p.step for p in points], [p.value for p in points], color=colour, marker=".", label=label)
             if name == "KL variant":

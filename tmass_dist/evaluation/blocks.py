@@ -207,7 +207,7 @@ class BlockFiles:
         self.directory.mkdir(parents=True, exist_ok=True)
         own = self.scorer.blocks[number::count]
         missing = [texts for texts in own if self._read(texts) is None]
-        quiet = number > 0 or len(own) < 8
+        quiet = True if number > 0 or len(own) < 8 else None  # None: a bar on a terminal only
         scores = self.scorer.scores(missing)
         for texts, block_TV in tqdm(zip(missing, scores), "score", len(missing), unit="block", disable=quiet):
             temporary = self._path(texts).with_suffix(f".{number}.tmp")

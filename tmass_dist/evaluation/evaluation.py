@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from tmass_dist.config import Config
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation import baselines, ranking
 from tmass_dist.evaluation.bootstrap import paired_differences
+from tmass_dist.evaluation.features import selection_of
 from tmass_dist.evaluation.report import COLUMNS, Report, labels, summary
 from tmass_dist.evaluation.stored import StoredSplit
+from tmass_dist.loggers import METRICS_FILE, log_result, score_tags
 
 
 def check_request(config: Config, num_videos: int | None, *, bank: Path | None, num_candidates: int | None) -> None:
@@ -73,7 +76,18 @@ def evaluate_store(stored: StoredSplit, out: Path, *, bank: Path | None = None) 
     report.write(out)
     report.show()
     print(f"report: {out / 'report.html'}")
+    _log_to_run(stored, out, result)
     return ranks
+
+
+def _log_to_run(stored: StoredSplit, out: Path, result: dict[str, Any]) -> None:
+    """Add the result to the curves of the run whose selected checkpoint was evaluated, if ``out`` lies in one."""
+    step = selection_of(stored.index).get("step")
+    if not isinstance(step, int) or out.name != "evaluation" or not (out.parent / METRICS_FILE).is_file():
+        return
+    split = "test" if result["split"] == "unknown" else str(result["split"])
+    values = score_tags(split, result, t2v=result["t2v"], v2t=result["v2t"])
+    log_result(dataclasses.replace(stored.config, run_dir=str(out.parent)), values, step)
 
 
 def baseline_rows(stored: StoredSplit) -> tuple[dict[str, Any], dict[str, ranking.Ranks]]:

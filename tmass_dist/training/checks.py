@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from tmass_dist.cli import writable_dir
 from tmass_dist.config import Config, differing_keys, load_config
 from tmass_dist.errors import UserError
+from tmass_dist.loggers import check_loggers
 
 if TYPE_CHECKING:
     import logging
@@ -116,6 +117,7 @@ def check_and_load(config: Config, world: int, *, look_at_files: bool = True) ->
     from tmass_dist.data.order import choose_order
 
     check_batch(config, world)
+    check_loggers(config)
     saved = _saved_config(config)
     config = replace(config, data=choose_order(config.data, world, saved.data if saved else None))
     splits = load_splits(config, check_shards=look_at_files)

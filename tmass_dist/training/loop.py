@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import datetime
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -14,19 +16,21 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tmass_dist import distributed
-from tmass_dist.cli import write_text
+from tmass_dist.cli import read_json, write_text
 from tmass_dist.config import Config, to_yaml
 from tmass_dist.data.loader import TrainLoader
 from tmass_dist.data.quarantine import Quarantine
+from tmass_dist.errors import UserError
 from tmass_dist.models.backbone import build_tokenizer
 from tmass_dist.phase_timer import PHASE_TIMER
 from tmass_dist.precision import uses_bf16
 from tmass_dist.training import checkpoint, objective
 from tmass_dist.training.checks import check_and_load, check_model, validation_steps
 from tmass_dist.training.engine import Engine
-from tmass_dist.training.monitor import LoggedStep, Meter, Monitor, forward_flops, start_log
+from tmass_dist.training.monitor import LoggedStep, Meter, Monitor, forward_flops, hours_tag, start_log
 from tmass_dist.training.nonfinite import report_nonfinite
 from tmass_dist.training.optim import warmup_cosine
+from tmass_dist.training.profiler import StepProfiler
 from tmass_dist.training.run_lock import RunLock
 from tmass_dist.training.step_inputs import step_inputs
 from tmass_dist.training.validation import Validator
@@ -133,6 +137,11 @@ class _TrainingRun:
         self.num_steps = min(self.num_steps, config.max_steps or self.num_steps)
         self.num_warmup_steps = int(config.optim.warmup * self.num_steps)
         self.validations = validation_steps(config, self.loader.steps_per_epoch, self.num_steps)
+        profiled = config.engine.profile_range()
+        if profiled and profiled[1] > self.num_steps:
+            raise UserError(
+                f"engine.profile_steps is {config.engine.profile_steps!r}: the run has {self.num_steps} steps"
+            )
         # Copies are made before the engine takes the model: ZeRO-3 replaces its weights by shards.
         spare = copy.deepcopy(self.model).cpu() if Validator.needs_spare(config) else None
         shape_only = copy.deepcopy(self.model).to("meta")
@@ -143,11 +152,13 @@ class _TrainingRun:
         self.saver = checkpoint.Saver(self.engine, self.run_dir / "checkpoints", config.engine.keep)
         self.validator.resume(self.step)
         self.quarantine = Quarantine(self.run_dir / "quarantine.jsonl", len(training), config.data.max_bad)
-        self.monitor = Monitor(self.run_dir / "tensorboard", self.step)
+        self.monitor = Monitor(config, self.step, repeats_validation=not self.validator.has_validated(self.step))
+        self.profiler = StepProfiler(self.run_dir, profiled, log) if profiled and distributed.is_main() else None
         self._pair_inputs: list[torch.Tensor] = []  # the last step's pixels and tokens
         self.meter = Meter(
             self.monitor, log, config, self.num_steps, lambda: forward_flops(shape_only, *self._pair_inputs)
         )
+        self._start_s = time.perf_counter()
         self._stopping = False
         self._previous: _Step | None = None
         self._flags: tuple[Callable[[], list[float]], list[tuple[str, str]]] | None = None
@@ -174,18 +185,32 @@ class _TrainingRun:
         bar = tqdm(total=self.num_steps, initial=self.step, desc="train", unit="step", disable=disable, mininterval=1)
         self.model.train()
         self.meter.start(self.step)
+        save_every = self.config.engine.save_every
         with self.watchdog, closing(bar), closing(self.loader.batches(self.step)) as batches:
-            if self.step and self.step in self.validations and not self.validator.has_validated(self.step):
-                self._validate()  # an earlier start saved this step and was stopped
+            if self._must_validate_first():
+                self._validate()
             while self.step < self.num_steps and not self._stopping:
                 self.watchdog.begin_step(self.step)
+                if self.profiler is not None:
+                    self.profiler.begin_step(self.step + 1)
                 self._train_step(batches)
+                if self.profiler is not None and self.profiler.end_step(self.step):
+                    self.meter.start(self.step)
                 bar.update()
                 self._write_config()
-                if self.step in self.validations or self._stopping:
+                is_saved = save_every is not None and self.step % save_every == 0
+                if is_saved or self.step in self.validations or self._stopping:
                     self._save_and_validate()
             self.saver.finish()
+            if self.profiler is not None:
+                self.profiler.close(self.step)
         return self._close()
+
+    def _must_validate_first(self) -> bool:
+        """Whether an earlier start saved this step and was stopped before its validation, or ``eval_at_start``."""
+        if self.step == 0:
+            return self.config.eval_at_start
+        return self.step in self.validations and not self.validator.has_validated(self.step)
 
     def _train_step(self, batches: Iterator[Batch]) -> None:
         is_logged = (self.step + 1) % self.config.log_every == 0 or self.step + 1 == self.num_steps
@@ -292,13 +317,22 @@ class _TrainingRun:
 
     def _close(self) -> bool:
         is_complete = self.step == self.num_steps and self.validator.has_validated(self.step)
-        if is_complete:
-            self.monitor.final_metrics(self.config, self.validator.last_metrics)
-        self.monitor.close()
+        self.monitor.close(complete=is_complete)
         distributed.barrier()
         if is_complete:
             self.log.info("training is complete: %s", self.run_dir)
+            self.log.info("%s", self._summary())
         else:
             line = "asked to stop: saved at step %d of %d; run the same command again to continue"
             self.log.info(line, self.step, self.num_steps)
         return is_complete
+
+    def _summary(self) -> str:
+        """Time of this start, hours of all starts, and the selected checkpoint."""
+        elapsed = datetime.timedelta(seconds=round(time.perf_counter() - self._start_s))
+        unit = hours_tag().removeprefix("speed/").replace("_", "-").replace("gpu", "GPU").replace("cpu", "CPU")
+        best = read_json(self.run_dir / "checkpoints" / "best.json", dict) or {}
+        score = "no best.json"
+        if best:
+            score = f"best {best['selected_on']} t2v R@1 {best['R@1']:.1f} ({best['protocol']}) at step {best['step']}"
+        return f"this start took {elapsed}, {self.monitor.used_hours():.3g} {unit} in all starts, {score}"

@@ -1,4 +1,4 @@
-"""TensorBoard and the log of a run; every rank makes the same calls, and rank 0 writes."""
+"""Curves, log and speed of a run; every rank makes the same calls, and rank 0 writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tmass_dist.distributed import is_main, rank, world_size
+from tmass_dist.distributed import is_main, rank, share_failure, world_size
+from tmass_dist.errors import UserError
+from tmass_dist.loggers import METRICS_FILE, Logger, open_loggers, read_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,13 +24,14 @@ if TYPE_CHECKING:
     from tmass_dist.training.objective import Losses
 
 TAGS = {
-    "loss/total": "stochastic + support_weight * support, over the global batch",
+    "loss/total": "the loss that is differentiated, over the global batch: the sum of the weighted terms",
     "loss/stochastic": "symmetric InfoNCE of the sampled texts",
-    "loss/support": "symmetric InfoNCE of the support texts",
-    "loss/kl": "divergence of the mass from N(0, I), mean over dimensions; 0 without stochastic.kl_weight",
+    "loss/support": "symmetric InfoNCE of the support texts; absent without stochastic.support_weight",
+    "loss/kl": "divergence of the mass from N(0, I), mean over dimensions; absent without stochastic.kl_weight",
+    "metrics": "validation and test results: split, protocol, direction, metric. R@K in percent; MdR and MnR are ranks",
     "model/logit_scale": "temperature, exp of the learnt logarithm, at most 100",
-    "model/mean_radius": "mean radius R of rank 0's pairs, in units of the text embedding",
-    "model/radius": "histogram of the mean radii of rank 0's pairs",
+    "model/mean_radius": "mean radius R of rank 0's pairs, in units of the text embedding; absent without a text mass",
+    "model/radius": "histogram of the mean radii of rank 0's pairs; absent without a text mass",
     "model/positive_similarity": "mean cosine of the pairs",
     "model/hardest_negative_similarity": "mean cosine of each text with its most similar wrong video",
     "optim/grad_norm": "global gradient norm before clipping",
@@ -46,58 +49,70 @@ TAGS = {
     "speed/data_wait": "share of a step spent waiting for the loader, 0 to 1",
     "speed/tflops": "useful TFLOP/s of a rank: three forward passes of the towers for each of its pairs",
     "speed/mfu": "speed/tflops as a share of the GPU's bfloat16 peak; set engine.peak_tflops for an unknown GPU",
-    "validation/queries": "the same few texts at each validation: the correct video, and below it the top-ranked one",
-    "final": "metrics of the last validation, with the settings (tab HPARAMS)",
     "speed/memory_gb": "peak memory of rank 0, GB",
+    "speed/gpu_hours": "hours times GPUs of all starts so far; speed/cpu_hours: hours times threads of all CPU ranks",
+    "validation/queries": "the same few texts at each validation: the correct video, and below it the top-ranked one",
 }
 """Meaning of each tag; shown in TensorBoard's text tab."""
 
 
 class Monitor:
-    """Scalars of one run; a resumed run replaces the points after its step, so that none is there twice."""
+    """The loggers of one start of a run. Every rank makes the same calls, and rank 0 writes.
 
-    def __init__(self, directory: Path, step: int) -> None:
-        self._writer: Any = None
+    Args:
+        config: of the run.
+        step: from which it starts or resumes.
+        repeats_validation: whether the validation of this step will be repeated.
+
+    Raises:
+        UserError: a logger cannot start; on every rank.
+    """
+
+    def __init__(self, config: Config, step: int, *, repeats_validation: bool = False) -> None:
+        self._loggers: list[Logger] = []
+        self._used_hours, self._start_s = 0.0, time.perf_counter()
+        failure = None
         if is_main():
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
-            if step == 0:
-                rows = "\n".join(f"- `{tag}`: {meaning}" for tag, meaning in TAGS.items())
-                self._writer.add_text("about", rows, 0)
+            # Before the lines after the step are removed: their time was used, too.
+            path = Path(config.run_dir) / METRICS_FILE
+            self._used_hours = max([0.0, *(line.get(hours_tag()) or 0.0 for line in read_metrics(path))])
+            try:
+                self._loggers = open_loggers(config, step, TAGS, repeats_validation=repeats_validation)
+            except UserError as error:
+                failure = error
+        share_failure(failure)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        if self._writer is not None:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
-            self._writer.flush()
+        for logger in self._loggers:
+            logger.scalars(values, step)
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
         numbers = values[values.isfinite()]
-        if self._writer is not None and len(numbers):
-            self._writer.add_histogram(tag, numbers.float().cpu().numpy(), step)
+        for logger in self._loggers if len(numbers) else []:
+            logger.histogram(tag, numbers.float().cpu().numpy(), step)
 
     def image(self, tag: str, picture: Any, step: int) -> None:
         """A PIL picture."""
-        if self._writer is not None:
-            import numpy as np
+        for logger in self._loggers:
+            logger.image(tag, picture, step)
 
-            self._writer.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+    def used_hours(self) -> float:
+        """Hours of all starts so far, times GPUs, or times the threads of all ranks on CPUs."""
+        import torch
 
-    def final_metrics(self, config: Config, metrics: dict[str, float]) -> None:
-        """The run's settings and its last metrics, for TensorBoard's table of runs."""
-        if self._writer is not None and metrics:
-            from dataclasses import asdict
+        units = world_size() * (1 if torch.cuda.is_available() else torch.get_num_threads())
+        return self._used_hours + (time.perf_counter() - self._start_s) / 3600 * units
 
-            from tmass_dist.config import flat
+    def close(self, *, complete: bool) -> None:
+        """Write everything out. ``complete``: the run reached its end."""
+        for logger in self._loggers:
+            logger.close(complete=complete)
 
-            allowed = (bool, int, float, str)
-            settings = {k: v if isinstance(v, allowed) else str(v) for k, v in flat(asdict(config)).items()}
-            self._writer.add_hparams(settings, {f"final/{k}": v for k, v in metrics.items()}, run_name=".")
 
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+def hours_tag() -> str:
+    import torch
+
+    return "speed/gpu_hours" if torch.cuda.is_available() else "speed/cpu_hours"
 
 
 @dataclass(frozen=True)
@@ -154,20 +169,26 @@ class Meter:
         values = {
             "loss/total": total,
             "loss/stochastic": losses.stochastic.item(),
-            "loss/support": losses.support.item(),
-            "loss/kl": losses.divergence.item(),
             "model/logit_scale": losses.temperature.item(),
-            "model/mean_radius": losses.radius_B.mean().item(),
             "model/positive_similarity": losses.positive.item(),
             "model/hardest_negative_similarity": losses.hardest.item(),
             "progress/samples": float(step * batch),
             "progress/damaged_videos": float(num_damaged),
-            "speed/logging_s": "seconds of the logged step in reading the step before and writing the log",
             "speed/videos_per_s": rate,
             "speed/data_wait": logged.waited_s / elapsed_s,
             "speed/data_s": logged.waited_s / steps,
             "speed/memory_gb": peak_memory_gb(),
+            hours_tag(): self.monitor.used_hours(),
         }
+        stochastic = self.config.stochastic
+        samples = self.config.model.radius != "none" and stochastic.training == "sampled"
+        if samples:
+            values["model/mean_radius"] = losses.radius_B.mean().item()
+            self.monitor.histogram("model/radius", losses.radius_B, step)
+        if samples and stochastic.support_weight:
+            values["loss/support"] = losses.support.item()
+        if samples and stochastic.kl_weight:
+            values["loss/kl"] = losses.divergence.item()
         self._flops = self._flops or self._count_flops()
         useful = 3 * self._flops * rate / world_size()  # a backward pass costs two forward passes
         values["speed/tflops"] = useful / 1e12
@@ -177,9 +198,12 @@ class Meter:
         values |= {f"optim/lr_{name}": value for name, value in logged.rates.items()}
         values |= {f"optim/grad_norm{'' if name == 'total' else '_' + name}": value for name, value in norms.items()}
         self.monitor.scalars(values, step)
-        self.monitor.histogram("model/radius", losses.radius_B, step)
         remaining = datetime.timedelta(seconds=round((self.num_steps - step) * batch / rate))
-        self.console.info("step %d/%d loss %.4f, %.1f videos/s, ETA %s", step, self.num_steps, total, rate, remaining)
+        words = [f"step {step}/{self.num_steps} loss {total:.4f}", f"{rate:.1f} videos/s"]
+        words += [f"lr {' '.join(f'{name} {value:.2e}' for name, value in logged.rates.items())}"]
+        words += [f"{values['speed/memory_gb']:.1f} GB"]
+        words += [f"MFU {values['speed/mfu']:.1%}"] if self._peak else []
+        self.console.info("%s", ", ".join([*words, f"ETA {remaining}"]))
 
 
 def start_log(path: Path) -> logging.Logger:

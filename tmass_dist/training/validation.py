@@ -24,6 +24,7 @@ from tmass_dist.evaluation.blocks import BlockScorer
 from tmass_dist.evaluation.encode import encode_batches, ranks_of
 from tmass_dist.evaluation.features import Features, merge
 from tmass_dist.evaluation.ranking import metrics
+from tmass_dist.loggers import score_tags
 from tmass_dist.models.tmass import RetrievalModel
 from tmass_dist.pictures import sheet
 from tmass_dist.training.engine import Engine
@@ -33,9 +34,14 @@ QUERIES = 4
 """Number of texts whose results TensorBoard shows at each validation."""
 
 
+def window_means(scores: list[float], window: int) -> list[float]:
+    """For each score the mean of it and those before it, ``window`` scores in all (fewer at the beginning)."""
+    return [sum(part) / len(part) for end in range(1, len(scores) + 1) if (part := scores[max(0, end - window) : end])]
+
+
 def improves(scores: list[float], window: int) -> bool:
     """Whether the mean of the last ``window`` scores is above that mean at every earlier validation."""
-    means = [sum(part) / len(part) for end in range(1, len(scores) + 1) if (part := scores[max(0, end - window) : end])]
+    means = window_means(scores, window)
     return len(means) == 1 or means[-1] > max(means[:-1])
 
 
@@ -72,6 +78,7 @@ class Validator:
         self.directory = Path(config.run_dir) / "checkpoints"
         self.history: list[dict[str, float]] = []
         self.last_metrics: dict[str, float] = {}
+        """Of the last validation: text to video."""
 
     @staticmethod
     def needs_spare(config: Config) -> bool:
@@ -90,6 +97,8 @@ class Validator:
     def validate(self, step: int, engine: Engine, monitor: Monitor, log: logging.Logger) -> bool:
         """Score the selection split and keep the weights if they are the best so far; every rank calls it.
 
+        At step 0 the scores are only logged: the untrained weights cannot be selected.
+
         Returns:
             False if ``on_batch`` of any rank asked to stop; the validation then counts as not done.
         """
@@ -99,10 +108,13 @@ class Validator:
             features = self._encode(model)
             if features is None:
                 return False
-            t2v = metrics(ranks_of(model.head, features, self.config).t2v_T)
+            ranks = ranks_of(model.head, features, self.config)
+            t2v, v2t = metrics(ranks.t2v_T), metrics(ranks.v2t_V)
+            self._log(step, t2v, v2t, monitor, log)
             if is_main():
                 monitor.image("validation/queries", self._queries(model, features), step)
-            self._record(step, t2v, features, model, monitor, log)
+            if step:
+                self._record(step, t2v, features, model)
             return True
         finally:
             if self.spare is not None:
@@ -134,22 +146,20 @@ class Validator:
         if self.on_batch():
             raise _StopError
 
-    def _record(
-        self,
-        step: int,
-        t2v: dict[str, float],
-        features: Features,
-        model: RetrievalModel,
-        monitor: Monitor,
-        log: logging.Logger,
+    def _log(
+        self, step: int, t2v: dict[str, float], v2t: dict[str, float], monitor: Monitor, log: logging.Logger
     ) -> None:
+        evaluation = self.config.evaluation
+        labels = {"protocol": evaluation.protocol, "post_processing": evaluation.post_processing}
+        monitor.scalars(score_tags(evaluation.selected_on, labels, t2v=t2v, v2t=v2t), step)
+        words = (step, evaluation.selected_on, t2v["R@1"], v2t["R@1"], evaluation.protocol)
+        log.info("step %d: %s R@1: t2v %.1f, v2t %.1f (%s)", *words)
+        self.last_metrics = t2v
+
+    def _record(self, step: int, t2v: dict[str, float], features: Features, model: RetrievalModel) -> None:
         from safetensors.torch import save_file
 
-        split, protocol = self.config.evaluation.selected_on, self.config.evaluation.protocol
-        monitor.scalars({f"{split}/{protocol}/t2v_{name}": value for name, value in t2v.items()}, step)
-        log.info("step %d: %s t2v R@1 %.1f (%s)", step, split, t2v["R@1"], protocol)
         self.history.append({"step": step, "R@1": t2v["R@1"]})
-        self.last_metrics = {f"{split}_{protocol}_t2v_{name}": value for name, value in t2v.items()}
         if not is_main():
             return
         if improves([point["R@1"] for point in self.history], self.config.evaluation.window):
