@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS = 1
 DEMO := build/demo
 
-.PHONY: install demo demo-data demo-towers serve test test-all test-slurm lint bench gpu-check docs fuzz
+.PHONY: install demo demo-data demo-towers serve test test-all test-slurm lint bench gpu-check docs fuzz mutants
 install: .venv/installed
 
 .venv/installed: pyproject.toml setup.py
@@ -42,11 +42,17 @@ test-all: install
 test-slurm: install
 	$(BIN)/python -m pytest -m slurm tests/slurm
 
-FUZZ_CASES ?= 800
+# Each case may break the rule of tests/fuzz/rule.py. `make test` runs some of them, other ones at each commit.
+FUZZ_CASES ?= 10000
 FUZZ_SEED ?= 0
 
 fuzz: install
 	FUZZ_CASES=$(FUZZ_CASES) FUZZ_SEED=$(FUZZ_SEED) $(BIN)/python -m pytest tests/fuzz --hypothesis-seed=$(FUZZ_SEED)
+
+# Continues where it stopped; remove build/mutants.jsonl to begin again.
+mutants: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutants]'
+	$(BIN)/python -m tests.mutation
 
 lint: install
 	$(BIN)/ruff check .

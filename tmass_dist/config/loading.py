@@ -46,7 +46,7 @@ def load_config(name: str, overrides: list[str] | None = None, *, allow_env: boo
 
     try:
         page = OmegaConf.load(find_config(name))
-    except YAMLError as error:
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
         raise UserError(f"{name}: {error}") from error
@@ -62,24 +62,47 @@ def make_config(
         UserError: as :func:`load_config`; ``name`` says where the settings come from.
     """
     from omegaconf import OmegaConf
+
+    overrides = overrides or []
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise UserError(f"{override!r} is not an override; write key=value, for example optim.lr=1e-5")
+    plain = settings if isinstance(settings, dict | list) else OmegaConf.to_container(settings, resolve=False)
+    if not isinstance(plain, dict):
+        raise UserError(f"{name} must be a mapping of keys to values")
+    if not allow_env:
+        _refuse_resolvers(plain, name)
+    try:
+        return _merge(settings, overrides)
+    except UserError as error:
+        if overrides and _error_of(settings) != str(error):
+            raise  # an override is wrong: the message names its key
+        raise UserError(f"{name}: {error}") from error
+
+
+def _merge(settings: Any, overrides: list[str]) -> Config:
+    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    for override in overrides or []:
-        if "=" not in override or override.startswith("-"):
-            raise UserError(f"{override!r} is not an override; write key=value, for example optim.lr=1e-5")
-    if not allow_env:
-        plain = settings if isinstance(settings, dict) else OmegaConf.to_container(settings, resolve=False)
-        _refuse_resolvers(plain, name)
     try:
-        changes = OmegaConf.merge(settings, OmegaConf.from_dotlist(overrides or []))
+        changes = OmegaConf.merge(settings, OmegaConf.from_dotlist(overrides))
         _check_keys(OmegaConf.to_container(changes, resolve=True), Config)
         merged = OmegaConf.merge(OmegaConf.structured(Config), changes)
         return _require_config(OmegaConf.to_object(merged))
-    except OmegaConfBaseException as error:
-        raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
-    except YAMLError as error:
+    except (OmegaConfBaseException, TypeError, RecursionError) as error:
+        raise UserError(str(error).partition("\n")[0]) from error
+    except (YAMLError, UnicodeEncodeError) as error:
         raise UserError(f"an override is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _error_of(settings: Any) -> str:
+    """What is wrong with settings that no override changes; empty if they are valid."""
+    try:
+        _merge(settings, [])
+        return ""
+    except UserError as error:
+        return str(error)
 
 
 def _refuse_resolvers(value: Any, name: str) -> None:
@@ -91,7 +114,8 @@ def _refuse_resolvers(value: Any, name: str) -> None:
     elif isinstance(value, list):
         for item in value:
             _refuse_resolvers(item, name)
-    elif isinstance(value, str) and re.search(r"\$\{[^}]*:", value):
+    # A resolver's name may itself be interpolated: ${oc.${kind}:HOME}.
+    elif isinstance(value, str) and re.search(r"\$\{.*:", value, re.DOTALL):
         raise UserError(
             f"{name} reads the environment of this machine ({value[:60]!r}); write the value there, or, if you trust "
             "the file, use a command that has --allow-env"

@@ -219,16 +219,13 @@ def resume(engine: Engine, directory: Path, log: logging.Logger | None = None) -
 
 
 def _load(engine: Engine, folder: Path) -> None:
-    failure: Exception | None = None
     with CheckpointReader(folder) as reader:
-        for key in engine.state_keys:
-            for name in engine.named:
-                shape = engine.shards.shape(name)
-                if reader.shape(key, name) != shape:
-                    failure = UserError(
-                        f"{folder} is of another model or optimiser: it has no {key}:{name} of shape {shape}"
-                    )
-                    break
+        expected = ((key, name, engine.shards.shape(name)) for key in engine.state_keys for name in engine.named)
+        missing = (
+            f"{key}:{name} of shape {shape}" for key, name, shape in expected if reader.shape(key, name) != shape
+        )
+        first = next(missing, None)
+        failure = UserError(f"{folder} is of another model or optimiser: it has no {first}") if first else None
         share_failure(failure)
         engine.shards.load(engine.state_keys, reader.read)
 
