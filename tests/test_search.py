@@ -21,6 +21,7 @@ from tmass_dist.models.tmass import build_model
 from tmass_dist.retrieval import build
 from tmass_dist.retrieval.gallery import VideoGallery
 from tmass_dist.retrieval.searcher import Searcher, open_searcher
+from tmass_dist.retrieval.text_scorer import TextScorer
 from tmass_dist.retrieval.videos import Source, files_of, samples_of
 
 QUERIES = ["a red circle moving left on a plain ground", "on a striped ground a blue ring rising", "圆 🎈 <b>"]
@@ -312,7 +313,8 @@ def test_scores_and_attention_of_one_text_are_those_of_all(changes: list[str]) -
     model = TMass.of_weights(config, whole.state_dict(), "this test")
     frames_VFD, text_TD = torch.randn(9, 12, model.embed_dim), model.encode_text(QUERIES)
     expected_TV, expected_VTF = model.similarity(QUERIES, frames_VFD), model.attention(text_TD, frames_VFD)
+    scorer = TextScorer(model)
     for number, text in enumerate(QUERIES):
-        score_V, attention_VF = model.score_one(text, text_TD[number], frames_VFD)
+        score_V, attention_VF = scorer.score(text, text_TD[number], frames_VFD)
         torch.testing.assert_close(score_V, expected_TV[number].detach(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(attention_VF, expected_VTF[:, number].detach(), rtol=1e-4, atol=1e-5)

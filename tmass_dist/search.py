@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("query", nargs="*", help="one or several texts")
     parser.add_argument("--file", type=Path, metavar="QUERIES.txt", help="further queries, a line each")
     parser.add_argument("-k", type=int, default=10, help="results of a query (10)")
-    parser.add_argument("--candidates", type=int, default=100, help="videos that get the exact score (100)")
+    parser.add_argument("--candidates", type=int, default=1000, help="videos that get the exact score (1000)")
     parser.add_argument("--name", help="only videos whose id contains this")
     parser.add_argument("--model", help="the model, if it is not where it was when the gallery was made")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each query")

@@ -27,7 +27,9 @@ EXHAUSTIVE = 50_000
 VIDEOS_PER_CALL = 4096
 """Videos that are added to an index at a time; it bounds the memory."""
 EXPANSION = 512
-"""Frames that a search of the graph keeps in hand; more find more and take longer."""
+"""Fewest frames that a search of the graph keeps in hand; more find more and take longer."""
+FRAMES_PER_CANDIDATE = 2
+"""Frames searched for each candidate at first: near frames are often of the same video."""
 
 
 def _usearch() -> Any:
@@ -114,7 +116,7 @@ class FrameIndex:
             number: K; fewer are returned where the index has fewer videos.
         """
         query = _int8(np.asarray(text_TD, np.float32))
-        size, frames = len(self.index), min(len(self.index), 4 * number)
+        size, frames = len(self.index), min(len(self.index), FRAMES_PER_CANDIDATE * number)
         if not size:
             return [np.empty(0, np.int64) for _ in query]
         while True:

@@ -10,6 +10,8 @@ adds parts, and removing a video only lists its row as removed.
 from __future__ import annotations
 
 import json
+import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +27,9 @@ from tmass_dist.errors import UserError
 from tmass_dist.evaluation.search import FrameIndex
 
 VERSION, NAME = 1, "gallery.json"
+RESIDENT_BYTES = 2**28
+"""Bytes of the frames that may be read before the memory maps are released. Otherwise a server that has answered many
+queries would count all frames as its own memory."""
 ARRAYS = ("frames", "times", "thumbnail_ends")
 REMEDY = "remove the gallery and make it again with tmass index"
 
@@ -71,9 +76,18 @@ class Part:
         return np.load(self.directory / f"{self.name}.{what}.npy", mmap_mode="r")
 
     @cached_property
+    def _frames_map(self) -> np.ndarray:
+        return self._map("frames")
+
+    @cached_property
     def frames(self) -> np.ndarray:
         """Embeddings ``(V, F, D)``, float16, memory-mapped."""
-        return self._map("frames")
+        return np.asarray(self._frames_map)  # a plain array: numpy.memmap takes several times as long for each access
+
+    def release(self) -> None:
+        """Let the system forget which pages of the frames were read; they stay in its cache of files."""
+        if "_frames_map" in self.__dict__ and isinstance(self._frames_map.base, mmap.mmap):
+            self._frames_map.base.madvise(mmap.MADV_DONTNEED)
 
     @cached_property
     def times(self) -> np.ndarray:
@@ -120,6 +134,7 @@ class VideoGallery:
             self.parts.append(Part(self.directory, name, rows))
             rows += len(self.parts[-1])
         self.num_rows = rows
+        self._bytes_read = 0  # of the maps since they were last released
         self._starts = np.array([part.first for part in self.parts], np.int64)
         self.rows: dict[str, int] = {
             video["id"]: part.first + number
@@ -148,13 +163,31 @@ class VideoGallery:
         about = part.videos[number]
         return Video(row, about["id"], about["path"], float(about["seconds"]))
 
-    def frames(self, rows: list[int]) -> Tensor:
-        """Embeddings ``(V, F, D)`` of videos, float32."""
-        frames_VFD = np.empty((len(rows), self.num_frames, self.width), np.float16)
-        for place, row in enumerate(rows):
-            part, number = self._part(row)
-            frames_VFD[place] = part.frames[number]
-        return torch.from_numpy(frames_VFD).float()
+    def half_frames(self, rows: Sequence[int]) -> Tensor:
+        """Embeddings ``(V, F, D)`` of videos, float16, as they are stored.
+
+        Raises:
+            UserError: no such row, or it was removed.
+        """
+        row_V = np.asarray(rows, np.int64)
+        wrong = [row for row in rows if not 0 <= row < self.num_rows] or sorted(self.removed.intersection(rows))
+        if wrong:
+            raise UserError(f"there is no video {wrong[0]} in {self.directory}")
+        part_V = np.searchsorted(self._starts, row_V, side="right") - 1
+        number_V = row_V - self._starts[part_V]
+        frames_VFD = np.empty((len(row_V), self.num_frames, self.width), np.float16)
+        for place, (part, number) in enumerate(zip(part_V.tolist(), number_V.tolist())):
+            frames_VFD[place] = self.parts[part].frames[number]
+        self._bytes_read += frames_VFD.nbytes
+        if self._bytes_read > RESIDENT_BYTES:
+            self._bytes_read = 0
+            for part in self.parts:
+                part.release()
+        return torch.from_numpy(frames_VFD)
+
+    def frames(self, rows: Sequence[int]) -> Tensor:
+        """Embeddings ``(V, F, D)`` of videos, float32; see :meth:`half_frames`."""
+        return self.half_frames(rows).float()
 
     def times(self, row: int) -> np.ndarray:
         """Seconds of a video's frames."""

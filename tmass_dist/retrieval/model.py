@@ -34,7 +34,6 @@ from tmass_dist.models.backbone import (
 from tmass_dist.models.pooling import XPool
 from tmass_dist.models.tmass import build_model
 from tmass_dist.retrieval.card import model_card
-from tmass_dist.retrieval.one_text import score_one_text
 
 WEIGHTS = "model.safetensors"
 
@@ -308,28 +307,6 @@ class TMass(
             noise = caption_noise(some, self.config, self.embed_dim, self.device, num_trials) if sampled else None
             rows.append(gallery.score(text_TD[rows_in_block], noise, pooled_by=self._pooled_by(sampled)))
         return torch.cat(rows)
-
-    @torch.inference_mode()
-    def score_one(self, text: str, text_D: Tensor, frames_VFD: Tensor) -> tuple[Tensor, Tensor]:
-        """Exact scores ``(V,)`` of one text, as :meth:`similarity` gives them, and attention ``(V, F)``, on the CPU.
-
-        Args:
-            text: the query; its noise is a function of it.
-            text_D: its embedding.
-            frames_VFD: the videos.
-        """
-        frames_VFD = frames_VFD.to(self.device).float()
-        if self.config.model.pooled_by == "sample":  # each sample has a pooled vector of its own
-            scores = self.similarity([text], frames_VFD, text_TD=text_D[None])[0]
-            weights = self.attention(text_D[None], frames_VFD)[:, 0]
-        else:
-            noise_MD = None
-            if self.head.mass is not None:
-                noise_MD = caption_noise([text], self.config, self.embed_dim, self.device)[0]
-            scores, weights = score_one_text(self.head, text_D, frames_VFD, noise_MD)
-            if not isinstance(self.head.pooling, XPool):
-                weights = (weights * self.towers.logit_scale.exp()).softmax(dim=-1)
-        return scores.detach().cpu(), weights.detach().cpu()
 
     def _pooled_by(self, sampled: bool) -> Any:
         return self.config.model.pooled_by if sampled else "text"

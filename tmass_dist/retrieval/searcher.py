@@ -17,10 +17,13 @@ from torch import Tensor
 from tmass_dist.errors import UserError
 from tmass_dist.retrieval.gallery import VideoGallery
 from tmass_dist.retrieval.model import TMass
+from tmass_dist.retrieval.text_scorer import TextScorer
 
+CANDIDATES = 1000
+"""Videos that get the exact score, unless a call says otherwise; ``benchmarks/search.py`` measures what fewer lose."""
 MAX_QUERY = 1000
 """Characters of a query. CLIP reads 77 tokens; a text far beyond that is a mistake."""
-CHUNK = 4096
+CHUNK = 512
 """Videos whose frames are compared at a time where a filter by name rules out the index."""
 
 
@@ -62,7 +65,7 @@ class Searcher:
         UserError: another model made the gallery, or ``candidates`` is below 1.
     """
 
-    def __init__(self, model: TMass, gallery: VideoGallery, candidates: int = 100) -> None:
+    def __init__(self, model: TMass, gallery: VideoGallery, candidates: int = CANDIDATES) -> None:
         if candidates < 1:
             raise UserError(f"--candidates is {candidates}; at least 1")
         if model.fingerprint() != gallery.fingerprint:
@@ -71,6 +74,7 @@ class Searcher:
                 f"{model.fingerprint()}); give the model that made it, or make the gallery again"
             )
         self.model, self.gallery, self.num_candidates = model, gallery, candidates
+        self._scorer = TextScorer(model)
         # Queries are texts: the image tower, the larger half of the model, is not needed again.
         model.towers.clip.visual = torch.nn.Identity()
 
@@ -89,9 +93,23 @@ class Searcher:
             UserError: an empty query, one that is too long, or ``k`` below 1.
         """
         texts = [check_query(text) for text in texts]
+        return self.search_encoded(texts, self.model.encode_text(texts), k, candidates, name)
+
+    def search_encoded(
+        self,
+        texts: Sequence[str],
+        text_TD: Tensor,
+        k: int = 10,
+        candidates: int | None = None,
+        name: str | None = None,
+    ) -> list[list[Result]]:
+        """As :meth:`search`, of texts that are checked and encoded already.
+
+        Raises:
+            UserError: ``k`` is below 1.
+        """
         if k < 1:
             raise UserError(f"the number of results is {k}; at least 1")
-        text_TD = self.model.encode_text(texts)
         number = max(k, candidates or self.num_candidates)
         rows_T = self.candidates(text_TD, number, name)
         return [self.best(text, row_D, rows, k) for text, row_D, rows in zip(texts, text_TD, rows_T)]
@@ -105,19 +123,19 @@ class Searcher:
         rows = sorted(row for video_id, row in self.gallery.rows.items() if wanted in video_id.casefold())
         if len(rows) <= number:
             return [rows for _ in text_TD]
-        unit_TD = F.normalize(text_TD.cpu(), dim=-1)
         best = torch.cat(
             [
-                (F.normalize(self.gallery.frames(rows[start : start + CHUNK]), dim=-1) @ unit_TD.T).amax(dim=1)
+                best_frames(text_TD.cpu(), self.gallery.frames(rows[start : start + CHUNK]))
                 for start in range(0, len(rows), CHUNK)
             ]
         )
         return [[rows[int(place)] for place in best[:, t].topk(number).indices] for t in range(len(text_TD))]
 
     def best(self, text: str, text_D: Tensor, rows: list[int], k: int) -> list[Result]:
+        """The ``k`` of these videos with the highest exact scores, best first."""
         if not rows:
             return []
-        score_K, attention_KF = self.model.score_one(text, text_D, self.gallery.frames(rows))
+        score_K, attention_KF = self._scorer.score(text, text_D, self.gallery.half_frames(rows))
         order = score_K.topk(min(k, len(rows))).indices.tolist()
         return [self._result(rows[place], float(score_K[place]), attention_KF[place].numpy()) for place in order]
 
@@ -160,6 +178,12 @@ class Searcher:
         )
 
 
+def best_frames(text_TD: Tensor, frames_VFD: Tensor) -> Tensor:
+    """Cosine ``(V, T)`` of each text with the best single frame of each video."""
+    norm_VF1 = torch.linalg.vector_norm(frames_VFD, dim=-1, keepdim=True).clamp_min(1e-12)
+    return (F.linear(frames_VFD, F.normalize(text_TD, dim=-1)) / norm_VF1).amax(dim=1)
+
+
 def check_query(text: str) -> str:
     """The query without surrounding white space.
 
@@ -174,7 +198,7 @@ def check_query(text: str) -> str:
     return text
 
 
-def open_searcher(gallery: str | Path, model: str | None = None, candidates: int = 100) -> Searcher:
+def open_searcher(gallery: str | Path, model: str | None = None, candidates: int = CANDIDATES) -> Searcher:
     """Load a gallery and the model that made it.
 
     Args:

@@ -10,11 +10,12 @@ import anyio
 import anyio.to_thread
 
 from tmass_dist.errors import UserError
-from tmass_dist.retrieval.searcher import Result, Searcher
+from tmass_dist.retrieval.searcher import Result, Searcher, check_query
+from tmass_dist.web.text_batches import TextBatches
 
 Value = TypeVar("Value")
 
-WORKERS, MAX_WAITING, MAX_RESULTS = 2, 64, 100
+WORKERS, MAX_WAITING, MAX_RESULTS = 8, 64, 100
 """Searches that run at once, searches that may wait for them, and results of a search."""
 PLAYABLE = (".mp4", ".m4v", ".webm", ".mov", ".ogv")
 """Endings of files that browsers may play; the page falls back to the frames where one cannot."""
@@ -38,6 +39,7 @@ class Service:
     def __init__(self, load: Callable[[], Searcher]) -> None:
         self._load = load
         self._searcher: Searcher | None = None
+        self._texts: TextBatches | None = None
         self._failure: str | None = None
         self._waiting = 0
         self._limiter: anyio.CapacityLimiter | None = None
@@ -48,7 +50,9 @@ class Service:
 
     def _run(self) -> None:
         try:
-            self._searcher = self._load()
+            searcher = self._load()
+            self._texts = TextBatches(searcher.model.encode_text)
+            self._searcher = searcher
         except Exception as error:
             self._failure = " ".join(str(error).split()) or type(error).__name__
             if not isinstance(error, UserError):
@@ -93,7 +97,9 @@ class Service:
 
     def search(self, query: str, k: int, name: str | None) -> dict[str, Any]:
         """Answer of ``/api/search``."""
-        [results] = self.searcher.search([query], k, name=name or None)
+        searcher, text = self.searcher, check_query(query)
+        assert self._texts is not None
+        [results] = searcher.search_encoded([text], self._texts.encode(text)[None], k, name=name or None)
         return {"query": query, **self._answer(results)}
 
     def similar(self, row: int, k: int) -> dict[str, Any]:
