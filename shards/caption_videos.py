@@ -38,7 +38,7 @@ class Captioner:
     def __init__(self, name: str, prompt: str, max_tokens: int) -> None:
         import torch
 
-        from tmass_dist.models.backbone import usable_torchvision
+        from tmass_dist.models.library import usable_torchvision
 
         usable_torchvision()
         try:

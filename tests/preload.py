@@ -6,8 +6,8 @@ import torch.utils.tensorboard  # noqa: F401
 
 import tmass_dist.evaluation.stored
 import tmass_dist.training.validation  # noqa: F401
-from tmass_dist.models.backbone import _open_clip
+from tmass_dist.models.library import open_clip
 from tmass_dist.training.engine import _deepspeed
 
 _deepspeed()
-_open_clip()
+open_clip()

@@ -12,7 +12,8 @@ from tmass_dist.config import DataConfig
 from tmass_dist.data.index import load_index
 from tmass_dist.data.loader import TrainLoader
 from tmass_dist.data.samples import read_sample
-from tmass_dist.models.backbone import WordTokenizer, usable_torchvision
+from tmass_dist.models.backbone import WordTokenizer
+from tmass_dist.models.library import usable_torchvision
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import torch
 
 from tests.conftest import ROOT
 from tmass_dist.config import load_config
-from tmass_dist.models.backbone import build_tokenizer, build_towers, load_weights
+from tmass_dist.models.backbone import build_tokenizer, build_towers
+from tmass_dist.models.loading import load_weights
 from tmass_dist.models.tmass import build_model
 
 

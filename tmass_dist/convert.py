@@ -145,7 +145,7 @@ def check_weights(ours: dict[str, Tensor], source: str) -> None:
     Raises:
         UserError: weights that are missing, too many, of a wrong shape or not finite; the message names ``source``.
     """
-    from tmass_dist.models.backbone import check_finite
+    from tmass_dist.models.loading import check_finite
 
     shapes = {name: tuple(value.shape) for name, value in ours.items()}
     expected = _expected_shapes(shapes, source)
@@ -268,7 +268,7 @@ def convert(source: Path, target: Path, page: str | None, overrides: list[str]) 
         save_file(weights, temporary)
         temporary.replace(target)
         return
-    from tmass_dist.models.backbone import settings_of
+    from tmass_dist.models.loading import settings_of
     from tmass_dist.retrieval.model import TMass
 
     if page:
@@ -293,18 +293,13 @@ def main() -> None:
         convert(arguments.source, arguments.target, arguments.config, arguments.overrides)
     else:
         import torch
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+
+        from tmass_dist.models.loading import read_weights
 
         if arguments.config or arguments.overrides:
             raise UserError("--back takes no settings")
         source = arguments.source / "model.safetensors" if arguments.source.is_dir() else arguments.source
-        try:
-            weights = load_file(source)
-        except FileNotFoundError:
-            raise UserError(f"no file {source}") from None
-        except SafetensorError as error:
-            raise UserError(f"{source} is damaged, or not a file of weights: {error}") from error
+        weights = read_weights(source)
         check_weights(weights, str(source))
         theirs = to_authors(weights)
         temporary = arguments.target.with_name(arguments.target.name + ".tmp")

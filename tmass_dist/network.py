@@ -1,4 +1,4 @@
-"""The network interface by which this host reaches another one."""
+"""The network interface by which this host reaches another one, and whether a server answers."""
 
 from __future__ import annotations
 
@@ -31,3 +31,27 @@ def interface_of(address: str) -> str | None:
             return name
     # The whole of 127.0.0.0/8 belongs to the loopback interface, which lists only 127.0.0.1.
     return interface_of("127.0.0.1") if is_loopback(address) and address != "127.0.0.1" else None
+
+
+def answers(url: str, timeout_s: float = 1.5) -> bool:
+    """Whether a server answers at ``url`` within ``timeout_s``, with whatever status; proxies are used as set."""
+    import threading
+    import urllib.error
+    import urllib.request
+
+    replies: list[bool] = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=timeout_s).close()
+            replies.append(True)
+        except urllib.error.HTTPError:
+            replies.append(True)
+        except (OSError, ValueError):
+            pass
+
+    # In a thread, because the resolution of names has no time limit of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    return bool(replies)

@@ -67,7 +67,7 @@ def similarity_of_run(run: Path, overrides: list[str]) -> Ours:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from tmass_dist.models.backbone import load_weights
+    from tmass_dist.models.loading import load_weights
 
     page, path = run / "config.yaml", run / "checkpoints" / "best.safetensors"
     for needed in (page, path):

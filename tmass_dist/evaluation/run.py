@@ -12,7 +12,6 @@ from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from tmass_dist.data.index import Index
 
@@ -38,7 +37,8 @@ def encode_run(config: Config, *, checkpoint: str | None = None, store: Path | N
     from tmass_dist.distributed import barrier, initialise, is_main
     from tmass_dist.evaluation.encode import encode_to_store
     from tmass_dist.evaluation.features import fingerprint, fingerprint_of
-    from tmass_dist.models.backbone import build_tokenizer, load_weights
+    from tmass_dist.models.backbone import build_tokenizer
+    from tmass_dist.models.loading import load_weights, read_weights
     from tmass_dist.models.tmass import build_model
 
     weights = _weights_path(config, checkpoint)
@@ -56,7 +56,7 @@ def encode_run(config: Config, *, checkpoint: str | None = None, store: Path | N
         )
     if stored != made_from:
         model = build_model(config.model, without_weights=True)
-        load_weights(model, _load_weights(weights), str(weights))
+        load_weights(model, read_weights(weights), str(weights))
         about = {
             "fingerprint": made_from,
             "encoding": encoding,
@@ -138,16 +138,6 @@ def _weights_path(config: Config, checkpoint: str | None) -> Path:
     return path
 
 
-def _load_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged, or not a file of weights: {error}") from error
-
-
 def _sha256(path: Path) -> str:
     from tmass_dist.data.remote import sha256_of
 
@@ -209,12 +199,12 @@ def _add_scores_before_training(config: Config, index: Index, store: Path, devic
 
 def _is_local(config: Config) -> bool:
     """Whether the weights before training are a file of this machine: nothing has to be downloaded."""
-    from tmass_dist.models.backbone import find_file
+    from tmass_dist.models.pretrained import find_file, is_file
 
     pretrained = config.model.pretrained
     if pretrained is None:
         return True
     try:
-        return pretrained.endswith((".safetensors", ".pt")) and find_file(pretrained).is_file()
+        return is_file(pretrained) and find_file(pretrained).is_file()
     except UserError:
         return False

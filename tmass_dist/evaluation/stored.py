@@ -119,7 +119,7 @@ class StoredSplit:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        from tmass_dist.models.backbone import load_weights
+        from tmass_dist.models.loading import load_weights
 
         head = build_head(self.config.model, self.features.text_TD.shape[1]).eval()
         path = self.store / HEAD

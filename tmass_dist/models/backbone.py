@@ -1,10 +1,9 @@
-"""The only module that calls open_clip: the text tower, the frame tower and their tokenizer."""
+"""The text tower, the frame tower and their tokenizer, built by open_clip."""
 
 # Shapes: B videos (or texts), F frames, H W pixels, C colours, L tokens, D embedding width.
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Callable
@@ -14,36 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tmass_dist.config import CONFIG_DIR
 from tmass_dist.errors import UserError
-
-_kept_libraries: list[Any] = []
-
-
-def usable_torchvision() -> None:
-    """Let torchvision be imported with a CPU build of torch; call it before anything that imports torchvision."""
-    if torch.version.cuda is None and not _kept_libraries:
-        # torchvision from PyPI contains CUDA operators, which a CPU build of torch does not load, and fails.
-        # Declaring the two operators that it looks up is enough. The Library object must be kept.
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _kept_libraries.append(library)
-
-
-def _open_clip() -> Any:
-    usable_torchvision()
-    import open_clip
-
-    return open_clip
-
-
-def find_file(path: str) -> Path:
-    """The file of this path, else the one of this name in ``configs/``."""
-    for candidate in (Path(path), CONFIG_DIR / path):
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"no file {path}, neither here nor in configs/")
+from tmass_dist.models import library
+from tmass_dist.models.loading import load_weights, read_weights
+from tmass_dist.models.pretrained import (
+    check_architecture,
+    check_tag,
+    find_file,
+    is_file,
+    locate,
+    pretrained_cfg,
+)
 
 
 def read_description(architecture: str | dict[str, Any]) -> dict[str, Any]:
@@ -122,10 +102,10 @@ def build_towers(
         UserError: an unknown architecture (the message lists similar names), or a file that is missing, damaged or of
             other shapes.
     """
-    open_clip, normalisation = _open_clip(), {}
+    normalisation: dict[str, Any] = {}
     if isinstance(architecture, dict) or architecture.endswith(".json"):
         description = read_description(architecture)
-        clip = open_clip.CLIP(
+        clip = library.open_clip().CLIP(
             embed_dim=description["embed_dim"],
             vision_cfg=description["vision_cfg"],
             text_cfg=description["text_cfg"],
@@ -134,27 +114,17 @@ def build_towers(
         )
         embed_dim, context_length = description["embed_dim"], description["text_cfg"]["context_length"]
     else:
-        if architecture not in open_clip.list_models():
-            near = difflib.get_close_matches(architecture, open_clip.list_models(), n=3, cutoff=0.3)
-            raise UserError(f"open_clip knows no architecture {architecture!r}; the nearest are {', '.join(near)}")
-        tag = pretrained if pretrained and not pretrained.endswith((".safetensors", ".pt")) else None
-        known = open_clip.list_pretrained_tags_by_model(architecture)
-        if known:
-            normalisation = open_clip.get_pretrained_cfg(architecture, tag if tag in known else known[0]) or {}
-        if tag and tag not in known:
-            raise UserError(f"open_clip has no weights {tag!r} of {architecture}; it has {', '.join(known) or 'none'}")
-        try:
-            clip = open_clip.create_model(architecture, pretrained=None if without_weights else tag)
-        except Exception as error:
-            if tag is None:
-                raise
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise UserError(
-                f"the weights {tag} of {architecture} are not available: {line}; set model.pretrained to a local file"
-            ) from error
+        check_architecture(architecture)
+        tag = None if pretrained is None or is_file(pretrained) else pretrained
+        if tag:
+            check_tag(architecture, tag)
+        normalisation = pretrained_cfg(architecture, pretrained)
+        # A path, so that open_clip asks no server for what is here already.
+        path = str(locate(architecture, tag)) if tag and not without_weights else None
+        clip = library.open_clip().create_model(architecture, pretrained=path)
         # Published scalars have no dimension; DeepSpeed requires one.
         clip.logit_scale = nn.Parameter(clip.logit_scale.detach().reshape(1))
-        embed_dim, context_length = open_clip.get_model_config(architecture)["embed_dim"], clip.context_length
+        embed_dim, context_length = library.open_clip().get_model_config(architecture)["embed_dim"], clip.context_length
         if getattr(clip, "logit_bias", None) is not None:
             clip.logit_bias = nn.Parameter(clip.logit_bias.detach().reshape(1))
         pretrained = None if tag else pretrained
@@ -164,10 +134,10 @@ def build_towers(
     return towers
 
 
-def pretrained_normalisation(architecture: str, pretrained: str) -> dict[str, Any] | None:
+def pretrained_normalisation(architecture: str, pretrained: str | None) -> dict[str, Any] | None:
     """Mean and standard deviation of the pixels of open_clip's weights; None where it does not say."""
-    found = _open_clip().get_pretrained_cfg(architecture, pretrained) or {}
-    return {"mean": list(found["mean"]), "std": list(found["std"])} if "mean" in found and "std" in found else None
+    known = pretrained_cfg(architecture, pretrained)
+    return {"mean": list(known["mean"]), "std": list(known["std"])} if "mean" in known and "std" in known else None
 
 
 def save_open_clip(towers: Towers, architecture: str | dict[str, Any], directory: Path) -> None:
@@ -184,7 +154,7 @@ def save_open_clip(towers: Towers, architecture: str | dict[str, Any], directory
         names = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
         model_cfg = {name: architecture[name] for name in names if name in architecture}
     else:
-        model_cfg = _open_clip().get_model_config(architecture)
+        model_cfg = library.open_clip().get_model_config(architecture)
     preprocess_cfg = {"mean": towers.mean_C.tolist(), "std": towers.std_C.tolist(), "interpolation": "bicubic"}
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in towers.clip.state_dict().items()}
@@ -197,92 +167,11 @@ def save_open_clip(towers: Towers, architecture: str | dict[str, Any], directory
 
 
 def _load(clip: nn.Module, path: Path) -> None:
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights = load_file(path)
-        else:
-            weights = _tensors(path)
-        weights = {name: tensor.float() for name, tensor in weights.items()}
-    except Exception as error:
-        raise UserError(f"{path} is damaged, or not a file of weights: {str(error).splitlines()[0]}") from error
+    weights = {name: tensor.float() for name, tensor in read_weights(path).items()}
     for name in ("logit_scale", "logit_bias"):
         if name in weights:
             weights[name] = weights[name].reshape(1)
     load_weights(clip, weights, str(path))
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    """Weights of a ``.pt``: a ``state_dict``, or the TorchScript archive in which OpenAI published CLIP."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return content.get("state_dict", content)
-    except RuntimeError as error:
-        if "TorchScript" not in str(error):
-            raise
-    weights = torch.jit.load(str(path), map_location="cpu").state_dict()
-    # Three numbers of the archive describe the architecture and are not weights.
-    return {k: v for k, v in weights.items() if k not in ("input_resolution", "context_length", "vocab_size")}
-
-
-def check_finite(weights: dict[str, Tensor], source: str) -> None:
-    """Raise a UserError that names the weights of ``source`` that are not floating point, or not finite."""
-    bad = [name for name, value in weights.items() if not (value.is_floating_point() and value.isfinite().all())]
-    if bad:
-        raise UserError(f"{source} is damaged: {len(bad)} weights are not finite numbers: {', '.join(bad[:3])}")
-
-
-def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """``load_state_dict`` with an error that lists the differences and the settings that fit the weights.
-
-    Raises:
-        UserError: names or shapes differ, or numbers are not finite.
-    """
-    own = module.state_dict()
-    differing = [
-        *(f"lacks {name}" for name in own if name not in weights),
-        *(f"has an additional {name}" for name in weights if name not in own),
-        *(
-            f"{name} is {tuple(weights[name].shape)} and not {tuple(own[name].shape)}"
-            for name in own
-            if name in weights and weights[name].shape != own[name].shape
-        ),
-    ]
-    if differing:
-        settings = settings_of(weights)
-        raise UserError(
-            f"{source} is of another architecture; {len(differing)} weights differ: {'; '.join(differing[:3])}"
-            + (f". Settings that fit it: {', '.join(settings)}" if settings else "")
-        )
-    check_finite({name: value for name, value in weights.items() if own[name].is_floating_point()}, source)
-    module.load_state_dict(weights)
-
-
-def settings_of(weights: dict[str, Tensor]) -> list[str]:
-    """The settings that fit these weights, as far as their names and shapes show."""
-    shapes = {name.removeprefix("towers.clip."): tuple(value.shape) for name, value in weights.items()}
-    found = []
-    if "visual.conv1.weight" in shapes and "text_projection" in shapes:
-        width, patch = shapes["visual.conv1.weight"][0], shapes["visual.conv1.weight"][-1]
-        embed_dim = shapes["text_projection"][1]
-        for name in ("ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-L-14-quickgelu"):
-            config = _open_clip().get_model_config(name)
-            vision = config["vision_cfg"]
-            if (vision["width"], vision["patch_size"], config["embed_dim"]) == (width, patch, embed_dim):
-                found.append(f"model.architecture={name}")
-    if any(name.startswith("head.") for name in shapes):
-        found.append(f"model.pooling={'xpool' if 'head.pooling.query.weight' in shapes else 'mean'}")
-        radius = shapes.get("head.mass.linear.weight")
-        if "head.mass.scale" in shapes:
-            found.append("model.radius=scaled_exp_mean")
-        elif radius is None:
-            found.append("model.radius=none or exp_mean")
-        elif radius[0] == radius[1]:
-            found.append("model.radius=variational")
-        else:
-            found += ["model.radius=exp_linear or linear", f"model.num_frames={radius[1]}"]
-    return found
 
 
 class WordTokenizer:
@@ -328,7 +217,7 @@ def build_tokenizer(architecture: str | dict[str, Any]) -> Callable[[list[str]],
         description = read_description(architecture)
         return Trimmed(WordTokenizer(description["vocabulary"], description["text_cfg"]["context_length"]))
     try:
-        tokenize = _open_clip().get_tokenizer(architecture)
-        return Trimmed(tokenize) if _is_plain_clip(_open_clip().get_model_config(architecture)) else tokenize
+        tokenize = library.open_clip().get_tokenizer(architecture)
+        return Trimmed(tokenize) if _is_plain_clip(library.open_clip().get_model_config(architecture)) else tokenize
     except ModuleNotFoundError as error:
         raise UserError(f"the tokenizer of {architecture} needs {error.name}: pip install -e '.[towers]'") from error

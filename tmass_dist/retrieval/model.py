@@ -26,16 +26,14 @@ from tmass_dist.evaluation.features import fingerprint
 from tmass_dist.evaluation.scoring import Gallery
 from tmass_dist.models.backbone import (
     build_tokenizer,
-    load_weights,
-    pretrained_normalisation,
     read_description,
     save_open_clip,
 )
+from tmass_dist.models.loading import load_weights, read_weights
 from tmass_dist.models.pooling import XPool
 from tmass_dist.models.tmass import build_model
+from tmass_dist.models.warm_start import EXPORTED_WEIGHTS, normalisation_of, read_export_config
 from tmass_dist.retrieval.card import model_card
-
-WEIGHTS = "model.safetensors"
 
 
 @contextlib.contextmanager
@@ -113,7 +111,7 @@ class TMass(
         evaluated = _read_json(run / "evaluation" / "metrics.json").get("weights_sha256")
         if table.is_file() and evaluated == sha256_of(weights):
             trained["results"] = table.read_text(encoding="utf-8")
-        return cls.of_weights(config, _read_weights(weights), str(weights), trained)
+        return cls.of_weights(config, read_weights(weights), str(weights), trained)
 
     @classmethod
     def of_weights(
@@ -127,10 +125,8 @@ class TMass(
         own = config.model.architecture.endswith(".json")
         towers = read_description(config.model.architecture) if own else None
         settings = json.loads(json.dumps(asdict(config)))
-        normalisation = None
-        if not own and config.model.pretrained:
-            # Weights of one architecture may have been pretrained with different normalisations.
-            normalisation = pretrained_normalisation(config.model.architecture, config.model.pretrained)
+        # Weights of one architecture may have been pretrained with different normalisations.
+        normalisation = normalisation_of(config) if config.model.pretrained else None
         model = cls(settings=settings, towers=towers, normalisation=normalisation, trained=trained)
         load_weights(model, weights, source)
         return model
@@ -165,19 +161,19 @@ class TMass(
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> TMass:
         known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         hub = {name: options.pop(name) for name in known if name in options}
-        local = Path(model_id) / WEIGHTS
-        path = local if Path(model_id).is_dir() else Path(hf_hub_download(model_id, WEIGHTS, **hub))
+        local = Path(model_id) / EXPORTED_WEIGHTS
+        path = local if Path(model_id).is_dir() else Path(hf_hub_download(model_id, EXPORTED_WEIGHTS, **hub))
         model = cls(**options)
-        load_weights(model, _read_weights(path), str(path))
+        load_weights(model, read_weights(path), str(path))
         return model
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from safetensors.torch import save_file
 
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        temporary = save_directory / f"{WEIGHTS}.tmp"
+        temporary = save_directory / f"{EXPORTED_WEIGHTS}.tmp"
         save_file(weights, temporary)
-        temporary.replace(save_directory / WEIGHTS)
+        temporary.replace(save_directory / EXPORTED_WEIGHTS)
         config = {
             "settings": json.loads(json.dumps(asdict(self.config))),
             "towers": self.description,
@@ -188,7 +184,7 @@ class TMass(
         selection = {key: self.trained[key] for key in ("step", "selected_on") if key in self.trained}
         if selection:  # beside the weights, as in a run: `tmass evaluate` reads it
             selection = json.dumps(selection) + "\n"
-            (save_directory / WEIGHTS).with_suffix(".json").write_text(selection, encoding="utf-8")
+            (save_directory / EXPORTED_WEIGHTS).with_suffix(".json").write_text(selection, encoding="utf-8")
         if self.description:  # for `tmass evaluate`, which reads settings that name a file
             (save_directory / "towers.json").write_text(json.dumps(self.description) + "\n", encoding="utf-8")
         # Written here, so that the card names this directory; save_pretrained() keeps an existing one.
@@ -343,22 +339,9 @@ def read_export(directory: Path, overrides: list[str]) -> Config:
         UserError: it is no export, or its settings or the overrides are not valid.
     """
     path = directory / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}") from error
+    settings = read_export_config(path)["settings"]
     config = make_config(settings, overrides, str(path), allow_env=False)
     towers = directory / "towers.json"
     if towers.is_file():
         config = replace(config, model=replace(config.model, architecture=str(towers.resolve())))
     return replace(config, run_dir=str(directory))
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}") from error
