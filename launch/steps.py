@@ -43,6 +43,7 @@ def absolute(config: Config) -> Config:
     return dataclasses.replace(
         config,
         run_dir=str(Path(config.run_dir).resolve()),
+        init_from=str(Path(config.init_from).resolve()) if config.init_from else None,
         data=dataclasses.replace(config.data, captions=captions, **paths),
         model=dataclasses.replace(config.model, **files),
     )

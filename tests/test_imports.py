@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = {
     "torch.distributed": {"tmass_dist/distributed.py", "launch/simulation.py"},
     "deepspeed": {"tmass_dist/training/engine.py", "tmass_dist/training/zero.py"},
-    "open_clip": {"tmass_dist/models/backbone.py"},
+    "open_clip": {"tmass_dist/models/library.py"},
     "submitit": {"launch/cluster.py", "launch/job.py", "launch/local.py"},
     "torch.utils.tensorboard": {"tmass_dist/loggers.py"},
     "wandb": {"tmass_dist/loggers.py"},
@@ -53,6 +53,7 @@ ORDER = (
         "tmass_dist.export",
         "tmass_dist.convert",
         "tmass_dist.settings",
+        "tmass_dist.weights",
         "tmass_dist.index",
         "tmass_dist.search",
         "tmass_dist.serve",

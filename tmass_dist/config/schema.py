@@ -16,6 +16,10 @@ class Config:
 
     run_dir: str = "runs/default"
     """Directory for everything that the run writes. Running again with the same directory resumes."""
+    init_from: str | None = None
+    """Trained model whose towers and head the training starts from: a run, an export, or a whole model's weights
+    (``.safetensors``). A part of the head that is of another kind or frame number starts fresh. ``model.pretrained``
+    then states only how pixels are normalised. A checkpoint in ``run_dir`` takes precedence."""
     seed: int = 0
     """Seed of the data order, the noise, augmentation, dropout and the initial weights."""
     epochs: int = 5

@@ -171,6 +171,7 @@ def _add_scores_before_training(config: Config, index: Index, store: Path, devic
     from tmass_dist.models.head import RetrievalHead
     from tmass_dist.models.pooling import MeanPool
     from tmass_dist.models.tmass import build_model
+    from tmass_dist.models.warm_start import start_from
 
     wanted = config.evaluation.baselines
     about = _from_main(lambda: read_index(store))
@@ -183,12 +184,17 @@ def _add_scores_before_training(config: Config, index: Index, store: Path, devic
             config.evaluation, protocol="query_conditioned", post_processing="none", precision="float32"
         ),
     )
-    model = build_model(config.model).to(device).eval()
+    model = build_model(config.model, without_weights=config.init_from is not None)
+    if config.init_from:
+        start_from(model, config)
+    model.to(device).eval()
     features = encode(model, index, build_tokenizer(config.model.architecture), config, device)
     trials = "" if model.head.mass is None else f", M = {config.stochastic.num_trials}"
     rows = {
         "mean pooling, before training": summary(ranks_of(RetrievalHead(MeanPool(), None), features, plain)),
-        f"zero-shot (untrained head{trials})": summary(ranks_of(model.head, features, plain)),
+        f"before training (init_from{trials})" if config.init_from else f"zero-shot (untrained head{trials})": summary(
+            ranks_of(model.head, features, plain)
+        ),
     }
     if is_main():
         about.pop("version")
@@ -199,12 +205,16 @@ def _add_scores_before_training(config: Config, index: Index, store: Path, devic
 
 def _is_local(config: Config) -> bool:
     """Whether the weights before training are a file of this machine: nothing has to be downloaded."""
-    from tmass_dist.models.pretrained import find_file, is_file
+    from tmass_dist.models.pretrained import cached_weights, find_file, is_file
 
+    if config.init_from:
+        return Path(config.init_from).exists()
     pretrained = config.model.pretrained
     if pretrained is None:
         return True
     try:
-        return is_file(pretrained) and find_file(pretrained).is_file()
+        if is_file(pretrained):
+            return find_file(pretrained).is_file()
+        return cached_weights(config.model.architecture, pretrained) is not None
     except UserError:
         return False

@@ -76,8 +76,8 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
         has_head = any(name.startswith(("head.", "towers.")) for name in weights)
         if has_head and not any(name.startswith(("head.", "towers.")) for name in own):
             raise UserError(
-                f"{source} holds a whole model (towers and head), and model.pretrained takes towers alone; start from a "
-                "whole model with init_from=PATH, where PATH is a run, an export or this file"
+                f"{source} holds a whole model (towers and head), and model.pretrained takes towers alone; start from "
+                "a whole model with init_from=PATH, where PATH is a run, an export or this file"
             )
         raise UserError(
             f"{source} is of another architecture; {len(differing)} weights differ: {'; '.join(differing[:3])}"

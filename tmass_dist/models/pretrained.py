@@ -70,8 +70,8 @@ def locate(architecture: str, tag: str) -> Path:
         return cached
     refuse_unreachable(
         f"the weights {tag} of {architecture} are",
-        f"`tmass weights fetch {architecture} {tag} --out weights`, copy weights/{file_name(architecture, tag)} to this "
-        "machine, and set model.pretrained to its path here",
+        f"`tmass weights fetch {architecture} {tag} --out weights`, copy weights/{file_name(architecture, tag)} to "
+        "this machine, and set model.pretrained to its path here",
     )
     return _download(architecture, tag)
 
@@ -109,23 +109,28 @@ def cached_weights(architecture: str, tag: str) -> Path | None:
 
 def _download(architecture: str, tag: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     repository, names = _hub_files(architecture, tag)
     for name in names:
         try:
             return Path(hf_hub_download(repository, name))
-        except EntryNotFoundError:
-            continue
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):  # the Hub did not answer
+                raise _failed_download(architecture, tag, error) from error
         except RepositoryNotFoundError as error:
             raise UserError(
                 f"the Hub gives no access to {repository}, which holds the weights {tag} of {architecture}: log in "
                 "with `hf auth login`, or set model.pretrained to a local file"
             ) from error
         except Exception as error:
-            line = " ".join(str(error).split())[:200]
-            raise MachineError(f"the weights {tag} of {architecture} cannot be downloaded: {line}") from error
+            raise _failed_download(architecture, tag, error) from error
     raise UserError(f"{repository} has no file {' or '.join(names)}; set model.pretrained to a local file")
+
+
+def _failed_download(architecture: str, tag: str, error: Exception) -> MachineError:
+    line = " ".join(str(error).split())[:200]
+    return MachineError(f"the weights {tag} of {architecture} cannot be downloaded: {line}")
 
 
 def tokenizer_repository(architecture: str) -> str | None:
@@ -141,7 +146,7 @@ def _check_tokenizer(architecture: str) -> None:
         return
     refuse_unreachable(
         f"the tokenizer {repository} of {architecture} is",
-        f"`tmass weights fetch {architecture}`, and copy what it names into the Hugging Face cache (HF_HOME) here",
+        f"`tmass weights fetch {architecture} TAG`, and copy the directory that it names to this machine",
     )
 
 
@@ -176,6 +181,17 @@ def check_pretrained(model: ModelConfig, *, with_weights: bool = True) -> None:
             find_file(model.pretrained)
         except UserError as error:
             raise UserError(f"model.pretrained={model.pretrained}: {error}") from error
+
+
+def fetch_tokenizer(architecture: str) -> Path | None:
+    """Download the tokenizer to the cache; returns its directory there, or None if it comes with open_clip."""
+    from huggingface_hub import snapshot_download
+
+    repository = tokenizer_repository(architecture)
+    if repository is None:
+        return None
+    files = ["*.json", "*.model", "*.txt"]
+    return Path(snapshot_download(repository, allow_patterns=files)).parents[1]
 
 
 def fetch(architecture: str, tag: str, directory: Path) -> Path:

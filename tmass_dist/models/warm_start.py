@@ -51,9 +51,7 @@ def find_source(path: str | Path) -> Source:
         config = load_config(str(run), allow_env=False)
         return Source(best, config, normalisation_of(config))
     if run.is_file():
-        raise UserError(
-            f"init_from={path}: this run has no {best.relative_to(path)} yet; it is written when it validates"
-        )
+        raise UserError(f"init_from={path}: the run has no {best.relative_to(path)} yet, which validation writes")
     raise UserError(f"init_from={path} is no run directory, no export and no file of weights")
 
 

@@ -17,7 +17,7 @@ TEMPLATE = """---
 
 T-MASS (Wang et al., "Text Is MASS", CVPR 2024, arXiv:2403.17998) for text-video retrieval: {architecture} towers,
 {num_frames} frames per video, radius `{radius}`. Trained with tmass-dist{steps}, global batch {batch_size}, on
-`{data}`. {selection}
+`{data}`{started}. {selection}
 
 ## Results
 
@@ -70,6 +70,7 @@ def model_card(name: str, config: Config, trained: dict[str, Any], metadata: Mod
         steps=f" for {trained['step']} steps" if "step" in trained else "",
         batch_size=config.data.batch_size,
         data="/".join(Path(trained.get("data", "unknown data")).parts[-2:]),
+        started=f", starting from `{'/'.join(Path(config.init_from).parts[-2:])}`" if config.init_from else "",
         selection=(
             f"The checkpoint was selected on the `{trained['selected_on']}` split."
             if "selected_on" in trained

@@ -118,6 +118,8 @@ def check_and_load(config: Config, world: int, *, look_at_files: bool = True) ->
 
     check_batch(config, world)
     check_loggers(config)
+    if look_at_files:
+        check_weights(config)
     saved = _saved_config(config)
     config = replace(config, data=choose_order(config.data, world, saved.data if saved else None))
     splits = load_splits(config, check_shards=look_at_files)
@@ -132,6 +134,22 @@ def check_and_load(config: Config, world: int, *, look_at_files: bool = True) ->
                 "give the same settings to resume, or another run_dir"
             )
     return config, splits
+
+
+def check_weights(config: Config) -> None:
+    """Check that the weights with which the run begins are on this machine; a tag is downloaded to the cache.
+
+    Raises:
+        UserError: an unknown architecture or tag, a missing file, or weights that cannot be had without internet.
+    """
+    from tmass_dist.models.pretrained import check_pretrained
+    from tmass_dist.models.warm_start import find_source
+    from tmass_dist.training.start import untrained_weights
+
+    resumes = untrained_weights(config.run_dir) is not None
+    if config.init_from and not resumes:
+        find_source(config.init_from)
+    check_pretrained(config.model, with_weights=not resumes and not config.init_from)
 
 
 def check_model(model: RetrievalModel, training: Index, config: Config, log: logging.Logger) -> None:

@@ -24,7 +24,7 @@ from tmass_dist.errors import UserError
 from tmass_dist.models.backbone import build_tokenizer
 from tmass_dist.phase_timer import PHASE_TIMER
 from tmass_dist.precision import uses_bf16
-from tmass_dist.training import checkpoint, objective
+from tmass_dist.training import checkpoint
 from tmass_dist.training.checks import check_and_load, check_model, validation_steps
 from tmass_dist.training.engine import Engine
 from tmass_dist.training.monitor import LoggedStep, Meter, Monitor, forward_flops, hours_tag, start_log
@@ -32,6 +32,7 @@ from tmass_dist.training.nonfinite import report_nonfinite
 from tmass_dist.training.optim import warmup_cosine
 from tmass_dist.training.profiler import StepProfiler
 from tmass_dist.training.run_lock import RunLock
+from tmass_dist.training.start import starting_model
 from tmass_dist.training.step_inputs import step_inputs
 from tmass_dist.training.validation import Validator
 from tmass_dist.training.watchdog import Watchdog
@@ -130,7 +131,7 @@ class _TrainingRun:
         self.run_dir = Path(config.run_dir)
         self.watchdog = Watchdog(config.engine.timeout_s)
         torch.manual_seed(config.seed)
-        self.model = objective.build_objective(config).to(device)
+        self.model = starting_model(config, device, log)
         training, selection = splits
         check_model(self.model, training, config, log)
         self.num_steps = config.epochs * self.loader.steps_per_epoch

@@ -178,15 +178,15 @@ class Objective(RetrievalModel):
         return self.losses(*self.encode(pixels_BFHWC, tokens_BL), noise_BD, dropout_keys)
 
 
-def build_objective(config: Config) -> Objective:
-    """The model of ``config`` with its loss.
+def build_objective(config: Config, *, without_weights: bool = False) -> Objective:
+    """The model of ``config`` with its loss; ``without_weights`` leaves the towers random, for others to fill.
 
     Parameters that do not affect the loss, or that the config freezes, need no gradient.
 
     Raises:
         UserError: ``optim.frozen`` names a parameter that does not exist.
     """
-    model = build_model(config.model)
+    model = build_model(config.model, without_weights=without_weights)
     if config.stochastic.training == "mean" and model.head.mass is not None:
         model.head.mass.requires_grad_(False)  # it does not affect the loss
     names = [name for name, _ in model.named_parameters()]
