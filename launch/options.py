@@ -42,6 +42,8 @@ _JOBS_OF = {
     "pack": ("shards", "all"),
     "describe": ("captions",),
     "sweep": ("train",),
+    "tune": ("train",),
+    "train_only": ("train",),
     "plan": ("train", "all"),
 }
 """Jobs that an option applies to."""
@@ -68,6 +70,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--describe", action="append", default=[], metavar="ARGS", help="arguments of caption_videos.py; once a split"
     )
     parser.add_argument("--sweep", nargs="+", metavar="KEY=A,B", help="a run of each combination, and a table")
+    parser.add_argument(
+        "--tune", nargs="+", metavar="KEY=LOW..HIGH", help="search by Optuna; also KEY=log:LOW..HIGH and KEY=A,B,..."
+    )
+    parser.add_argument("--trials", type=int, help="of --tune: trials of the study, with those of earlier starts")
+    parser.add_argument("--parallel", type=int, help="of --tune: trials at a time (1)")
+    parser.add_argument(
+        "--prune", action="store_true", help="of --tune: stop trials whose validation is below the median"
+    )
+    parser.add_argument("--train-only", action="store_true", help="do not evaluate the test split after training")
     parser.add_argument("--cluster", choices=("slurm", "local"), default="slurm")
     parser.add_argument("--site", metavar="NAME", help="defaults of configs/clusters/NAME.yaml for the options below")
     parser.add_argument("--nodes", type=int)
@@ -117,7 +128,10 @@ def _refuse_options_without_effect(arguments: argparse.Namespace) -> None:
     """Raises: UserError: an option that the chosen job or cluster would ignore."""
     for name, jobs in _JOBS_OF.items():
         if getattr(arguments, name) not in (None, False, []) and arguments.job not in jobs:
-            raise UserError(f"--{name} is for --job {' or '.join(jobs)}, and the job is {arguments.job}")
+            raise UserError(
+                f"--{name.replace('_', '-')} is for --job {' or '.join(jobs)}, and the job is {arguments.job}"
+            )
+    _check_tune(arguments)
     for name in ("gpu", "gpu_memory_gb", "peak_tflops", "mfu"):
         if getattr(arguments, name) is not None and arguments.job not in _JOBS_OF["plan"]:
             raise UserError(f"--{name.replace('_', '-')} is for --job train or all, and the job is {arguments.job}")
@@ -125,6 +139,37 @@ def _refuse_options_without_effect(arguments: argparse.Namespace) -> None:
         for name in sorted(_SLURM_ONLY):
             if getattr(arguments, name) not in (None, False):
                 raise UserError(f"--{name.replace('_', '-')} is for SLURM; leave it out with --cluster local")
+
+
+def _check_tune(arguments: argparse.Namespace) -> None:
+    """Check the options of ``--tune``, and set the default of ``--parallel``.
+
+    Raises:
+        UserError: one is missing, out of range, or given without ``--tune``.
+    """
+    for name in ("trials", "parallel", "prune"):
+        if getattr(arguments, name) not in (None, False) and not arguments.tune:
+            raise UserError(f"--{name} is for --tune")
+        if name != "prune" and (getattr(arguments, name) if getattr(arguments, name) is not None else 1) < 1:
+            raise UserError(f"--{name} is {getattr(arguments, name)}; at least 1")
+    if arguments.tune:
+        for name in ("sweep", "wait", "name", "dry_run", "plan", "train_only"):
+            if getattr(arguments, name):
+                raise UserError(f"--{name.replace('_', '-')} is not for --tune; leave one of them out")
+        if arguments.trials is None:
+            raise UserError("--tune needs --trials N")
+    arguments.parallel = arguments.parallel or 1
+
+
+def forwarded_options(arguments: argparse.Namespace) -> list[str]:
+    """The options that say what a job asks for, as words of a command line."""
+    names = ["cluster", "site", "nodes", "min_nodes", "gpus", "procs", "cpus", "time", *FLAGS, "task_mem", "requeues"]
+    names += ["requeue_pause", "save_before", "gpu", "gpu_memory_gb", "peak_tflops", "mfu"]
+    words = ["--force"] if arguments.force else []
+    for name in names:
+        if getattr(arguments, name) is not None:
+            words += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    return words
 
 
 def read_resources(arguments: argparse.Namespace, num_workers: int, sites: Path) -> tuple[Resources, list[Node]]:

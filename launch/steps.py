@@ -49,9 +49,10 @@ def absolute(config: Config) -> Config:
     )
 
 
-def training(config: Config, resources: Resources, folder: Path, *, then: str = "evaluate") -> Step:
-    """Train, then ``evaluate`` in the same job, or only ``encode`` and leave the scoring to an array."""
-    return Step("train", [_ranked(config, resources, folder, ("train", then))], resources)
+def training(config: Config, resources: Resources, folder: Path, *, then: str | None = "evaluate") -> Step:
+    """Train, then ``evaluate`` in the same job, or only ``encode`` and leave the scoring to an array, or nothing."""
+    do = ("train", then) if then else ("train",)
+    return Step("train", [_ranked(config, resources, folder, do)], resources)
 
 
 def _ranked(config: Config, resources: Resources, folder: Path, do: Any) -> RankedJob:

@@ -38,6 +38,9 @@ def submit(arguments: argparse.Namespace) -> None:
         if resources.min_nodes is None:
             check_batch(run, resources.ranks)
     folder, name = base / "jobs", arguments.name or base.name
+    if arguments.tune:
+        _tune(arguments, page, config, resources)
+        return
     if arguments.plan:
         from launch.plan import show_plan
 
@@ -64,6 +67,19 @@ def submit(arguments: argparse.Namespace) -> None:
         _submit_locally(plan, folder, base)
     else:
         _submit_to_slurm(plan, folder, base, name, wait=arguments.wait)
+
+
+def _tune(arguments: argparse.Namespace, page: str, config: Config, resources: Resources) -> None:
+    from launch.space import parse_space
+    from launch.tune import Tuner
+    from tmass_dist.training.checks import check
+
+    space = parse_space(arguments.tune, page, _overrides(arguments))
+    if resources.cluster == "slurm":
+        slurm.require_slurm()
+    tuner = Tuner(arguments, page, _overrides(arguments), config, resources, space)
+    check(config, 1 if resources.min_nodes else resources.ranks)
+    tuner.run()
 
 
 def _read_config(arguments: argparse.Namespace) -> tuple[str, Config]:
@@ -113,7 +129,8 @@ def _plan(
         trained = steps.training(config, resources, folder, then="encode")
         after = steps.evaluation(config, resources, folder, arguments.tasks, encode=False)
         return [config] if not packs else [], [*packs, trained, *after]
-    return [config], [steps.training(config, resources, folder)]
+    then = None if arguments.train_only else "evaluate"
+    return [config], [steps.training(config, resources, folder, then=then)]
 
 
 def _copy_code(run_dir: Path) -> Path:

@@ -15,7 +15,7 @@ OUTSIDE = {
     "torch.utils.tensorboard": {"tmass_dist/loggers.py"},
     "wandb": {"tmass_dist/loggers.py"},
     "trackio": {"tmass_dist/loggers.py"},
-    "optuna": {"launch/study.py"},
+    "optuna": {"launch/tune.py"},
     "pebble": {"shards/pack_pool.py"},
     "webdataset": {"shards/shard_writer.py"},
     "usearch": {"tmass_dist/evaluation/search.py"},

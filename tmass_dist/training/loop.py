@@ -16,7 +16,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from tmass_dist import distributed
-from tmass_dist.cli import read_json, write_text
+from tmass_dist.cli import read_json, write_json, write_text
 from tmass_dist.config import Config, to_yaml
 from tmass_dist.data.loader import TrainLoader
 from tmass_dist.data.quarantine import Quarantine
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
     from tmass_dist.data.loader import Batch
     from tmass_dist.distributed import StopRequest
     from tmass_dist.training.objective import Losses
+
+
+COMPLETE = "complete.json"
+"""In the directory of a run that has reached its end, and its last validation."""
 
 
 def train(config: Config, stop: StopRequest | None = None) -> bool:
@@ -184,6 +188,8 @@ class _TrainingRun:
         # On a terminal only (None); only rank 0.
         disable = None if distributed.is_main() else True
         bar = tqdm(total=self.num_steps, initial=self.step, desc="train", unit="step", disable=disable, mininterval=1)
+        if self.step < self.num_steps and distributed.is_main():
+            (self.run_dir / COMPLETE).unlink(missing_ok=True)
         self.model.train()
         self.meter.start(self.step)
         save_every = self.config.engine.save_every
@@ -323,6 +329,8 @@ class _TrainingRun:
         if is_complete:
             self.log.info("training is complete: %s", self.run_dir)
             self.log.info("%s", self._summary())
+            if distributed.is_main():
+                write_json(self.run_dir / COMPLETE, {"step": self.step})
         else:
             line = "asked to stop: saved at step %d of %d; run the same command again to continue"
             self.log.info(line, self.step, self.num_steps)

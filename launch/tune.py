@@ -1,0 +1,438 @@
+"""``--tune``: search for settings by Optuna. Each trial is an ordinary run in a directory of its own.
+
+The driver is this process. It holds no state: the study is in ``study.journal`` of the study's directory, and each
+trial's progress in its run directory. When the driver is started again it finds the trials that were running, and
+resumes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launch import slurm
+from launch.failures import FINAL_ERROR, STOPPED, USER_ERROR
+from launch.job import end_with_parent
+from launch.options import forwarded_options
+from launch.resources import Resources, local_gpus
+from launch.space import Dimension, as_overrides, describe_space
+from launch.submitted import jobs_of
+from tmass_dist.cli import read_json, writable_dir, write_json
+from tmass_dist.config import Config, differing_keys, load_config, make_config, to_yaml
+from tmass_dist.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+JOURNAL = "study.journal"
+POLL_S = {"local": 0.5, "slurm": 5.0}
+"""Seconds between two looks at the trials."""
+ADOPT_S = 5.0
+"""Seconds in which a submission that a killed driver had begun may still appear in SLURM's queue."""
+FIRST_FAILURES = 3
+"""The search ends if so many trials have failed before any was complete."""
+
+
+def import_optuna() -> Any:
+    """Optuna.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError("--tune needs optuna: pip install 'tmass-dist[tune]'") from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+@dataclass
+class Running:
+    """A trial that is not finished.
+
+    Args:
+        trial: Optuna's.
+        run_dir: its run directory.
+        slot: which of the ``--parallel`` places it has; on this machine the place decides the GPUs.
+    """
+
+    trial: Any
+    run_dir: Path
+    slot: int
+    process: subprocess.Popen[str] | None = None
+    """The submission: on this machine it lasts as long as the run."""
+    starts: int = 0
+    not_before_s: float = 0.0
+    """Not started earlier, by the monotonic clock."""
+    reported: set[int] = field(default_factory=set)
+    """Steps whose validation Optuna knows."""
+
+
+class Tuner:
+    """The driver of a study.
+
+    Args:
+        arguments: of ``launch/submit.py``.
+        page: config file of the trials.
+        overrides: of all trials.
+        config: of the trials, apart from what is searched; its ``run_dir`` is the directory of the study.
+        resources: of one trial.
+        space: the settings to search.
+    """
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        page: str,
+        overrides: list[str],
+        config: Config,
+        resources: Resources,
+        space: list[Dimension],
+    ) -> None:
+        if config.evaluation.selected_on != "val":
+            raise UserError("--tune chooses by validation, and evaluation.selected_on is test")
+        self.optuna = import_optuna()
+        self.arguments, self.page, self.config, self.resources = arguments, page, config, resources
+        self.overrides = [override for override in overrides if not override.startswith("run_dir=")]
+        self.base, self.space = Path(config.run_dir), space
+        self.is_local = resources.cluster == "local"
+        if (self.base / "config.yaml").is_file():
+            raise UserError(f"{self.base} is the directory of a run; give the study another one: run_dir=...")
+        if self.is_local and resources.gpus * arguments.parallel > len(local_gpus()):
+            raise UserError(
+                f"--parallel {arguments.parallel} trials of {resources.gpus} GPUs need "
+                f"{resources.gpus * arguments.parallel}, and this machine has {len(local_gpus())}"
+            )
+        self.running: list[Running] = []
+        self._received: list[int] = []
+
+    def run(self) -> None:
+        """Search until the study has ``--trials`` trials, then print the best one.
+
+        Raises:
+            UserError: another driver works on the study, the study was made with other settings, or trials fail.
+        """
+        from filelock import FileLock, Timeout
+
+        writable_dir(self.base)
+        try:
+            lock = FileLock(self.base / "study.lock")
+            lock.acquire(timeout=2)
+        except Timeout:
+            raise UserError(f"another driver works on the study in {self.base}") from None
+        before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self._open()
+            print(f"study in {self.base}: {len(self.study.trials)} of {self.arguments.trials} trials so far")
+            print(describe_space(self.config, self.space, self.arguments.tune), flush=True)
+            while not self._received:
+                self._fill()
+                if not self.running:
+                    break
+                time.sleep(POLL_S[self.resources.cluster])
+                for running in list(self.running):
+                    self._look_at(running)
+        finally:
+            self._leave()
+            lock.release()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self._received:
+            print("the search is stopped; the same command continues it", file=sys.stderr)
+            raise SystemExit(128 + self._received[0])
+        self._show_result()
+
+    def _receive(self, number: int, _: Any) -> None:
+        self._received.append(number)
+
+    def _open(self) -> None:
+        """Open or create the study, and take up the trials that were running."""
+        journal = self.base / JOURNAL
+        _cut_incomplete_line(journal)
+        backend = self.optuna.storages.journal.JournalFileBackend(
+            str(journal), lock_obj=self.optuna.storages.journal.JournalFileOpenLock(str(journal))
+        )
+        pruner = self.optuna.pruners.MedianPruner() if self.arguments.prune else self.optuna.pruners.NopPruner()
+        self.study = self.optuna.create_study(
+            storage=self.optuna.storages.JournalStorage(backend),
+            study_name="tune",
+            direction="maximize",
+            load_if_exists=True,
+            pruner=pruner,
+        )
+        known = self.study.user_attrs
+        if "space" not in known:
+            self.study.set_user_attr("config", to_yaml(self.config))
+            self.study.set_user_attr("space", sorted(self.arguments.tune))
+        elif known["space"] != sorted(self.arguments.tune):
+            raise UserError(
+                f"the study in {self.base} searches {' '.join(known['space'])}; give the same, or another run_dir"
+            )
+        elif differing := differing_keys(make_config(_yaml(known["config"])), self.config):
+            raise UserError(
+                f"the study in {self.base} has other settings ({'; '.join(differing)}); give the same, or another "
+                "run_dir"
+            )
+        for frozen in self.study.trials:
+            if frozen.state == self.optuna.trial.TrialState.RUNNING:
+                self._take_up(self.optuna.trial.Trial(self.study, frozen._trial_id))
+
+    def _fill(self) -> None:
+        """Start trials while places are free."""
+        while (
+            len(self.running) < self.arguments.parallel
+            and len(self.study.trials) < self.arguments.trials
+            and not self._received
+        ):
+            number = len(self.study.trials)
+            # A seed for each trial: with one for the study, a driver that is started again would draw the same values.
+            sampler = self.optuna.samplers.TPESampler(seed=self.config.seed * 100_003 + number, constant_liar=True)
+            self.study.sampler = sampler
+            self._take_up(self.study.ask())
+
+    def _take_up(self, trial: Any) -> None:
+        """Draw what the trial has not drawn yet, and start it unless it runs already."""
+        for dimension in self.space:
+            dimension.suggest(trial)
+        frozen = _frozen(trial)
+        slots = set(range(len(self.running) + 1)) - {running.slot for running in self.running}
+        running = Running(trial, self.base / f"trial-{trial.number:04d}", min(slots))
+        running.starts = int(frozen.user_attrs.get("starts", 0))
+        if running.starts and not self.is_local:
+            running.not_before_s = time.monotonic() + ADOPT_S
+        running.reported = set(frozen.intermediate_values)
+        try:
+            load_config(self.page, self._overrides_of(running))
+        except UserError as error:
+            self._fail(running, str(error))
+            return
+        self.running.append(running)
+
+    def _overrides_of(self, running: Running) -> list[str]:
+        return [*self.overrides, *as_overrides(running.trial.params), f"run_dir={running.run_dir}"]
+
+    def _look_at(self, running: Running) -> None:
+        """Report new validations; finish the trial if it has ended, prune it if it is hopeless, start it if need be."""
+        is_complete = (running.run_dir / "complete.json").is_file()  # before the validations are read
+        scores = self._report(running)
+        if is_complete and scores:
+            self._end_process(running)
+            self._tell(running, max(scores.values()))
+        elif "pruned" in _frozen(running.trial).user_attrs or self._must_prune(running, scores):
+            running.trial.set_user_attr("pruned", max(scores, default=0))  # known before the run is stopped
+            if self._stop_run(running):
+                self._tell(running, None, self.optuna.trial.TrialState.PRUNED)
+        elif not self._is_alive(running):
+            if reason := self._failure(running):
+                self._fail(running, reason)
+            elif time.monotonic() >= running.not_before_s:
+                self._start(running)
+
+    def _report(self, running: Running) -> dict[int, float]:
+        """The score at each validation: R@1, averaged over ``evaluation.window`` validations as the run itself does."""
+        from tmass_dist.training.validation import window_means
+
+        points = read_json(running.run_dir / "checkpoints" / "validation.json", list) or []
+        means = window_means([point["R@1"] for point in points], self.config.evaluation.window)
+        scores = {point["step"]: mean for point, mean in zip(points, means)}
+        for step, score in scores.items():
+            if step not in running.reported:
+                running.trial.report(score, step)
+                running.reported.add(step)
+        return scores
+
+    def _must_prune(self, running: Running, scores: dict[int, float]) -> bool:
+        return bool(self.arguments.prune and scores and running.trial.should_prune())
+
+    def _is_alive(self, running: Running) -> bool:
+        """Whether the run works or waits, also one that an earlier driver has started."""
+        if running.process is not None and running.process.poll() is None:
+            return True
+        if self.is_local:
+            return _is_locked(running.run_dir) or _has_local_process(running.run_dir)
+        self._adopt_job(running)
+        return any(slurm.is_alive(slurm.slurm_state(job["id"])) for job in jobs_of(running.run_dir))
+
+    def _failure(self, running: Running) -> str | None:
+        """Why the trial, whose run has ended without being complete, has failed for good; None: it is started again."""
+        process, running.process = running.process, None
+        if process is not None and process.returncode == USER_ERROR:
+            message = _last_line(self._log(running))
+            if self.is_local:
+                return message
+            raise UserError(f"trial {running.trial.number} was not submitted: {message}")
+        jobs = [] if self.is_local else jobs_of(running.run_dir)
+        if jobs:
+            for path in (running.run_dir / "jobs").glob(f"{FINAL_ERROR}-*.txt"):
+                return path.read_text(encoding="utf-8").strip().removeprefix("error: ")
+            if "CANCELLED" in {slurm.slurm_state(job["id"]) for job in jobs}:
+                return "its job was cancelled"
+        if jobs or (process is not None and process.returncode not in (0, STOPPED)):
+            failures = int(_frozen(running.trial).user_attrs.get("failures", 0)) + 1
+            running.trial.set_user_attr("failures", failures)
+            if failures > self.resources.requeues:
+                return f"it failed {failures} times, at last with: {_last_line(self._log(running))}"
+        return None
+
+    def _log(self, running: Running) -> Path:
+        return running.run_dir.with_suffix(".log")
+
+    def _start(self, running: Running) -> None:
+        """Submit the trial, or resume it."""
+        running.starts += 1
+        running.trial.set_user_attr("starts", running.starts)
+        options = [*forwarded_options(self.arguments), "--train-only"]
+        if not self.is_local:
+            options += ["--name", self._job_name(running)]
+        command = [sys.executable, str(ROOT / "launch" / "submit.py"), "--config", self.page, *options]
+        environment = dict(os.environ)
+        if self.is_local and self.resources.gpus:
+            first = running.slot * self.resources.gpus
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(local_gpus()[first : first + self.resources.gpus])
+        with self._log(running).open("a", encoding="utf-8") as log:
+            running.process = subprocess.Popen(
+                [*command, *self._overrides_of(running)],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+                # A local run saves and ends with its driver. A SLURM job goes on, and the next driver finds it.
+                preexec_fn=end_with_parent(signal.SIGTERM if self.is_local else signal.SIGKILL),
+            )
+        verb = "started" if running.starts == 1 else "resumed"
+        print(f"trial {running.trial.number} {verb}: {' '.join(as_overrides(running.trial.params))}", flush=True)
+
+    def _job_name(self, running: Running) -> str:
+        """A name by which the trial's job is found if the driver dies before it has the job's number."""
+        from hashlib import sha256
+
+        return f"tune-{sha256(str(self.base).encode()).hexdigest()[:8]}-{running.trial.number}"
+
+    def _adopt_job(self, running: Running) -> None:
+        """Record the trial's job if SLURM has one that ``jobs.json`` lacks."""
+        if jobs_of(running.run_dir) or running.starts == 0:
+            return
+        command = ["squeue", "--noheader", "--user", getpass.getuser(), "--name", self._job_name(running)]
+        answer = subprocess.run([*command, "--format=%A"], capture_output=True, text=True, timeout=60)
+        ids = answer.stdout.split()
+        if ids:
+            job = {"step": "train", "id": ids[0], "tasks": "1"}
+            write_json(running.run_dir / "jobs" / "jobs.json", {"name": self._job_name(running), "jobs": [job]})
+
+    def _stop_run(self, running: Running) -> bool:
+        """Ask the run to stop; returns whether it has ended."""
+        if self.is_local:
+            self._end_process(running)
+        elif self._is_alive(running):
+            subprocess.run(["scancel", *(job["id"] for job in jobs_of(running.run_dir))], capture_output=True)
+        return not self._is_alive(running)
+
+    def _end_process(self, running: Running) -> None:
+        if running.process is not None and running.process.poll() is None:
+            if not (running.run_dir / "complete.json").is_file():
+                running.process.terminate()
+            running.process.wait()
+
+    def _tell(self, running: Running, value: float | None, state: Any = None) -> None:
+        self.study.tell(running.trial, value, state=state)
+        if running in self.running:
+            self.running.remove(running)
+        best = max((scores for scores in _frozen(running.trial).intermediate_values.values()), default=float("nan"))
+        words = "complete" if state is None else state.name.lower()
+        print(f"trial {running.trial.number} {words}: val t2v R@1 {best:.1f}", flush=True)
+
+    def _fail(self, running: Running, reason: str) -> None:
+        running.trial.set_user_attr("failure", reason)
+        self.study.tell(running.trial, state=self.optuna.trial.TrialState.FAIL)
+        if running in self.running:
+            self.running.remove(running)
+        print(f"trial {running.trial.number} failed: {reason}", file=sys.stderr, flush=True)
+        states = [trial.state.name for trial in self.study.trials]
+        if states.count("FAIL") >= FIRST_FAILURES and not {"COMPLETE", "PRUNED"} & {*states}:
+            raise UserError(f"the first {states.count('FAIL')} trials failed, the last because: {reason}")
+
+    def _leave(self) -> None:
+        """Local runs save and end with the driver; SLURM jobs go on."""
+        processes = [running.process for running in self.running if running.process is not None and self.is_local]
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in processes:
+            process.wait()
+
+    def _show_result(self) -> None:
+        complete = self.optuna.trial.TrialState.COMPLETE
+        trials = sorted(self.study.get_trials(states=(complete,)), key=lambda trial: -trial.value)
+        counts = {state.name.lower(): 0 for state in self.optuna.trial.TrialState}
+        for trial in self.study.trials:
+            counts[trial.state.name.lower()] += 1
+        counted = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+        print(f"\n{len(self.study.trials)} trials: {counted}")
+        if not trials:
+            raise UserError(f"no trial of the study in {self.base} is complete")
+        protocol = self.config.evaluation.protocol
+        print(f"best by validation (t2v R@1, {protocol}):")
+        for trial in trials[:5]:
+            print(f"  {trial.value:5.1f}  trial-{trial.number:04d}  {' '.join(as_overrides(trial.params))}")
+        best = self.base / f"trial-{trials[0].number:04d}"
+        print(f"\nbest trial: {best}")
+        print(f"evaluate it on the test split: python -m tmass_dist.evaluate --run {best}")
+        print(f"compare all: python launch/compare.py {self.base}", flush=True)
+
+
+def _frozen(trial: Any) -> Any:
+    """What the storage knows of a trial."""
+    return trial.storage.get_trial(trial._trial_id)
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    return yaml.safe_load(text)
+
+
+def _cut_incomplete_line(journal: Path) -> None:
+    """A machine that lost its power may have left half a line, after which Optuna could not append."""
+    if not journal.is_file():
+        return
+    content = journal.read_bytes()
+    if content and not content.endswith(b"\n"):
+        os.truncate(journal, content.rfind(b"\n") + 1)
+
+
+def _is_locked(run_dir: Path) -> bool:
+    """Whether a process trains in the directory."""
+    from filelock import FileLock, Timeout
+
+    if not (run_dir / ".lock").exists():
+        return False
+    try:
+        with FileLock(run_dir / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _has_local_process(run_dir: Path) -> bool:
+    """Whether the process of the last local submission lives."""
+    state = read_json(run_dir / "jobs" / "local.json", dict) or {}
+    path = Path("/proc", str(state.get("pid", "none")), "cmdline")
+    try:
+        return state.get("state") == "RUNNING" and str(run_dir).encode() in path.read_bytes()
+    except OSError:
+        return False
+
+
+def _last_line(path: Path) -> str:
+    """The last line of a log, without ``error: ``."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line.strip()), "it says nothing")
