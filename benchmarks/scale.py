@@ -1,7 +1,8 @@
-"""How memory and traffic grow with the number of ranks and samples: JSON lines, without a cluster.
+"""How memory, traffic and time grow with the number of ranks and samples: JSON lines, without a cluster.
 
-``python benchmarks/scale.py [NAME ...]`` runs all lines, or those whose names begin so. ``docs/scale.md`` explains
-which quantities are measured and which are simulated. Each point runs in a process of its own, on one thread.
+``python benchmarks/scale.py [GROUP ...]`` runs all groups of lines, or those named: ``loss``, ``heartbeat``,
+``resume``, ``plan``, ``index``, ``order``, ``start``, ``evaluation``. ``docs/scale.md`` explains which quantities are
+measured and which are simulated. Each point runs in a process of its own, on one thread.
 
 The loss is that of one rank of a *fake* process group: its collectives have the right shapes and return at once,
 without data, so that one process can play a rank of 1,024.
@@ -11,13 +12,9 @@ without data, so that one process can play a rank of 1,024.
 
 from __future__ import annotations
 
-import json
-import math
-import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from benchmarks import scale_ranks, scale_samples  # noqa: E402
+from benchmarks.points import in_fresh_process, reset_peak, resident_peak_mb, say, say_growth  # noqa: E402
 from launch.simulation import StepMeter  # noqa: E402
 from tmass_dist.config import ModelConfig, StochasticConfig  # noqa: E402
 from tmass_dist.models.head import build_head  # noqa: E402
@@ -89,8 +88,7 @@ def loss_step(
 
     step(1.0)  # alone: libraries load what they need
     dist.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=num_pairs // BATCH)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of resident memory starts anew
-    before = resident_peak_mb()
+    before = reset_peak()
     with StepMeter() as meter:
         step(memory_mb)
     grown_mb = resident_peak_mb() - before
@@ -102,31 +100,7 @@ def loss_step(
     return LossCost((meter.peak - 4 * rows) / 1e6, sum(meter.exchanged.values()) - rows, grown_mb)
 
 
-def resident_peak_mb() -> float:
-    """The most resident memory of this process since the peak was reset, MB; Linux only."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e6
-
-
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)`` in a new interpreter, so that one point's memory does not count for the next."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def say(name: str, value: float, unit: str, n: int, reference: str, ratio: float) -> None:
-    """Print one line; ``ratio`` above 1 is better than the reference."""
-    line = {"name": name, "value": float(f"{value:.4g}"), "unit": unit, "n": n}
-    print(json.dumps(line | {"reference": reference, "ratio": float(f"{ratio:.3g}")}), flush=True)
-
-
-def growth(points: dict[int, float], start: int) -> tuple[float, int]:
-    """Exponent of the growth from ``start`` to the largest n: 1 is linear, 2 quadratic; and that n."""
-    end = max(points)
-    return math.log(points[end] / points[start]) / math.log(end / start), end
-
-
-def loss_lines() -> Iterator[None]:
+def loss_lines() -> None:
     """``loss-memory`` and ``loss-traffic``: one rank's objective, forward and backward, N from 512 to 32,768."""
     costs: dict[int, LossCost] = {}
     for n in (512, 2048, 8192, 32768):
@@ -136,27 +110,32 @@ def loss_lines() -> Iterator[None]:
         reference = f"gathered rows and their gradients, {rows_mb:.4g} MB, plus 300 MB"
         say("loss-resident", cost.resident_mb, "MB", n, reference, (rows_mb + 300) / cost.resident_mb)
         say("loss-traffic", cost.exchanged / n, "N", n, "at most 8 N", 8 * n / cost.exchanged)
-        yield
-    memory, end = growth({n: cost.memory_mb for n, cost in costs.items()}, 2048)
-    say("loss-memory-growth", memory, "exponent, n from 2,048", end, "linear: 1.1 at most", 1.1 / memory)
-    traffic, end = growth({n: cost.exchanged for n, cost in costs.items()}, 2048)
-    say("loss-traffic-growth", traffic, "exponent, n from 2,048", end, "linear: 1.1 at most", 1.1 / traffic)
-    yield
+    say_growth("loss-memory", {n: cost.memory_mb for n, cost in costs.items()}, 2048)
+    say_growth("loss-traffic", {n: cost.exchanged for n, cost in costs.items()}, 2048)
 
 
-LINES: dict[str, Callable[[], Iterator[None]]] = {"loss": loss_lines}
-"""Groups of lines by the beginning of their names. A group prints as it goes and yields after each point."""
+GROUPS: tuple[Callable[[], None], ...] = (
+    loss_lines,
+    scale_ranks.heartbeat_lines,
+    scale_ranks.resume_lines,
+    scale_ranks.plan_lines,
+    scale_samples.index_lines,
+    scale_samples.order_lines,
+    scale_samples.start_lines,
+    scale_samples.evaluation_lines,
+)
+"""Groups of lines; each prints a line as soon as it has a value."""
 
 
 def main() -> None:
     chosen = sys.argv[1:]
-    unknown = [name for name in chosen if not any(name.startswith(group) for group in LINES)]
+    groups = {group.__name__.removesuffix("_lines"): group for group in GROUPS}
+    unknown = [name for name in chosen if name not in groups]
     if unknown:
-        raise SystemExit(f"no lines are called {', '.join(unknown)}; there are {', '.join(LINES)}")
-    for group, lines in LINES.items():
-        if not chosen or any(name.startswith(group) for name in chosen):
-            for _ in lines():
-                pass
+        raise SystemExit(f"no group is called {', '.join(unknown)}; there are {', '.join(groups)}")
+    for name, group in groups.items():
+        if not chosen or name in chosen:
+            group()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ GIB = 2**30
 USABLE = 0.92
 """Part of a GPU's memory that tensors can use; the rest is for the CUDA context, NCCL and fragmentation."""
 BUCKET = 500_000_000
-"""Numbers of DeepSpeed's buffer for the reduction of gradients, its default ``reduce_bucket_size``."""
+"""Most numbers of a buffer for the reduction of gradients; ``REDUCE_BUCKET`` of :mod:`tmass_dist.training.engine`."""
 LIVE_WEIGHTS = 1_000_000_000
 """Gathered weights that ZeRO 3 keeps at most, DeepSpeed's default ``stage3_max_live_parameters``."""
 
@@ -88,7 +88,8 @@ def zero_state(cost: StepCost, stage: int, num_ranks: int, *, ema: bool, overlap
     weights = cost.weights + (4 * share - 4 * max(0, numbers - LIVE_WEIGHTS) if stage == 3 else 0)
     optimiser = 4 * moments * numbers if stage == 0 else 4 * (moments + 1) * share
     num_buffers = 0 if stage == 0 else 2 if overlap and stage < 3 else 1
-    return {"weights": weights, "gradients": gradients, "optimiser": optimiser, "buffers": 4 * BUCKET * num_buffers}
+    buffers = 4 * min(BUCKET, numbers) * num_buffers
+    return {"weights": weights, "gradients": gradients, "optimiser": optimiser, "buffers": buffers}
 
 
 def planned_peak(cost: StepCost, stage: int, num_ranks: int, *, ema: bool, overlap: bool = False) -> int:

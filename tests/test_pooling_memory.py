@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.scale import in_fresh_process, loss_step
+from benchmarks.points import in_fresh_process
+from benchmarks.scale import loss_step
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "default": {},

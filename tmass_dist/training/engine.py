@@ -20,6 +20,9 @@ from tmass_dist.training.objective import Losses, Objective, parameter_groups
 from tmass_dist.training.optim import AuthorsAdamW, TorchAdamW
 from tmass_dist.training.zero import Shards
 
+REDUCE_BUCKET = 500_000_000
+"""Most gradients that are reduced at a time, DeepSpeed's default."""
+
 
 def _deepspeed() -> Any:
     # On CPU ranks DeepSpeed would otherwise search for an accelerator and compile a shared-memory
@@ -74,7 +77,7 @@ class Engine:
                 "train_micro_batch_size_per_gpu": local,
                 "gradient_accumulation_steps": 1,
                 "gradient_clipping": 0.0,  # the optimiser clips
-                "zero_optimization": _zero_options(self.stage),
+                "zero_optimization": _zero_options(self.stage, sum(p.numel() for p in self.named.values())),
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": 10**9,
@@ -227,8 +230,11 @@ class Engine:
                 yield key, name, value
 
 
-def _zero_options(stage: int) -> dict[str, Any]:
+def _zero_options(stage: int, num_trained: int) -> dict[str, Any]:
     options: dict[str, Any] = {"stage": stage, "overlap_comm": stage > 0 and torch.cuda.is_available()}
+    # DeepSpeed allocates whole buffers of this many numbers, 1.9 GB by default. All gradients fit into a smaller one,
+    # and are reduced in the same groups.
+    options["reduce_bucket_size"] = min(REDUCE_BUCKET, num_trained)
     if stage in (1, 2):
         options["compute_grad_norm"] = False  # the engine computes it, for the update and the log
     return options
