@@ -1,6 +1,7 @@
 """Export and ``convert --back`` check names, shapes and numbers of weights; a card shows results of its own weights."""
 
 import json
+import logging
 import pickle
 import shutil
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import run
 from tests.test_evaluate_run import make_run
 from tmass_dist import TMass
+from tmass_dist.errors import UserError
+from tmass_dist.retrieval.model import read_export
 
 WEIGHTS = "checkpoints/best.safetensors"
 
@@ -91,12 +94,60 @@ def test_a_config_that_reads_the_environment_is_refused(trained: Path, tmp_path:
     done = run("-m", "tmass_dist.export", str(directory), str(tmp_path / "out"), SECRET_OF_TEST="123")
     assert done.returncode == 2 and "reads the environment" in done.stderr and "123" not in done.stderr
     export = tmp_path / "export"
-    assert run("-m", "tmass_dist.export", str(trained), str(export)).returncode == 0
+    allowed = run("-m", "tmass_dist.export", str(directory), str(export), "--allow-env", SECRET_OF_TEST="123")
+    assert allowed.returncode == 0 and "123" not in allowed.stdout + allowed.stderr
     content = json.loads((export / "config.json").read_text())
+    assert content["settings"]["seed"] == 123
     content["settings"]["seed"] = "${oc.env:SECRET_OF_TEST}"
+    del content["checksum"], content["weights_sha256"]  # as version 0.1 wrote it
     (export / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="reads the environment"):
+    with pytest.raises(UserError, match="reads the environment"):
         TMass.from_pretrained(export)
+
+
+EXPORT_DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes]]] = {
+    "a bit of the weights": (
+        "model.safetensors",
+        lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    ),
+    "a digit of the settings": (
+        "config.json",
+        lambda content: content.replace(b'"num_trials": 20', b'"num_trials": 10'),
+    ),
+    "a torn config": ("config.json", lambda content: content[:-40]),
+    "a config that is a list": ("config.json", lambda content: b"[]"),
+    "a config in another encoding": ("config.json", lambda content: b"\xfb" + content),
+    "no weights": ("model.safetensors", lambda content: b""),
+}
+
+
+@pytest.mark.parametrize("name", EXPORT_DAMAGE)
+def test_a_damaged_export_is_not_loaded(trained: Path, tmp_path: Path, name: str) -> None:
+    export = tmp_path / "export"
+    TMass.of_run(trained).save_pretrained(export)
+    file, change = EXPORT_DAMAGE[name]
+    content = (export / file).read_bytes()
+    (export / file).write_bytes(change(content))
+    assert (export / file).read_bytes() != content
+    with pytest.raises(UserError, match=file):
+        TMass.from_pretrained(export)
+    with pytest.raises(UserError, match=file):
+        read_export(export, [])
+
+
+def test_an_export_of_version_0_1_is_loaded_with_a_line(
+    trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("tmass_dist"), "propagate", True)
+    export = tmp_path / "export"
+    TMass.of_run(trained).save_pretrained(export)
+    TMass.from_pretrained(export)
+    assert not caplog.records
+    content = json.loads((export / "config.json").read_text())
+    del content["checksum"], content["weights_sha256"]
+    (export / "config.json").write_text(json.dumps(content))
+    TMass.from_pretrained(export)
+    assert "config.json has no checksums: it was exported by an older version" in caplog.text
 
 
 def test_the_card_shows_results_of_these_weights_only(trained: Path, tmp_path: Path) -> None:

@@ -17,10 +17,15 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="directory to write")
     parser.add_argument("--checkpoint", type=Path, help="weights (.safetensors) in place of the run's best")
     parser.add_argument("--open-clip", action="store_true", help="also write the towers in open_clip's form")
+    parser.add_argument(
+        "--allow-env",
+        action="store_true",
+        help="let the run's config.yaml read environment variables; the export then holds their values",
+    )
     arguments = parser.parse_args()
     from tmass_dist.retrieval.model import TMass
 
-    model = TMass.of_run(arguments.run, arguments.checkpoint)
+    model = TMass.of_run(arguments.run, arguments.checkpoint, allow_env=arguments.allow_env)
     model.save_pretrained(writable_dir(arguments.out))
     if arguments.open_clip:
         model.save_open_clip(arguments.out)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tmass_dist.data.video import BadVideoError
 from tmass_dist.errors import UserError
@@ -52,6 +52,8 @@ def cases(of_10000: int, least: int = 4) -> settings:
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
+        # A case takes a process, so a failure is printed as it was found.
+        phases=(Phase.explicit, Phase.generate),
         print_blob=False,
     )
 
@@ -176,7 +178,7 @@ def _forked(form: str, work: Callable[[], tuple[str, Any]]) -> tuple[str, Any]:
 
 def _limited(work: Callable[[], tuple[str, Any]]) -> tuple[str, Any]:
     data = psutil.Process().memory_info().data
-    resource.setrlimit(resource.RLIMIT_DATA, (data + MEMORY_LIMIT, data + MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_DATA, (data + MEMORY_LIMIT, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)

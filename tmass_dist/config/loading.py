@@ -67,7 +67,7 @@ def make_config(
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"{override!r} is not an override; write key=value, for example optim.lr=1e-5")
-    plain = settings if isinstance(settings, dict | list) else OmegaConf.to_container(settings, resolve=False)
+    plain = OmegaConf.to_container(settings, resolve=False) if OmegaConf.is_config(settings) else settings
     if not isinstance(plain, dict):
         raise UserError(f"{name} must be a mapping of keys to values")
     if not allow_env:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tmass_dist.cli import write_json
 from tmass_dist.data.remote import sha256_of
 from tmass_dist.errors import UserError
+from tmass_dist.evaluation.arrays import map_array
 
 VERSION = 2
 INDEX, FRAMES, TEXTS, CAPTIONS, HEAD = "index.json", "frames.npy", "texts.npy", "captions.jsonl", "head.safetensors"
@@ -276,7 +277,7 @@ def load_features(directory: Path) -> Features:
 
 def _mapped(path: Path) -> np.ndarray:
     """An array of floats on disk; "c" maps it copy-on-write, which torch takes without a warning."""
-    array = np.load(path, mmap_mode="c", allow_pickle=False)
+    array = map_array(path, "c")
     if array.dtype not in (np.float32, np.float16):
         raise ValueError(f"{path.name} holds {array.dtype}")
     return array

@@ -13,11 +13,12 @@ import torch
 
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation import ranking
+from tmass_dist.evaluation.arrays import map_array
 from tmass_dist.evaluation.report import Report, summary
 
 
-def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> None:
-    """Rank the similarity matrix of any program, print both tables and write the report.
+def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> Report:
+    """Rank the similarity matrix of any program, print both tables, write the report and return it.
 
     Args:
         path: ``.npy``, floats ``(T, V)``.
@@ -32,11 +33,9 @@ def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> 
         raise UserError(f"no file {path}")
     if post == "qbnorm":
         raise UserError("qbnorm needs features of training queries; a matrix of the test alone does not hold them")
-    try:
-        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise UserError(f"{path} is not a matrix of numbers (.npy): {error}") from error
-    if matrix.ndim != 2 or matrix.dtype.kind != "f" or 0 in matrix.shape:
+    matrix = map_array(path)
+    kind = matrix.dtype.newbyteorder("=")  # torch reads arrays in this machine's byte order only
+    if matrix.ndim != 2 or kind not in (np.float16, np.float32, np.float64) or 0 in matrix.shape:
         raise UserError(f"{path} holds {matrix.dtype} of shape {matrix.shape}; wanted: floats, texts x videos")
     num_texts, num_videos = matrix.shape
     if truth is None:
@@ -56,7 +55,7 @@ def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> 
 
     def blocks() -> Any:
         for start in range(0, num_texts, 256):
-            yield torch.from_numpy(np.array(matrix[order[start : start + 256]]))
+            yield torch.from_numpy(np.array(matrix[order[start : start + 256]], dtype=kind))
 
     ranks = ranking.rank(blocks, owner_T, num_videos, post)
     result: dict[str, Any] = {
@@ -74,3 +73,4 @@ def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> 
     if out is not None:
         report.write(out)
     report.show()
+    return report

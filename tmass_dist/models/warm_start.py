@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,18 +58,42 @@ def find_source(path: str | Path) -> Source:
 
 
 def read_export_config(path: Path) -> dict[str, Any]:
-    """The content of an export's ``config.json``.
+    """The content of an export's ``config.json``; it and the weights beside it are compared with their checksums.
+
+    An export of version 0.1 has no checksums: it is read, and a line in the log says so.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: a file is missing, damaged or was changed.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content["settings"], dict):
-            return content
-        raise TypeError("its settings are no mapping")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(content["settings"], dict):
+            raise TypeError("its settings are no mapping")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is missing or damaged: {error}") from error
+    checksum, weights_sha256 = content.pop("checksum", None), content.get("weights_sha256")
+    if checksum is None and weights_sha256 is None:
+        logging.getLogger(__name__).warning(
+            "%s has no checksums: it was exported by an older version; `tmass export` writes them", path
+        )
+        return content
+    if checksum != export_checksum(content):
+        raise UserError(f"{path} is damaged or was edited: its checksum differs; export the run again")
+    weights = path.parent / EXPORTED_WEIGHTS
+    if not weights.is_file() or file_sha256(weights) != weights_sha256:
+        raise UserError(f"{weights} is missing or damaged: its checksum differs; export the run again")
+    return content
+
+
+def export_checksum(content: dict[str, Any]) -> str:
+    """Checksum of the content of an export's ``config.json``."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def normalisation_of(config: Config) -> dict[str, list[float]] | None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from tmass_dist.cli import write_json
 from tmass_dist.data.remote import sha256_of
 from tmass_dist.errors import UserError
+from tmass_dist.evaluation.arrays import map_array
 from tmass_dist.evaluation.search import FrameIndex
 
 VERSION, NAME = 1, "gallery.json"
@@ -56,13 +57,17 @@ class Part:
 
     def __init__(self, directory: Path, name: str, first: int) -> None:
         self.directory, self.name, self.first = directory, name, first
+        path = directory / f"{name}.json"
         try:
-            about = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
+            about = json.loads(path.read_text(encoding="utf-8"))
             self.videos: list[dict[str, Any]] = about["videos"]
             self.failed: list[dict[str, Any]] = about["failed"]
             self.files: dict[str, dict[str, Any]] = about["files"]
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-            path = directory / f"{name}.json"
+            for video in self.videos:
+                _ = video["id"], video["path"], float(video["seconds"])
+            for file in self.files.values():
+                _ = int(file["bytes"]), file["sha256"]
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} is missing or damaged ({error}); {REMEDY}") from error
         for file, expected in self.files.items():
             path = directory / file
@@ -73,7 +78,7 @@ class Part:
         return len(self.videos)
 
     def _map(self, what: str) -> np.ndarray:
-        return np.load(self.directory / f"{self.name}.{what}.npy", mmap_mode="r")
+        return map_array(self.directory / f"{self.name}.{what}.npy")
 
     @cached_property
     def _frames_map(self) -> np.ndarray:
@@ -231,13 +236,19 @@ def read_gallery(directory: Path) -> dict[str, Any]:
         raise UserError(f"there is no gallery in {directory}; make one with tmass index")
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        if about["version"] > VERSION:
-            raise UserError(f"{path} was written by a newer version ({about['version']}); this one reads {VERSION}")
-        for key in ("num_frames", "width", "fingerprint", "model", "removed", "parts", "index"):
-            about[key]
-        return about
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        newer = about["version"] > VERSION
+        if not newer:
+            _ = int(about["num_frames"]), int(about["width"]), about["fingerprint"], about["model"]
+            _ = about["index"]["file"], int(about["index"]["bytes"]), about["index"]["sha256"]
+            if not all(isinstance(row, int) for row in about["removed"]):
+                raise TypeError("removed holds other things than rows")
+            if not all(isinstance(name, str) for name in about["parts"]):
+                raise TypeError("parts holds other things than names")
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); {REMEDY}") from error
+    if newer:
+        raise UserError(f"{path} was written by a newer version ({about['version']}); this one reads {VERSION}")
+    return about
 
 
 def write_gallery(directory: Path, about: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ from tmass_dist.models.backbone import (
 from tmass_dist.models.loading import load_weights, read_weights
 from tmass_dist.models.pooling import XPool
 from tmass_dist.models.tmass import build_model
-from tmass_dist.models.warm_start import EXPORTED_WEIGHTS, normalisation_of, read_export_config
+from tmass_dist.models.warm_start import EXPORTED_WEIGHTS, export_checksum, normalisation_of, read_export_config
 from tmass_dist.retrieval.card import model_card
 
 
@@ -80,18 +80,29 @@ class TMass(
         self.config: Config = make_config(settings, name="the model's config.json", allow_env=False)
         self.trained = trained or {}
         self.description = towers
-        with _quiet():
-            model = build_model(replace(self.config.model, pretrained=None), towers)
-        self.towers, self.head = model.towers, model.head
-        if normalisation:
-            self.towers.mean_C.copy_(torch.tensor(normalisation["mean"]))
-            self.towers.std_C.copy_(torch.tensor(normalisation["std"]))
-        self.tokenize = build_tokenizer(towers or self.config.model.architecture)
+        try:
+            with _quiet():
+                model = build_model(replace(self.config.model, pretrained=None), towers)
+            self.towers, self.head = model.towers, model.head
+            if normalisation:
+                self.towers.mean_C.copy_(torch.tensor(normalisation["mean"]))
+                self.towers.std_C.copy_(torch.tensor(normalisation["std"]))
+            self.tokenize = build_tokenizer(towers or self.config.model.architecture)
+        except UserError:
+            raise
+        except Exception as error:  # open_clip raises errors of many kinds for a description that is wrong
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"the model's config.json describes no model that can be built ({reason})") from error
         self.eval()
 
     @classmethod
-    def of_run(cls, run: str | Path, checkpoint: str | Path | None = None) -> TMass:
+    def of_run(cls, run: str | Path, checkpoint: str | Path | None = None, *, allow_env: bool = False) -> TMass:
         """The best checkpoint of a run directory, or another weights file of the same settings.
+
+        Args:
+            run: its directory.
+            checkpoint: a weights file in place of the best.
+            allow_env: whether the run's ``config.yaml`` may read environment variables of this machine.
 
         Raises:
             UserError: it is no run directory, has no best checkpoint yet, or the weights are damaged.
@@ -102,7 +113,7 @@ class TMass(
             raise UserError(f"{run} is no run directory: it has no config.yaml")
         if not weights.is_file():
             raise UserError(f"{run} has no weights {weights}; train it first")
-        config = load_config(str(run / "config.yaml"), allow_env=False)
+        config = load_config(str(run / "config.yaml"), allow_env=allow_env)
         trained: dict[str, Any] = {"data": config.data.train}
         best = {} if checkpoint else _read_json(run / "checkpoints" / "best.json")
         trained |= {key: best[key] for key in ("step", "selected_on") if key in best}
@@ -148,9 +159,11 @@ class TMass(
             if (source / "config.yaml").is_file():
                 return cls.of_run(source)
             raise UserError(f"{source} holds no model: it has neither config.json (an export) nor config.yaml (a run)")
+        if source.is_dir():
+            read_export_config(source / "config.json")
         try:
             return super().from_pretrained(str(pretrained_model_name_or_path), **options)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise UserError(f"{source / 'config.json'} is damaged: {error}") from error
         except (HFValidationError, FileNotFoundError) as error:  # no directory, and not on the Hub or in its cache
             raise UserError(f"there is no model {source}: no such directory, and not found on the Hub") from error
@@ -163,6 +176,8 @@ class TMass(
         hub = {name: options.pop(name) for name in known if name in options}
         local = Path(model_id) / EXPORTED_WEIGHTS
         path = local if Path(model_id).is_dir() else Path(hf_hub_download(model_id, EXPORTED_WEIGHTS, **hub))
+        if path != local:
+            read_export_config(path.parent / "config.json")
         model = cls(**options)
         load_weights(model, read_weights(path), str(path))
         return model
@@ -179,7 +194,9 @@ class TMass(
             "towers": self.description,
             "normalisation": {"mean": self.towers.mean_C.tolist(), "std": self.towers.std_C.tolist()},
             "trained": self.trained,
+            "weights_sha256": sha256_of(save_directory / EXPORTED_WEIGHTS),
         }
+        config["checksum"] = export_checksum(config)
         (save_directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         selection = {key: self.trained[key] for key in ("step", "selected_on") if key in self.trained}
         if selection:  # beside the weights, as in a run: `tmass evaluate` reads it
