@@ -80,7 +80,7 @@ def read_export_config(path: Path) -> dict[str, Any]:
     if checksum != export_checksum(content):
         raise UserError(f"{path} is damaged or was edited: its checksum differs; export the run again")
     weights = path.parent / EXPORTED_WEIGHTS
-    if not weights.is_file() or file_sha256(weights) != weights_sha256:
+    if not weights.is_file() or _sha256(weights) != weights_sha256:
         raise UserError(f"{weights} is missing or damaged: its checksum differs; export the run again")
     return content
 
@@ -90,7 +90,7 @@ def export_checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def file_sha256(path: Path) -> str:
+def _sha256(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
