@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
@@ -34,12 +35,14 @@ class Wait(NamedTuple):
     """A point at which the host waits for the accelerator."""
 
     kind: str
-    """``item`` (``bool`` and ``tolist`` too), ``to host``, ``to accel`` or ``shape``."""
+    """``item`` (``bool`` and ``tolist`` too), ``to host``, ``to accel``, ``shape``, ``event`` or ``synchronize``."""
     function: str
     """Innermost function of tmass_dist on the stack, ``models/pooling.py:seen``; ``backward`` where there is none."""
 
 
 _waits: Counter[Wait] = Counter()
+exchanges: Counter[str] = Counter()
+"""Collectives of tensors of the accelerator so far, by the name of torch's operator."""
 
 
 class OnAccel(Tensor):
@@ -69,6 +72,15 @@ class OnAccel(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"OnAccel({self.host!r})"
+
+    @property
+    def data(self) -> OnAccel:
+        return OnAccel(self.host)
+
+    @data.setter
+    def data(self, other: OnAccel) -> None:
+        Tensor.data.__set__(self, other)  # pyright: ignore[reportAttributeAccessIssue]
+        self.host = other.host
 
     def tolist(self) -> Any:
         _wait("item")
@@ -144,12 +156,17 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     elif ours:
         _check_devices(func, flat)
     _record_waits(func, flat, to_accel, from_accel, non_blocking)
+    if func.namespace == "c10d":
+        exchanges[packet.__name__] += 1
     host_args, host_kwargs = tree_unflatten([x.host if isinstance(x, OnAccel) else x for x in flat], spec)
     if _is_accel(target):
         host_kwargs["device"] = torch.device("cpu")
     for name in ("non_blocking", "pin_memory"):
         host_kwargs.pop(name, None)
     found = func(*host_args, **host_kwargs)
+    if torch.Tag.inplace_view in func.tags:  # ``squeeze_``: the shape that torch sees changes as well
+        with no_dispatch():
+            func(*args, **kwargs)
     known = {id(x.host): x for x in ours} | {id(x): x for x in flat if isinstance(x, Tensor)}
 
     def place(host: Tensor) -> Tensor:
@@ -255,3 +272,43 @@ def accelerator() -> Iterator[tuple[torch.device, Counter[Wait]]]:
     _waits.clear()
     with _inference_mode_as_no_grad(), _Mode():
         yield torch.device(NAME, 0), _waits
+
+
+class Event:
+    """``torch.cuda.Event`` of the simulated accelerator: waiting for it is recorded."""
+
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        _wait("event")
+
+
+def use_in_deepspeed() -> None:
+    """Have DeepSpeed run on the simulated accelerator, with gloo between ranks; call it before ``Engine``."""
+    from tmass_dist.training.engine import _deepspeed
+
+    _deepspeed()
+    from deepspeed.accelerator import set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class Accelerator(CPU_Accelerator):
+        def device_name(self, device_index: int | None = None) -> str:
+            return NAME if device_index is None else f"{NAME}:{device_index}"
+
+        def device(self, device_index: int | None = None) -> torch.device:
+            return torch.device(NAME, 0)
+
+        def current_device(self) -> int:
+            return 0
+
+        def current_device_name(self) -> str:
+            return f"{NAME}:0"
+
+        def on_accelerator(self, tensor: Tensor) -> bool:
+            return isinstance(tensor, OnAccel)
+
+        def synchronize(self, device_index: int | None = None) -> None:
+            _wait("synchronize")
+
+    set_accelerator(Accelerator())

@@ -19,7 +19,7 @@ from tests.accelerator import OnAccel
 
 MISTAKES = ("CPU tensor", "item")
 reached: set[str] = set()
-"""``module:qualified name`` of the functions planted with ``None`` that met a tensor of the accelerator."""
+"""``module:qualified name`` of the planted functions that met a tensor of the accelerator."""
 
 
 def functions_of(module: ModuleType) -> dict[str, FunctionType]:
@@ -44,9 +44,9 @@ def functions_of(module: ModuleType) -> dict[str, FunctionType]:
 
 
 def tensors_in(value: Any, depth: int = 2) -> Iterator[Tensor]:
-    """Floating-point tensors of the accelerator in an argument: itself, its items, the tensors of an object."""
+    """Floating-point tensors of the accelerator, not empty, in an argument: itself, its items, those of an object."""
     if isinstance(value, Tensor):
-        if isinstance(value, OnAccel) and value.is_floating_point():
+        if isinstance(value, OnAccel) and value.is_floating_point() and value.numel():
             yield value
     elif depth and isinstance(value, tuple | list):
         for item in value:
@@ -65,8 +65,7 @@ def make(mistake: str | None, name: str, variables: dict[str, Any]) -> None:
                 tensor + torch.zeros(1)  # pyright: ignore[reportUnusedExpression]
             elif mistake == "item":
                 tensor.flatten()[0].item()
-            else:
-                reached.add(name)
+        reached.add(name)
         return
 
 

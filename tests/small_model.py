@@ -87,3 +87,24 @@ def without_unused_noise(config: Config, batch: tuple[Any, ...]) -> tuple[Any, .
     """The batch without the noise that a model without a mass does not take."""
     pixels, tokens, noise, keys = batch
     return pixels, tokens, None if config.model.radius == "none" else noise, keys
+
+
+def plain_run(config: Config, steps: int = STEPS) -> dict[str, Any]:
+    """One process, torch alone."""
+    from tmass_dist.training.objective import parameter_groups
+    from tmass_dist.training.optim import AuthorsAdamW, TorchAdamW
+
+    model = small_objective(config)
+    kind = AuthorsAdamW if config.optim.kind == "authors" else TorchAdamW
+    optimizer = kind(parameter_groups(model, config.optim), lr=config.optim.lr)
+    losses, gradients = [], {}
+    for step in range(steps):
+        found = model("whole", *without_unused_noise(config, batch_of(step)))
+        found.total.backward()
+        if step == 0:
+            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(found.total.item())
+    return {"losses": losses, "gradients": gradients, "weights": {n: p.detach() for n, p in model.named_parameters()}}

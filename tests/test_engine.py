@@ -16,31 +16,12 @@ from tests.small_model import (
     batch_of,
     config_of,
     own_rows,
+    plain_run,
     small_objective,
     without_unused_noise,
 )
 from tmass_dist.config import Config
 from tmass_dist.training.columns import PAIR_TENSORS
-
-
-def plain_run(config: Config, steps: int = STEPS) -> dict[str, Any]:
-    """One process, torch alone."""
-    from tmass_dist.training.objective import parameter_groups
-    from tmass_dist.training.optim import AuthorsAdamW
-
-    model = small_objective(config)
-    optimizer = AuthorsAdamW(parameter_groups(model, config.optim), lr=config.optim.lr)
-    losses, gradients = [], {}
-    for step in range(steps):
-        found = model("whole", *without_unused_noise(config, batch_of(step)))
-        found.total.backward()
-        if step == 0:
-            gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(found.total.item())
-    return {"losses": losses, "gradients": gradients, "weights": {n: p.detach() for n, p in model.named_parameters()}}
 
 
 def engine_run(config: Config, tiled: bool, steps: int = STEPS) -> dict[str, Any]:

@@ -81,6 +81,7 @@ class Engine:
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": 10**9,
+                "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a step
             },
         )
         self.shards = Shards(self._engine, self.named, self.optimizer, self.stage)

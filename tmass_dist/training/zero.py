@@ -16,13 +16,24 @@ from tmass_dist.distributed import broadcast_from, rank, world_size
 from tmass_dist.errors import UserError
 from tmass_dist.training.optim import GuardedOptimizer
 
-_USED_ATTRIBUTES = {
+_STAGES_1_AND_2 = (
+    "averaged_gradients",
+    "single_partition_of_fp32_groups",
+    "update_lp_params",
+    "overlap_comm",
+    "reduction_stream",
+    "_hp_optimizer_states_linked",
+    "_lazy_init_hp_params_optimizer_state",
+)
+USED_ATTRIBUTES = {
     0: (),
-    1: ("averaged_gradients", "single_partition_of_fp32_groups", "update_lp_params", "overlap_comm"),
-    2: ("averaged_gradients", "single_partition_of_fp32_groups", "update_lp_params", "overlap_comm"),
+    1: _STAGES_1_AND_2,
+    2: _STAGES_1_AND_2,
     3: ("averaged_gradients", "fp32_partitioned_groups_flat", "sub_group_to_group_id", "_get_norm_groups"),
 }
-"""By ZeRO stage, the attributes of DeepSpeed's optimiser that this module reads or calls."""
+"""By ZeRO stage, the attributes of DeepSpeed's optimiser that this module and the engine use."""
+USED_PARAMETER_ATTRIBUTES = {0: (), 1: ("_hp_mapping",), 2: ("_hp_mapping",), 3: ("ds_numel", "ds_shape", "ds_tensor")}
+"""By ZeRO stage, the attributes that DeepSpeed gives each parameter and that this module uses."""
 
 
 class Piece(NamedTuple):
@@ -60,7 +71,7 @@ class Shards:
     def __init__(self, engine: Any, named: dict[str, nn.Parameter], optimizer: GuardedOptimizer, stage: int) -> None:
         self.named, self.optimizer, self.stage = named, optimizer, stage
         self.zero = engine.optimizer
-        _require_attributes(self.zero, stage)
+        _require(self.zero, USED_ATTRIBUTES[stage], stage)
         self.optimizer.prepare(self.flat())
         self.optimizer.counts_updates = False
         if stage in (1, 2):
@@ -70,6 +81,9 @@ class Shards:
         if stage == 3:
             # We clip. DeepSpeed would compute the norm a second time, and wait for it on the CPU.
             self.zero._get_norm_groups = lambda: [torch.ones(())]
+            _skip_comparison_of_orders()
+        for parameter in named.values():
+            _require(parameter, USED_PARAMETER_ATTRIBUTES[stage], stage)
 
     def flat(self) -> list[Tensor]:
         """The tensors that the optimiser updates on this rank."""
@@ -148,10 +162,10 @@ class Shards:
         At the end of a backward pass with ``overlap_comm`` DeepSpeed 0.19 blocks the CPU until the GPU is idle, so that
         it may read what the reduction stream wrote. Ordering the streams is enough for that.
         """
-        stream = getattr(self.zero, "reduction_stream", None)
-        if not (torch.cuda.is_available() and self.stage in (1, 2) and self.zero.overlap_comm and stream is not None):
+        if not (torch.cuda.is_available() and self.stage in (1, 2) and self.zero.overlap_comm):
             yield
             return
+        stream = self.zero.reduction_stream
         from deepspeed.accelerator import get_accelerator
 
         accelerator: Any = get_accelerator()
@@ -162,8 +176,21 @@ class Shards:
             del accelerator.synchronize  # the method of the class is visible again
 
 
-def _require_attributes(zero: Any, stage: int) -> None:
-    missing = [name for name in _USED_ATTRIBUTES[stage] if not hasattr(zero, name)]
+def _skip_comparison_of_orders() -> None:
+    """Have ZeRO-3 no longer compare the order of modules between ranks, which waits for the GPU.
+
+    It does so whenever it records that order: in the first two steps, and with micro-batches in every step. All ranks
+    run the same program, and a rank that waits for another is ended by the watchdog.
+    """
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+
+    _require(partitioned_param_coordinator, ("assert_ints_same_as_other_ranks",), 3)
+    partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda _: None
+
+
+def _require(owner: Any, names: tuple[str, ...], stage: int) -> None:
+    """Raise a UserError that names the version of DeepSpeed and the attributes that ``owner`` lacks."""
+    missing = [name for name in names if not hasattr(owner, name)]
     if missing:
         import deepspeed
 
