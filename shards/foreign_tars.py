@@ -188,8 +188,8 @@ def common_kind(tars: Sequence[ForeignTar]) -> str:
         return kinds.most_common(1)[0][0]
     reasons = [f"{tar.name}: {tar.damage}" for tar in tars if tar.damage]
     reasons += [f"{tar.name}: {sample.key}: {sample.reason}" for tar in tars for sample in tar.samples]
-    first = reasons[0] if reasons else "the files are empty"
-    raise UserError(f"no sample of {len(tars)} tar files can be used; the first reason: {first}")
+    places = [f"{tar.directory}/{tar.name} is empty" for tar in tars]
+    raise UserError(f"no sample of {len(tars)} tar files can be used; the first reason: {[*reasons, *places][0]}")
 
 
 def read_rows_of_tars(pattern: str, caption_keys: Sequence[str]) -> tuple[list[Row], str]:

@@ -144,7 +144,13 @@ def _failures(directory: str) -> None:
     change("step-00000006/part-00001.safetensors", part.read_bytes()[:-4] + b"\0\0\0\0")
     assert checkpoint.resume(engine, folder, log) == 3
     assert lines.lines == [f"{part} is damaged; using the checkpoint before it"]
+    manifest = (folder / "step-00000003" / "manifest.json").read_bytes()
+    change("step-00000003/manifest.json", manifest.replace(b'"num_updates": 0', b'"num_updates": 1'))
+    with pytest.raises(UserError, match="is complete; remove"):
+        checkpoint.resume(engine, folder, log)
+    assert "step-00000003 is incomplete (the checksum of manifest.json differs)" in lines.lines[-1]
     change("step-00000003/manifest.json", b"{}")
+    del lines.lines[1:3]
     with pytest.raises(UserError, match=f"no checkpoint in {folder} is complete; remove the directory to start from"):
         checkpoint.resume(engine, folder, log)
     assert lines.lines[2].startswith(
@@ -178,7 +184,8 @@ def _other_layouts(directory: str) -> None:
                 save_file(tensors, target / name)
             about = manifest | {"step": step, "world_size": len(parts)} | changes
             about["parts"] = {name: sha256_of(target / name) for name in names}
-            about = {key: value for key, value in about.items() if value is not None}
+            about = {key: value for key, value in about.items() if value is not None and key != "checksum"}
+            about["checksum"] = checkpoint.manifest_checksum(about)
             (target / "manifest.json").write_text(json.dumps(about))
         dist.barrier()
         return target

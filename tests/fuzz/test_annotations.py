@@ -50,7 +50,7 @@ def test_a_table_that_csv_wrote_is_read_alike_or_refused(rows: list[list[str]]) 
     """The independent reading is what was written."""
     result = _read("captions.csv", "folder", {"captions.csv": _table([["file", "caption"], *rows])})
     if result is not None:
-        written = [row for row in rows if any(row)]
+        written = [row for row in rows if any(cell.replace("\ufeff", "") for cell in row)]
         assert all(len(row) == 2 for row in written)
         captions = [caption for row in result for caption in row["captions"]]
         assert sorted(map(_text, captions)) == sorted(_text(caption) for _, caption in written)

@@ -97,7 +97,7 @@ def test_index_tar_files_of_others(change: Change) -> None:
         path = Path(directory) / "x.tar"
         path.write_bytes(change(_tar()))
         arguments = ["index-shards", str(path), "--out", f"{directory}/out", "--max-bad", "1"]
-        done = command_or_error("command: index-shards", arguments, directory)
+        done = command_or_error("command: index-shards", arguments, "x.tar")
         if done is not None:
             assert set(load_index(f"{directory}/out").ids) <= {"k0", "k1", "k2"} or path.read_bytes() != _tar()
 

@@ -7,6 +7,7 @@ reads the pieces that it needs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -144,7 +145,7 @@ class Saver:
             "shapes": {name: self.engine.shards.shape(name) for name in self.engine.named},
             "parts": {name: (temporary / name).with_suffix(".sha256").read_text(encoding="utf-8") for name in names},
         }
-        write_json(temporary / MANIFEST, manifest)
+        write_json(temporary / MANIFEST, manifest | {"checksum": manifest_checksum(manifest)})
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         for old in saved_steps(self.directory)[self.keep :]:
@@ -153,6 +154,11 @@ class Saver:
 
 def _part(number: int) -> str:
     return f"part-{number:05d}.safetensors"
+
+
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """Checksum of a manifest's entries."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -165,6 +171,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or not isinstance(manifest.get("parts"), dict):
         raise ValueError(f"{MANIFEST} does not list the parts")
+    checksum = manifest.pop("checksum", None)
+    if (checksum is not None or "shapes" in manifest) and checksum != manifest_checksum(manifest):
+        raise ValueError(f"the checksum of {MANIFEST} differs")  # version 0.1 had neither shapes nor checksum
     if f"step-{manifest.get('step'):08d}" != folder.name:
         raise ValueError(f"{MANIFEST} is of step {manifest.get('step')}")
     if sorted(manifest["parts"]) != [_part(number) for number in range(manifest.get("world_size", 0))]:
