@@ -1,5 +1,6 @@
 """``make gpu-check`` without a GPU: it says so; its parts run on the CPU, small."""
 
+import re
 import signal
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def test_parts_of_one_process_run_on_the_cpu_and_are_written(tmp_path: Path) -> 
     text = out.read_text()
     assert text.startswith("## GPU check of 20") and "its figures mean nothing" in text
     assert "systems: loss and gradient norm within 0.0e+00" in text and "- 128 texts x 128 videos: " in text
+
+
+@pytest.mark.slow
+def test_data_wait_is_that_of_a_run_of_the_training_command(tmp_path: Path) -> None:
+    out = tmp_path / "out.md"
+    done = run("benchmarks/gpu.py", "--device", "cpu", "--small", "--only", "Data wait", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"4 pairs, 1 workers: \d+\.\d % of a step waits for data", out.read_text())
 
 
 def test_a_part_that_fails_is_reported_and_the_next_one_runs(capsys: pytest.CaptureFixture[str]) -> None:
