@@ -109,6 +109,19 @@ def test_the_memory_of_a_prepared_gallery_is_known(stored: Path, pooling: str) -
     assert scorer._gallery_bytes() == 4 * V * D * (F + F + own)
 
 
+@pytest.mark.parametrize("limit", [0, 2**40])
+def test_a_gallery_is_kept_if_it_is_small_enough(stored: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(blocks, "GALLERY_BYTES", limit)
+    scorer = _scorer(stored)
+    scorer.tile_videos = 16
+    whole_TV = torch.cat(list(scorer.scores()))
+    assert (scorer._whole_gallery is not None) == (limit > 0)
+    torch.testing.assert_close(whole_TV, _plain(scorer, scorer.config), rtol=0, atol=2e-6)
+    published = _scorer(stored, "evaluation.protocol=published_code")
+    next(iter(published.scores()))
+    assert published._whole_gallery is not None
+
+
 def test_groups_hold_as_many_blocks_as_the_memory_allows(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scorer = _scorer(stored)
     texts = [block.stop - block.start for block in scorer.blocks]
@@ -180,6 +193,8 @@ def test_rows_that_cannot_be_ranked_are_named() -> None:
         return str(error.value)
 
     assert "in the order of their videos" in refused(torch.tensor([0, 1, 0, 2]))
+    seven = refused(torch.tensor([7, 7]), torch.rand(2, 8))
+    assert seven == "7 videos have no caption: [0, 1, 2, 3, 4]"
     assert "2 videos have no caption: [1, 3]" in refused(torch.tensor([0, 0, 2, 2]), torch.rand(4, 4))
     assert "give --bank FEATURES" in refused(owner_T, post="qbnorm")
     assert "there are 4 rows of similarities and 5 texts" in refused(torch.tensor([0, 0, 1, 2, 2]))
@@ -195,6 +210,15 @@ def _all_rows(matrix_TV: Tensor, owner_T: Tensor) -> str:
     with pytest.raises(UserError) as error:
         ranking.rank(lambda: [matrix_TV], owner_T, matrix_TV.shape[1])
     return str(error.value)
+
+
+def test_features_that_are_not_numbers_are_named_and_counted(stored: Path) -> None:
+    scorer = _scorer(stored)
+    text_TD = torch.full((7, D), torch.nan)
+    with pytest.raises(
+        UserError, match=r"^7 texts have features that are not numbers; the first are \[0, 1, 2, 3, 4\]$"
+    ):
+        score(scorer.head, text_TD, scorer.features.frames_VFD[:3].float())
 
 
 @pytest.mark.parametrize("post", ["none", "dsl"])

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from shards.shard_writer import ShardWriter
 from tmass_dist.data.index import NAME, Index, Sample, Shard, load_index, make_columns
-from tmass_dist.data.index_checks import checksum
+from tmass_dist.data.index_checks import COLUMNS, ID_COLUMNS, check_columns, check_header, checksum
 from tmass_dist.data.quarantine import Quarantine
 from tmass_dist.data.samples import DamagedError, read_into, read_sample
 from tmass_dist.errors import UserError
@@ -214,3 +214,90 @@ def test_captions_and_quarantine_are_read_back_whatever_an_id_holds(small: Path,
         captions.write_bytes(content)
         with pytest.raises(UserError, match=rf"captions\.jsonl {message}"):
             load_index(small).with_captions(captions)
+
+
+def test_an_index_is_read_back_as_it_was_saved(small: Path) -> None:
+    """Ids, places and shards, also of shards in other directories."""
+    index = load_index(small)
+    assert index.ids == ["vidéo 0", "vidéo 1", "vidéo 2", "vidéo 3"] == [index.id_of(k) for k in range(4)]
+    assert [index.sample(k) for k in range(4)] == [
+        Sample(f"vidéo {k}", k // 2, 2, k % 2 * 512, 512, 0) for k in range(4)
+    ]
+    assert not index.is_remote and index.shards[1] == Shard("shard-000001.tar", 1024, "x" * 64)
+    elsewhere = small / "elsewhere"
+    elsewhere.mkdir()
+    (small / "shard-000001.tar").rename(elsewhere / "shard-000001.tar")
+    replace(index, shards=(index.shards[0], replace(index.shards[1], directory=str(elsewhere)))).save()
+    header, _ = _contents(small)
+    assert ["directory" in shard for shard in header["shards"]] == [False, True]
+    again = load_index(small)
+    assert again.shards[1].directory == str(elsewhere)
+    assert again.path(again.sample(3)) == elsewhere / "shard-000001.tar"
+    (elsewhere / "shard-000001.tar").write_bytes(bytes(1000))
+    with pytest.raises(UserError, match="has 1000 bytes and its index says 1024; index it again"):
+        load_index(small)
+    (elsewhere / "shard-000001.tar").unlink()
+    with pytest.raises(UserError, match=f"shard {elsewhere}/shard-000001.tar is missing"):
+        load_index(small)
+    assert load_index(small, check_shards=False).ids == index.ids
+    assert replace(index, shards=(replace(index.shards[0], directory="https://host/a"),)).is_remote
+    assert replace(index, directory="https://host/a").is_remote
+
+
+HEADER = {"split": "train", "num_frames": 12, "image_size": 32, "store": "jpeg"}
+SHARD = {"name": "a.tar", "bytes": 5, "sha256": "x"}
+
+
+@pytest.mark.parametrize(
+    ("change", "valid"),
+    [
+        ({"num_frames": 0}, True),
+        ({"num_frames": 4096}, True),
+        ({"num_frames": 4097}, False),
+        ({"image_size": 0}, False),
+        ({"image_size": 1}, True),
+        ({"image_size": 4096}, True),
+        ({"image_size": 4097}, False),
+        ({"shards": [SHARD | {"bytes": 0}]}, True),
+        ({"shards": [SHARD | {"bytes": 2**62 - 1}]}, True),
+        ({"shards": [SHARD | {"bytes": 2**62}]}, False),
+        ({"shards": [SHARD | {"bytes": -1}]}, False),
+        ({"shards": [SHARD | {"directory": "/a\0b"}]}, False),
+        ({"shards": [SHARD | {"directory": 3}]}, False),
+        ({"shards": [SHARD | {"directory": "/a"}]}, True),
+    ],
+)
+def test_the_bounds_of_a_header(change: dict, valid: bool) -> None:
+    if valid:
+        check_header(HEADER | {"shards": [SHARD]} | change)
+        return
+    with pytest.raises(UserError):
+        check_header(HEADER | {"shards": [SHARD]} | change)
+
+
+def _columns(**changes: np.ndarray) -> dict[str, np.ndarray]:
+    samples = [Sample("a", 0, 0, 0, 10, 0), Sample("b", 0, 10, 10, 10, 1)]  # no caption, and as many as fit
+    return make_columns(samples) | changes
+
+
+@pytest.mark.parametrize("name", [*COLUMNS, *ID_COLUMNS])
+def test_a_column_of_a_smaller_type_is_refused(name: str) -> None:
+    check_columns(_columns(), [20])
+    smaller = _columns()[name].astype(np.bool_ if name == "id_bytes" else np.int8)
+    with pytest.raises(UserError, match=f"column {name} is (int8|bool)"):
+        check_columns(_columns(**{name: smaller}), [20])
+
+
+def test_the_bounds_of_columns() -> None:
+    samples = [Sample("a", 0, 100_000, 0, 2**20, 0)]
+    check_columns(make_columns(samples), [2**20])
+    with pytest.raises(UserError, match="num_captions is 100001"):
+        check_columns(make_columns([replace(samples[0], num_captions=100_001)]), [2**20])
+    for size in (0, 21, -1):
+        with pytest.raises(UserError, match=f"column size is {size} at sample 1"):
+            check_columns(_columns(size=np.array([10, size])), [20])
+    with pytest.raises(UserError, match="its ids end at byte 5 of 2"):
+        check_columns(_columns(id_end=np.array([1, 5])), [20])
+    check_columns(make_columns([]), [])
+    with pytest.raises(UserError, match="it has bytes of ids and no sample"):
+        check_columns(make_columns([]) | {"id_bytes": np.zeros(2, np.uint8)}, [])

@@ -7,14 +7,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.oracle import symmetric_info_nce
+from tests.oracle import pooled, symmetric_info_nce
 from tests.ranks import on_ranks
+from tests.small_model import config_of, perturb
 from tmass_dist.config import ModelConfig, StochasticConfig
+from tmass_dist.errors import UserError
 from tmass_dist.models.head import build_head
 from tmass_dist.models.pooling import XPool
 from tmass_dist.noise import keyed_mask
 from tmass_dist.training.losses import column_info_nce
-from tmass_dist.training.objective import global_losses
+from tmass_dist.training.objective import build_objective, global_losses
 
 # Shapes: N pairs of the world, F frames, D embedding width.
 N, F, D = 12, 4, 8
@@ -221,3 +223,57 @@ def test_an_untrained_radius_rises_or_falls_with_the_match(start: str) -> None:
     sign = 1 if start == "rising" else -1
     torch.testing.assert_close(good[:F] / poor[:F], torch.full((F,), 0.5 * sign).exp())
     assert (good[F:] == 1).all() and (poor[F:] == 1).all()
+
+
+@pytest.mark.parametrize(("training", "is_trained"), [("mean", False), ("sampled", True)])
+def test_a_mass_that_does_not_affect_the_loss_is_not_trained(training: str, is_trained: bool) -> None:
+    model = build_objective(config_of(f"stochastic.training={training}"))
+    assert model.head.mass is not None
+    assert {parameter.requires_grad for parameter in model.head.mass.parameters()} == {is_trained}
+    assert all(parameter.requires_grad for parameter in model.head.pooling.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(UserError, match=f"'nothing', and no parameter begins so; the first is {names[0]}$"):
+        build_objective(config_of("optim.frozen=[nothing]"))
+
+
+def test_the_radius_of_a_step_is_the_mean_over_the_width() -> None:
+    torch.manual_seed(0)
+    head = build_head(ModelConfig(num_frames=F, dropout=0.0), D).train()
+    text_BD, frames_BFD, noise_BD = torch.randn(3, D), torch.randn(3, F, D), torch.randn(3, D)
+    scale, settings = torch.full((1,), 2.0), StochasticConfig()
+    losses = global_losses(head, text_BD, frames_BFD, noise_BD, scale, settings)
+    assert head.mass is not None
+    assert torch.equal(losses.radius_B, head.mass.radius(text_BD, frames_BFD).detach().mean(dim=-1))
+    none = global_losses(head, text_BD, frames_BFD, None, scale, settings)  # trains on the texts themselves
+    assert none.radius_B.tolist() == [0.0] * 3 and none.support == 0 and none.total == none.stochastic
+
+
+def test_a_sample_that_pools_is_the_first_one() -> None:
+    torch.manual_seed(0)
+    head = build_head(ModelConfig(num_frames=F, dropout=0.0), D).double().train()
+    perturb(head)
+    text_BD, frames_BFD, noise_BKD = (torch.randn(shape).double() for shape in ((3, D), (3, F, D), (3, 2, D)))
+    scale = torch.full((1,), 2.0).double()
+
+    def stochastic(noise: Tensor) -> Tensor:
+        settings = StochasticConfig(samples=noise.shape[1], trials="mean", support_weight=0.0)
+        return global_losses(head, text_BD, frames_BFD, noise, scale, settings, pooled_by="sample").stochastic
+
+    # With the same sample twice, which one pools plays no part; with two, exchanging them does.
+    twice = stochastic(noise_BKD[:, :1].expand(-1, 2, -1))
+    torch.testing.assert_close(twice, stochastic(noise_BKD[:, :1]), rtol=1e-12, atol=0)
+    first, exchanged = stochastic(noise_BKD), stochastic(noise_BKD.flip(1))
+    assert not torch.isclose(first, exchanged)
+    assert head.mass is not None
+    pool_D = head.mass.sample(text_BD, head.mass.radius(text_BD, frames_BFD), noise_BKD[:, 0])
+    anchors = [head.mass.sample(text_BD, head.mass.radius(text_BD, frames_BFD), noise_BKD[:, k]) for k in range(2)]
+    pooled_VTD = torch.stack(
+        [torch.stack([pooled(head, ask_D, video_FD) for ask_D in pool_D]) for video_FD in frames_BFD]
+    )
+    losses = [
+        symmetric_info_nce(
+            torch.nn.functional.cosine_similarity(anchor[:, None], pooled_VTD.transpose(0, 1), dim=-1), scale
+        )
+        for anchor in anchors
+    ]
+    torch.testing.assert_close(first, torch.stack(losses).mean(), rtol=1e-6, atol=0)

@@ -37,21 +37,23 @@ LIBRARIES += ("simplejpeg", "fsspec", "safetensors.torch", "tqdm", "psutil", "ji
 CPU_LIMIT_S, MEMORY_LIMIT = 300, 8 * 2**30
 """For the tests of a stage; a mutant that exceeds a limit is killed."""
 
+ORDER = "tests/test_loader.py::test_every_pair_once_and_no_video_twice_in_a_batch"
 QUICK_LOSS = "tests/test_objective.py -k 'not ranks_and_tiles'"
+TWO_RANKS = "tests/test_objective.py -k 'ranks_and_tiles and 2'"
 LOSS = "tests/test_objective.py tests/test_engine.py tests/test_placement.py"
 QUICK_SCORES = "tests/test_null.py tests/test_scoring.py tests/test_blocks.py"
 QUICK_RANKS = "tests/test_null.py tests/test_blocks.py tests/test_evaluation.py -k 'not test_evaluation or streamed'"
 SCORES = "tests/test_evaluation.py tests/test_model.py tests/test_search.py tests/test_baselines.py"
 STAGES: dict[str, list[str]] = {
-    "tmass_dist/data/order.py": ["tests/test_order.py", "tests/test_loader.py tests/test_streaming.py"],
+    "tmass_dist/data/order.py": [f"tests/test_order.py {ORDER}", "tests/test_loader.py tests/test_streaming.py"],
     "tmass_dist/data/index.py": [
         "tests/test_index.py",
         "tests/test_loader.py tests/test_captions.py tests/test_remote.py",
     ],
     "tmass_dist/data/index_checks.py": ["tests/test_index.py", "tests/test_foreign_tars.py"],
-    "tmass_dist/training/losses.py": [QUICK_LOSS, LOSS],
-    "tmass_dist/training/columns.py": [QUICK_LOSS, LOSS],
-    "tmass_dist/training/objective.py": [QUICK_LOSS, LOSS],
+    "tmass_dist/training/losses.py": [QUICK_LOSS, TWO_RANKS, LOSS],
+    "tmass_dist/training/columns.py": [QUICK_LOSS, TWO_RANKS, LOSS],
+    "tmass_dist/training/objective.py": [QUICK_LOSS, TWO_RANKS, LOSS],
     "tmass_dist/evaluation/ranking.py": [QUICK_RANKS, SCORES],
     "tmass_dist/evaluation/scoring.py": [QUICK_SCORES, SCORES],
     "tmass_dist/evaluation/blocks.py": ["tests/test_blocks.py", SCORES],
@@ -69,7 +71,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=21)
     parser.add_argument("--module", action="append", choices=STAGES, help="only these modules")
     parser.add_argument("--out", type=Path, default=Path("build/mutants.jsonl"), help="results, one line a mutant")
-    parser.add_argument("--quick", action="store_true", help="only the first tests of each module")
+    parser.add_argument("--stages", type=int, default=3, help="sets of tests of each module, quick ones first")
     parser.add_argument("--again", action="store_true", help="run the surviving mutants again")
     arguments = parser.parse_args()
     mutants = sample(ROOT, list(STAGES), arguments.count, arguments.seed)
@@ -87,7 +89,7 @@ def main() -> None:
             _copy(Path(tree))
             runner = _Runner(Path(tree))
             for number, mutant in enumerate(pending):
-                stages = STAGES[mutant.module][:1] if arguments.quick else STAGES[mutant.module]
+                stages = STAGES[mutant.module][: arguments.stages]
                 result = _test(runner, mutant, stages, number)
                 results[mutant.id] = result
                 with arguments.out.open("a", encoding="utf-8") as file:
