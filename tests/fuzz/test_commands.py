@@ -57,7 +57,7 @@ def test_verify_shards(split: Path, change: Change, which: str) -> None:
     with _copy(split, which) as copy:
         (copy / which).write_bytes(change((split / which).read_bytes()))
         same = (copy / which).read_bytes() == (split / which).read_bytes()
-        done = command_or_error("command: verify", ["verify", str(copy)], copy.name)
+        done = command_or_error("command: verify", ["verify", str(copy)], copy.name if which == NAME else which)
         if done is not None and not same:
             with contextlib.suppress(UserError):  # the header of the index may be spelled otherwise
                 assert which == NAME and load_index(copy).ids == load_index(split).ids

@@ -193,7 +193,7 @@ def _child(tree: Path, tests: list[str], log: Path) -> int:
     importlib.invalidate_caches()
     os.environ["PYTHONPATH"] = str(tree)
     # It declares operators of torchvision once in a process, and this one inherited them.
-    importlib.import_module("tmass_dist.models.backbone")._kept_libraries.append(None)
+    importlib.import_module("tmass_dist.models.library")._kept_libraries.append(None)
     import pytest
 
     if tests == ["tests/test_saving.py"]:  # its process computes nothing, so the ranks can be forked from it: quicker
