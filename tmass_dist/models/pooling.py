@@ -240,7 +240,8 @@ class MeanPool(nn.Module):
 
 def _tiles(pairs_VTD: Tensor) -> Iterator[slice]:
     """A few videos at a time, so that the intermediate results of a tile stay in the processor's cache."""
-    tile = max(1, TILE_NUMBERS[pairs_VTD.device.type] // pairs_VTD[0].numel())
+    numbers = TILE_NUMBERS["cpu" if pairs_VTD.device.type == "cpu" else "cuda"]
+    tile = max(1, numbers // pairs_VTD[0].numel())
     return (slice(start, start + tile) for start in range(0, len(pairs_VTD), tile))
 
 

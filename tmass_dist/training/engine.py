@@ -84,6 +84,9 @@ class Engine:
                 "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a step
             },
         )
+        if self.stage == 0 and world_size() == 1:
+            # DeepSpeed would copy all gradients into one buffer and back, to exchange them with no other rank.
+            self._engine.enable_backward_allreduce = False
         self.shards = Shards(self._engine, self.named, self.optimizer, self.stage)
         self.optimizer.set_num_updates(0)
         self._loss_check = torch.zeros((), device=self.device)
