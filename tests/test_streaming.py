@@ -11,10 +11,11 @@ from tests.conftest import run
 from tests.loaders import global_batches, make_loaders
 from tests.resharded import reshard
 from tmass_dist.config import DataConfig
+from tmass_dist.data.deal import deal
 from tmass_dist.data.index import Index
 from tmass_dist.data.order import choose_order
 from tmass_dist.data.samples import read_sample
-from tmass_dist.data.streaming import StreamingOrder, deal
+from tmass_dist.data.streaming import StreamingOrder
 from tmass_dist.errors import UserError
 
 SPLITS = {

@@ -61,7 +61,7 @@ def _meanings(cls: type) -> dict[str, str]:
 
 def _kind(field: Field) -> str:
     """The annotation as text: choices joined by "or"; ``null`` stands for None, as in YAML."""
-    annotation = str(field.type).replace("tuple[str, ...]", "list of str")
+    annotation = str(field.type).replace("tuple[str, ...]", "list of str").replace("Any", "str or list")
     kind, null = annotation.removesuffix(" | None"), " or null" if annotation.endswith(" | None") else ""
     if kind.startswith("Literal["):
         kind = " or ".join(str(choice) for choice in ast.literal_eval(f"({kind[8:-1]},)"))

@@ -6,6 +6,7 @@ precedence over both. ``tmass config`` prints the list of settings.
 
 from tmass_dist.config.loading import CONFIG_DIR, find_config, load_config, make_config, to_yaml
 from tmass_dist.config.model import DataConfig, ModelConfig, StochasticConfig
+from tmass_dist.config.parts import TrainPart
 from tmass_dist.config.schema import Config, differing_keys, flat
 from tmass_dist.config.training import EngineConfig, EvaluationConfig, LogConfig, OptimConfig
 
@@ -19,6 +20,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "StochasticConfig",
+    "TrainPart",
     "differing_keys",
     "find_config",
     "flat",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from tmass_dist.config.parts import TrainPart, train_parts
 from tmass_dist.config.ranges import require
 
 
@@ -12,8 +13,11 @@ from tmass_dist.config.ranges import require
 class DataConfig:
     """The splits and how they are read."""
 
-    train: str = "data/train"
-    """Directory (or URL) of the training shards, written by ``shards/make_shards.py``."""
+    train: Any = "data/train"
+    """Directory (or URL) of the training shards, written by ``shards/make_shards.py``. Or a mixture: a list of these,
+    each a path or ``{path: ..., weight: ...}``. An epoch reads each pair of a split ``weight`` times (1)."""
+    batch_from: Literal["mixed", "one"] = "mixed"
+    """For a mixture. ``mixed``: a batch has pairs of all splits; ``one``: each batch has pairs of one split only."""
     val: str | None = "data/val"
     """Split on which the best checkpoint is selected; null: ``holdout`` training videos are used instead."""
     holdout: int = 0
@@ -50,7 +54,18 @@ class DataConfig:
     eval_batch_size: int = 16
     """Videos that each rank encodes at a time during evaluation."""
 
+    @property
+    def train_parts(self) -> tuple[TrainPart, ...]:
+        """The training splits: several for a mixture."""
+        return train_parts(self.train)
+
     def __post_init__(self) -> None:
+        parts = self.train_parts
+        # A list of one split is that split.
+        is_plain = len(parts) == 1 and parts[0].weight == 1
+        object.__setattr__(self, "train", parts[0].path if is_plain else parts)
+        mixes = len(parts) > 1 or self.batch_from == "mixed"
+        require(mixes, "data.batch_from", self.batch_from, "it applies to a data.train with several splits")
         require(self.batch_size >= 2, "data.batch_size", self.batch_size, "a contrastive loss needs at least 2 pairs")
         require(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "it is a share between 0 and 1")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "it cannot be negative")

@@ -65,7 +65,8 @@ class Config:
             "published_code, model.pooled_by=sample and model.radius=none support float32 only",
         )
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
-        waits = "://" not in str(self.data.train) or self.data.retry_s < self.engine.timeout_s
+        downloads = any("://" in part.path for part in self.data.train_parts)
+        waits = not downloads or self.data.retry_s < self.engine.timeout_s
         reason = "it must be below engine.timeout_s, or a slow download is taken for a rank that hangs"
         require(waits, "data.retry_s", self.data.retry_s, reason)
 

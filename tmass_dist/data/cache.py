@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from tmass_dist.data.streaming import ShardUses, StreamingOrder
+from tmass_dist.data.streaming import LaneOrder, ShardUses
 from tmass_dist.errors import UserError
 
 GB = 1e9
 
 
-def node_uses(order: StreamingOrder, lanes: Iterable[int]) -> Callable[[int], ShardUses]:
+def node_uses(order: LaneOrder, lanes: Iterable[int]) -> Callable[[int], ShardUses]:
     """The uses of the lanes of a node, by epoch, sorted by their first step."""
     lanes = list(lanes)
 
@@ -32,15 +32,15 @@ def node_uses(order: StreamingOrder, lanes: Iterable[int]) -> Callable[[int], Sh
     return uses_of
 
 
-def needed_bytes(order: StreamingOrder, lanes: Iterable[int], shard_bytes: np.ndarray, per_lane: int) -> int:
-    """Size of a cache for ``per_lane`` shards of each lane of a node, or for all their shards if that is less."""
-    lanes = list(lanes)
-    largest = sum(per_lane * int(shard_bytes[order.shards_of(lane)].max()) for lane in lanes)
-    shards = np.unique(np.concatenate([order.shards_of(lane) for lane in lanes]))
+def needed_bytes(order: LaneOrder, lanes: Iterable[int], shard_bytes: np.ndarray, per_window: int) -> int:
+    """Size of a cache for ``per_window`` shards of each window of a node, or for all their shards if that is less."""
+    windows = [shards for lane in lanes for shards in order.windows(lane)]
+    largest = sum(per_window * int(shard_bytes[shards].max()) for shards in windows)
+    shards = np.unique(np.concatenate(windows))
     return min(largest, int(shard_bytes[shards].sum()))
 
 
-def check_capacity(cache_gb: float, order: StreamingOrder, lanes: Iterable[int], shard_bytes: np.ndarray) -> None:
+def check_capacity(cache_gb: float, order: LaneOrder, lanes: Iterable[int], shard_bytes: np.ndarray) -> None:
     """Check that a cache is large enough for the shards that the lanes of a node have open: W + 1 of each.
 
     Raises:
@@ -48,10 +48,11 @@ def check_capacity(cache_gb: float, order: StreamingOrder, lanes: Iterable[int],
     """
     lanes = list(lanes)
     if cache_gb * GB < needed_bytes(order, lanes, shard_bytes, order.window + 1):
+        per_split = " and split" if len(order.windows(lanes[0])) > 1 else ""
         sufficient = _round_up(needed_bytes(order, lanes, shard_bytes, order.window + 2))
         raise UserError(
             f"data.cache_gb={cache_gb:g} is too small: the {len(lanes)} lanes of this node need {sufficient}, "
-            f"which is {order.window + 2} shards for each lane"
+            f"which is {order.window + 2} shards for each lane{per_split}"
         )
 
 

@@ -26,6 +26,10 @@ VERSION, NAME = 3, "index.safetensors"
 """Version 3 has a checksum; version 2 is the same without."""
 
 
+class NoCaptionsError(UserError):
+    """A file of captions has none for a split."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One video with its captions. ``offset`` and ``size`` (bytes) span all its tar members, headers included."""
@@ -97,6 +101,14 @@ class Index:
         """The ids of all samples, by number."""
         return [self.id_of(number) for number in range(len(self))]
 
+    def locate(self, number: int) -> tuple[Index, int]:
+        """The split that holds a sample, and the sample's number there: this split, unless it is a mixture."""
+        return self, number
+
+    def part_of(self, number: int) -> int:
+        """The part that holds a sample: 0, unless this is a mixture."""
+        return 0
+
     def sample(self, number: int) -> Sample:
         return Sample(self.id_of(number), *(int(self.columns[name][number]) for name in COLUMNS))
 
@@ -136,7 +148,8 @@ class Index:
                 does not exist is looked for in the split's directory.
 
         Raises:
-            UserError: no such file, an invalid line, or no line with an id of this split.
+            UserError: no such file, or an invalid line.
+            NoCaptionsError: no line has an id of this split.
         """
         file = next((p for p in (Path(path), Path(self.directory) / path) if p.is_file()), None)
         if file is None:
@@ -154,7 +167,7 @@ class Index:
                 num_captions[number_of[sample_id]] += len(texts)
                 num_matched += 1
         if not num_matched:
-            raise UserError(f"{file} has no caption for any video of {self.directory}")
+            raise NoCaptionsError(f"{file} has no caption for any video of {self.directory}")
         return replace(self, extra_captions=captions, columns=self.columns | {"num_captions": num_captions})
 
     def take(self, numbers: Sequence[int] | np.ndarray) -> Index:

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from tmass_dist.config import DataConfig
 from tmass_dist.data.index import Index
+from tmass_dist.data.mixed_order import OneSetStreamingOrder, make_order
 from tmass_dist.data.node_cache import NodeCache
-from tmass_dist.data.order import make_order
 from tmass_dist.data.remote import DownloadError
 from tmass_dist.data.samples import DamagedError, read_into
 from tmass_dist.data.streaming import StreamingOrder
@@ -43,6 +43,8 @@ class Batch:
     captions: list[str]
     video_ids: list[str]
     caption_slots: list[int]
+    parts: list[int]
+    """The part of a mixture from which each pair is; 0 without a mixture."""
     damaged: list[tuple[str, str]]
     """Id and reason of every damaged video that was replaced by another."""
 
@@ -55,6 +57,7 @@ class _WorkerBatch:
     captions: list[str]
     video_ids: list[str]
     caption_slots: list[int]
+    parts: list[int]
     damaged: list[tuple[str, str]]
 
 
@@ -84,15 +87,16 @@ class _RankBatches(Dataset):
 
     def __getitem__(self, step: int) -> _WorkerBatch:
         pixels_BFHWC = self.pixels[step % len(self.pixels)]
-        captions, ids, slots, damaged = [], [], [], []
+        captions, ids, slots, parts, damaged = [], [], [], [], []
         for row, (position, pair) in enumerate(zip(self.positions, self.order.pairs(step, self.positions).tolist())):
             candidates = self._candidates(pair, step, position)
-            meta, slot = self._read_first(candidates, pixels_BFHWC[row], step, damaged)
+            meta, number, slot = self._read_first(candidates, pixels_BFHWC[row], step, damaged)
             captions.append(meta["captions"][slot])
             ids.append(meta["id"])
             slots.append(slot)
+            parts.append(self.index.part_of(number))
         self._note_reading(-1)
-        return _WorkerBatch(self.tokenize(captions).numpy(), captions, ids, slots, damaged)
+        return _WorkerBatch(self.tokenize(captions).numpy(), captions, ids, slots, parts, damaged)
 
     def _candidates(self, pair: tuple[int, int], step: int, position: int) -> Iterator[tuple[int, int]]:
         """The pair at this position of the global batch, then the pairs that may replace it."""
@@ -101,8 +105,11 @@ class _RankBatches(Dataset):
 
     def _read_first(
         self, candidates: Iterator[tuple[int, int]], out_FHWC: np.ndarray, step: int, damaged: list[tuple[str, str]]
-    ) -> tuple[dict, int]:
-        """Decode the first candidate that is not damaged; return its JSON and caption slot. Adds to ``damaged``.
+    ) -> tuple[dict, int, int]:
+        """Decode the first candidate that is not damaged, and add the others to ``damaged``.
+
+        Returns:
+            JSON, number and caption slot of the candidate.
 
         Raises:
             UserError: all candidates are damaged.
@@ -110,7 +117,8 @@ class _RankBatches(Dataset):
         for number, slot in candidates:
             self._note_reading(number)
             try:
-                return read_into(out_FHWC, self.index, number, self._random_frames(step, slot)), slot
+                meta = read_into(out_FHWC, self.index, number, self._random_frames(step, slot))
+                return meta, number, slot
             except DamagedError as error:
                 damaged.append((self.index.id_of(number), str(error)))
         raise UserError(f"{damaged[-1][1]}; and no video is left to replace it")
@@ -197,7 +205,7 @@ class TrainLoader:
         self.steps_per_epoch, self.left_out = self._dataset.order.steps_per_epoch, self._dataset.order.left_out
         self._num_workers, self._timeout_s = config.num_workers, timeout_s
         self._cache = None
-        if config.cache_gb is not None and isinstance(self._dataset.order, StreamingOrder):
+        if config.cache_gb is not None and isinstance(self._dataset.order, StreamingOrder | OneSetStreamingOrder):
             ranks = range(world_size) if node_ranks is None else node_ranks
             self._cache = NodeCache(index, self._dataset.order, config, rank, world_size, ranks)
             self._dataset.index = self._cache.reading(index)
@@ -253,6 +261,7 @@ class TrainLoader:
                     batch.captions,
                     batch.video_ids,
                     batch.caption_slots,
+                    batch.parts,
                     batch.damaged,
                 )
                 step += 1

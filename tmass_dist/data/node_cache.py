@@ -12,8 +12,8 @@ from tmass_dist.config import DataConfig
 from tmass_dist.data.cache import GB, CachePlan, check_capacity, node_uses
 from tmass_dist.data.fetcher import Fetcher, RemoteShard, wait_for, write_step
 from tmass_dist.data.index import Index
-from tmass_dist.data.order import make_order
-from tmass_dist.data.streaming import StreamingOrder
+from tmass_dist.data.mixed_order import OneSetStreamingOrder, make_order
+from tmass_dist.data.streaming import LaneOrder, StreamingOrder
 from tmass_dist.errors import UserError
 
 
@@ -34,7 +34,7 @@ class NodeCache:
     def __init__(
         self,
         index: Index,
-        order: StreamingOrder,
+        order: LaneOrder,
         config: DataConfig,
         rank: int,
         world_size: int,
@@ -91,5 +91,5 @@ def check_order(index: Index, config: DataConfig, seed: int, world_size: int) ->
         UserError: the split or the cache is too small.
     """
     order = make_order(index, config, seed)
-    if config.cache_gb is not None and isinstance(order, StreamingOrder):
+    if config.cache_gb is not None and isinstance(order, StreamingOrder | OneSetStreamingOrder):
         NodeCache(index, order, config, 0, world_size, [0])

@@ -7,16 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from tmass_dist.config import DataConfig
-from tmass_dist.data.index import Index
 from tmass_dist.data.remote import is_remote
-from tmass_dist.data.streaming import StreamingOrder
 from tmass_dist.errors import UserError
 from tmass_dist.noise import text_key
 
@@ -71,27 +69,6 @@ class GlobalOrder:
         return substitutes(self._num_captions, batch_B2, position, seed=self._seed, step=step)
 
 
-def make_order(index: Index, config: DataConfig, seed: int) -> Order:
-    """The order that ``config`` asks for.
-
-    Raises:
-        UserError: the split is too small for one batch.
-    """
-    try:
-        if config.order != "streaming":
-            return GlobalOrder(index.num_captions, seed=seed, batch_size=config.batch_size)
-        return StreamingOrder(
-            index.num_captions,
-            index.columns["shard"],
-            seed=seed,
-            batch_size=config.batch_size,
-            lanes=config.lanes or config.batch_size,
-            window=config.window,
-        )
-    except UserError as error:
-        raise UserError(f"{index.directory}: {error}") from error
-
-
 def choose_order(config: DataConfig, world_size: int, saved: DataConfig | None) -> DataConfig:
     """Fill in what the first start of a run decides: ``order`` and ``lanes``.
 
@@ -106,7 +83,8 @@ def choose_order(config: DataConfig, world_size: int, saved: DataConfig | None) 
     order, lanes = config.order, config.lanes
     if saved is not None:
         order, lanes = order or saved.order or "global", lanes or saved.lanes
-    order = order or ("streaming" if is_remote(config.train) else "global")
+    remote = any(is_remote(part.path) for part in config.train_parts)
+    order = order or ("streaming" if remote else "global")
     if order == "global":
         for key in ("lanes", "cache_gb"):
             if getattr(config, key) is not None:
@@ -153,29 +131,51 @@ def epoch_batches(num_captions: np.ndarray, *, seed: int, epoch: int, batch_size
     Each pair comes at most once; the last partial batch is dropped. A batch holds a video twice only if no other
     video is left. The batches depend on the arguments alone, so they are the same for every world size.
     """
-    # No video repeats within a round. Only a batch that spans two rounds could hold a video twice: such a pair is
-    # postponed to the next batch.
+    num_steps = int(num_captions.sum()) // batch_size
+    ends = batch_size * np.arange(1, num_steps + 1)
+    return deal_rounds(rounds(num_captions, seed=seed, epoch=epoch), ends).reshape(-1, batch_size, 2)
+
+
+def deal_rounds(queues: Iterable[np.ndarray], ends: np.ndarray) -> np.ndarray:
+    """The pairs of consecutive batches: batch ``t`` ends before pair ``ends[t]`` of the result.
+
+    Args:
+        queues: pairs in rounds: no video is twice in a queue.
+        ends: never falls; the pairs after the last end are left out.
+
+    Returns:
+        ``(ends[-1], 2)`` int32. A batch holds a video twice only if no other video is left.
+    """
+    # Only a batch that spans two rounds could hold a video twice: such a pair is postponed to the next batch.
+    ends = np.unique(ends[ends > 0])
+    num_batches = 0  # that are complete
     blocks: list[np.ndarray] = []
     postponed: list[tuple[int, int]] = []
     batch: list[tuple[int, int]] = []
     videos_in_batch: set[int] = set()
 
+    def num_dealt() -> int:
+        return int(ends[num_batches - 1]) if num_batches else 0
+
     def append(pair: tuple[int, int]) -> None:
-        nonlocal batch, videos_in_batch
+        nonlocal batch, videos_in_batch, num_batches
+        if num_batches == len(ends):
+            return
         batch.append(pair)
         videos_in_batch.add(pair[0])
-        if len(batch) == batch_size:
-            blocks.append(np.array([batch], dtype=np.int32))
+        if num_dealt() + len(batch) == ends[num_batches]:
+            blocks.append(np.array(batch, dtype=np.int32))
+            num_batches += 1
             batch, videos_in_batch = [], set()
 
-    for queue in rounds(num_captions, seed=seed, epoch=epoch):
+    for queue in queues:
         position = 0
-        while position < len(queue):
-            num_whole = (len(queue) - position) // batch_size
-            if not batch and not postponed and num_whole:
-                end = position + num_whole * batch_size
-                blocks.append(queue[position:end].reshape(num_whole, batch_size, 2))
-                position = end
+        while position < len(queue) and num_batches < len(ends):
+            whole = int(np.searchsorted(ends, num_dealt() + len(queue) - position, side="right"))
+            if not batch and not postponed and whole > num_batches:
+                end = position + int(ends[whole - 1]) - num_dealt()
+                blocks.append(queue[position:end])
+                position, num_batches = end, whole
                 continue
             candidates = [*postponed, (int(queue[position, 0]), int(queue[position, 1]))]
             position += 1
@@ -184,7 +184,7 @@ def epoch_batches(num_captions: np.ndarray, *, seed: int, epoch: int, batch_size
                 (postponed.append if pair[0] in videos_in_batch else append)(pair)
     for pair in postponed:  # no other pair is left
         append(pair)
-    return np.concatenate(blocks) if blocks else np.empty((0, batch_size, 2), dtype=np.int32)
+    return np.concatenate(blocks) if blocks else np.empty((0, 2), dtype=np.int32)
 
 
 def substitutes(

@@ -44,6 +44,8 @@ def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]
         DamagedError: the shard is damaged at this sample.
         DownloadError: the shard could not be downloaded.
     """
+    video_id = index.id_of(number)
+    index, number = index.locate(number)
     sample = index.sample(number)
     path, raw = _read_bytes(index, sample)
     if index.is_remote and zlib.crc32(raw) != sample.crc32:  # is it the local copy that is damaged?
@@ -58,7 +60,7 @@ def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]
         captions = [*meta["captions"], *index.extra_captions.get(sample.id, [])]
         if len(captions) != sample.num_captions:
             raise UserError(f"it has {len(captions)} captions and the index says {sample.num_captions}")
-        return meta | {"captions": captions}, payload
+        return meta | {"id": video_id, "captions": captions}, payload
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise DamagedError(f"shard {path} is damaged at sample {sample.id!r}: {error}") from error
 
@@ -97,6 +99,7 @@ def read_into(
         DamagedError: the bytes, the JSON or a frame of the sample are not what was packed.
     """
     meta, payload = read_sample(index, number)
+    index, _ = index.locate(number)
     num_frames = len(out_FHWC)
 
     def pick(length: int) -> list[int]:  # may be called twice, with the same answer

@@ -14,13 +14,15 @@ length of each segment is known without drawing any of it, so a run resumes at a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
+from tmass_dist.data.deal import deal, merge
 from tmass_dist.errors import UserError
 from tmass_dist.noise import text_key
 
@@ -35,6 +37,22 @@ class ShardUses:
     last_step: np.ndarray
 
 
+class LaneOrder(Protocol):
+    """What the cache of a node knows of an order that reads shard after shard."""
+
+    lanes: int
+    window: int
+    steps_per_epoch: int
+
+    def windows(self, lane: int) -> list[np.ndarray]:
+        """The shards that a lane reads in each epoch, for each of the windows that it has open at the same time."""
+        ...
+
+    def shard_uses(self, lane: int, epoch: int) -> ShardUses:
+        """When a lane reads which shard in an epoch."""
+        ...
+
+
 @dataclass(frozen=True)
 class _Lane:
     """A contiguous range of the permuted pairs, as pieces of shards: pairs ``start`` to ``stop`` of ``shard``."""
@@ -42,8 +60,10 @@ class _Lane:
     shard: np.ndarray
     start: np.ndarray
     stop: np.ndarray
+    part: np.ndarray
+    """The part of a mixture to which each piece belongs."""
     repeats: np.ndarray
-    """How many times an epoch reads the piece."""
+    """How many times an epoch reads the piece: the weight of its part."""
     parity_of: dict[int, int]
     """Videos that the lane shares with a neighbour, by sample number: they come in odd or in even steps only, so that
     the two lanes never put such a video into the same batch."""
@@ -59,7 +79,7 @@ class _LaneEpoch:
     def __init__(
         self, lane: _Lane, seed: tuple[int, int], window: int, batch_size: int, block: int, num_pairs: int
     ) -> None:
-        piece = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(lane.shard)), lane.repeats))
+        piece = _order_pieces(lane, np.random.default_rng(seed), window)
         self.piece, self.batch_size = piece, batch_size
         lengths = (lane.stop - lane.start)[piece]
         self.part_end = np.stack([lengths * (part + 1) // window for part in range(window)], axis=1)
@@ -110,6 +130,22 @@ class _LaneEpoch:
         )
 
 
+def _order_pieces(lane: _Lane, rng: np.random.Generator, window: int) -> np.ndarray:
+    """The order of a lane's pieces in an epoch: the pieces of each part permuted, as often as it is read."""
+    sequences = []
+    for part in np.unique(lane.part):
+        pieces = np.flatnonzero(lane.part == part)
+        sequence = rng.permutation(pieces)
+        for _ in range(int(lane.repeats[pieces[0]]) - 1):
+            # A piece that was read last comes late enough that no window holds it twice, if there are enough pieces.
+            following = rng.permutation(pieces)
+            recent = np.isin(following, sequence[-window:])
+            early = following[~recent][:window]
+            sequence = np.concatenate([sequence, early, following[~np.isin(following, early)]])
+        sequences.append(sequence)
+    return merge(sequences, rng)
+
+
 class StreamingOrder:
     """The global batches of a run in the streaming order; see the module's docstring.
 
@@ -120,7 +156,8 @@ class StreamingOrder:
         batch_size: pairs of the global batch.
         lanes: G; it divides ``batch_size``.
         window: W, shards of a lane that are mixed.
-        repeats: how many times an epoch reads each shard; None: once.
+        part_of: the part of a mixture to which each shard belongs; None: there is one part.
+        weights: how many times an epoch reads each pair of a part.
 
     Raises:
         UserError: the lanes do not divide the batch, or a lane has fewer pairs than its part of one batch.
@@ -135,7 +172,8 @@ class StreamingOrder:
         batch_size: int,
         lanes: int,
         window: int = 2,
-        repeats: np.ndarray | None = None,
+        part_of: np.ndarray | None = None,
+        weights: Sequence[int] = (1,),
     ) -> None:
         if batch_size % lanes:
             raise UserError(f"data.lanes={lanes} does not divide data.batch_size={batch_size}")
@@ -148,7 +186,9 @@ class StreamingOrder:
         by_shard = shard_of if self._numbers is None else shard_of[self._numbers]
         num_shards = int(by_shard[-1]) + 1 if len(by_shard) else 0
         self._first_sample = np.searchsorted(by_shard, np.arange(num_shards + 1))
-        self._lanes = self._cut(num_shards, repeats)
+        self._shard_of = shard_of
+        self._part_S = np.zeros(num_shards, np.int64) if part_of is None else part_of[:num_shards]
+        self._lanes = self._cut(num_shards, np.array(weights, np.int64)[self._part_S])
         num_pairs = [lane.num_pairs for lane in self._lanes]
         self.steps_per_epoch = min(num_pairs) // self.lane_batch
         # With as many batches in a segment as a video has captions, no batch needs a video twice. What a segment
@@ -167,14 +207,16 @@ class StreamingOrder:
         self._lane_epoch = lru_cache(maxsize=2 * lanes)(self._plan)
         self._segment = lru_cache(maxsize=2 * lanes)(self._draw_segment)
 
-    def _cut(self, num_shards: int, repeats: np.ndarray | None) -> list[_Lane]:
+    def _cut(self, num_shards: int, repeats_S: np.ndarray) -> list[_Lane]:
         pairs_S = np.zeros(num_shards, np.int64)
         filled = np.flatnonzero(np.diff(self._first_sample))
         if len(filled):
             counts = self._num_captions if self._numbers is None else self._num_captions[self._numbers]
             pairs_S[filled] = np.add.reduceat(counts, self._first_sample[filled], dtype=np.int64)
-        repeats_S = np.ones(num_shards, np.int64) if repeats is None else repeats.astype(np.int64)
-        order = np.random.default_rng(text_key("lanes", self.seed)).permutation(np.flatnonzero(pairs_S))
+        rng = np.random.default_rng(text_key("lanes", self.seed))
+        # The shards of each part lie evenly in the permutation, so that all lanes have about the same share of it.
+        by_part = [np.flatnonzero((self._part_S == part) & (pairs_S > 0)) for part in np.unique(self._part_S)]
+        order = merge([rng.permutation(shards) for shards in by_part])
         ends = np.cumsum(pairs_S[order] * repeats_S[order])
         cuts = []  # position in ``order`` and pair of that shard, where each lane begins
         for lane in range(self.lanes + 1):
@@ -194,7 +236,7 @@ class StreamingOrder:
                 video = self._cut_video(int(order[place]), pair) if pair else None
                 if video is not None:
                     parity_of[video] = parity
-            lanes.append(_Lane(shard, starts, stops, repeats_S[shard], parity_of))
+            lanes.append(_Lane(shard, starts, stops, self._part_S[shard], repeats_S[shard], parity_of))
         return lanes
 
     def _samples(self, shard: int) -> np.ndarray:
@@ -252,8 +294,8 @@ class StreamingOrder:
     def substitutes(self, step: int, position: int) -> Iterator[tuple[int, int]]:
         """Pairs of the same lane that may replace a damaged one at ``position``, in the order in which to try them.
 
-        Videos of the shards that are open at this step come first. No substitute is a video of the batch, and two
-        positions have no substitute in common.
+        Videos of the shards that are open at this step come first, and those of other parts of a mixture
+        last. No substitute is a video of the batch, and two positions have no substitute in common.
         """
         lane, place = divmod(position, self.lane_batch)
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
@@ -263,11 +305,17 @@ class StreamingOrder:
         rng = np.random.default_rng((text_key("substitute", self.seed, lane), step))
         open_now = np.unique([plan.piece[i] for i, *_ in plan.parts(plan.segment_of(in_epoch))])
         others = np.setdiff1d(np.arange(len(pieces.shard)), open_now)
-        for group in (open_now, others):
-            if not len(group):
-                continue
-            videos = np.concatenate([self._piece_samples(pieces, int(piece)) for piece in group])
-            for video in rng.permutation(np.setdiff1d(videos, excluded))[place :: self.lane_batch]:
+        parts = np.unique(pieces.part)
+        groups = []  # (whether of another part, videos in random order)
+        own_part = self._part_S[self._shard_of[self.lane_batch_of(step, lane)[place, 0]]]
+        for candidates in (open_now, others):
+            for part in parts:
+                videos = [self._piece_samples(pieces, int(k)) for k in candidates if pieces.part[k] == part]
+                if videos:
+                    shuffled = rng.permutation(np.setdiff1d(np.concatenate(videos), excluded))
+                    groups.append((part != own_part, shuffled))
+        for _, videos in sorted(groups, key=lambda group: group[0]):
+            for video in videos[place :: self.lane_batch]:
                 slot = text_key("substitute", self.seed, step, position) % max(1, int(self._num_captions[video]))
                 if self._num_captions[video]:
                     yield int(video), slot
@@ -285,54 +333,6 @@ class StreamingOrder:
         """The shards that a lane reads in each epoch."""
         return np.unique(self._lanes[lane].shard)
 
-
-def deal(
-    pairs_N2: np.ndarray, batch_size: int, rng: np.random.Generator, parity_of: dict[int, int], first_parity: int
-) -> np.ndarray:
-    """Divide pairs into random batches. No batch holds a video twice unless it has more pairs than there are batches.
-
-    Args:
-        pairs_N2: pairs (video, slot); ``N`` is a multiple of ``batch_size``.
-        batch_size: pairs of each batch.
-        rng: source of randomness.
-        parity_of: videos that may come only in batches of even (0) or odd (1) step, as far as there are enough.
-        first_parity: parity of the first batch's step.
-
-    Returns:
-        ``(N / batch_size, batch_size, 2)`` int32.
-    """
-    num_batches = len(pairs_N2) // batch_size
-    videos, number_of = np.unique(pairs_N2[:, 0], return_inverse=True)
-    rank = rng.permutation(len(videos)).astype(np.float64)
-    for video, parity in parity_of.items():
-        rank[videos == video] = parity - 2  # they are dealt first
-    order = np.lexsort((rng.random(len(pairs_N2)), rank[number_of]))
-    pairs_N2, number_of = pairs_N2[order], number_of[order]
-    batches = np.empty((num_batches, batch_size, 2), np.int32)
-    parity_B = (np.arange(num_batches) + first_parity) % 2
-    # Deal the pairs, video by video, in rounds that give one pair to each batch in random order. The pairs of a video
-    # are neighbours, so they meet in a batch only where a round ends within a video: that round and the next are
-    # kept apart.
-    last_number, last_targets = -1, np.empty(0, np.int64)  # the video that ended the round before, and its batches
-    for column in range(batch_size):
-        number_B = number_of[column * num_batches : (column + 1) * num_batches]
-        targets = rng.permutation(num_batches)
-        if number_B[0] == last_number:
-            count = int((number_B == last_number).sum())
-            targets = _prefer(targets, 0, count, ~np.isin(np.arange(num_batches), last_targets))
-        position = 0
-        for number in dict.fromkeys(number_B[rank[number_B] < 0].tolist()):
-            count = int((number_B == number).sum())
-            targets = _prefer(targets, position, count, parity_B == int(rank[number] + 2))
-            position += count
-        batches[targets, column] = pairs_N2[column * num_batches : (column + 1) * num_batches]
-        last_number = number_B[-1]
-        last_targets = targets[number_B == last_number]
-    return batches
-
-
-def _prefer(targets: np.ndarray, position: int, count: int, good: np.ndarray) -> np.ndarray:
-    """Move ``count`` targets that are ``good``, as far as there are so many, to ``position`` of a permutation."""
-    head, rest = targets[:position], targets[position:]
-    chosen = np.concatenate([rest[good[rest]], rest[~good[rest]]])[:count]
-    return np.concatenate([head, chosen, rest[~np.isin(rest, chosen)]])
+    def windows(self, lane: int) -> list[np.ndarray]:
+        """The shards that a lane reads in each epoch, for each of the windows that it has open at the same time."""
+        return [self.shards_of(lane)]

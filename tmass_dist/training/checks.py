@@ -55,13 +55,18 @@ def load_splits(config: Config, *, check_shards: bool = True) -> tuple[Index, In
         UserError: a split is missing or damaged, or has fewer frames than the model takes.
     """
     from tmass_dist.data.index import load_index
+    from tmass_dist.data.mixture import make_mixture
 
     def load(directory: str) -> Index:
         index = load_index(directory, config.data.cache, config.data.retry_s, check_shards=check_shards)
         _check_frames(index, config.model.num_frames)
         return index
 
-    training = load(config.data.train)
+    parts = config.data.train_parts
+    splits = [load(part.path) for part in parts]
+    # A list of one split is that split, unless it is read several times.
+    is_plain = len(parts) == 1 and parts[0].weight == 1
+    training = splits[0] if is_plain else make_mixture(splits, [part.weight for part in parts])
     if config.evaluation.selected_on == "test":
         selection = load(config.data.test)
     elif config.data.val is None:

@@ -24,7 +24,7 @@ def temperature(logit_scale: Tensor) -> Tensor:
     return logit_scale.clamp(max=math.log(100)).exp()
 
 
-def column_info_nce(similarity_SBN: Tensor, logit_scale: Tensor) -> Tensor:
+def column_info_nce(similarity_SBN: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric InfoNCE of several matrices: the mean of the cross-entropies over rows and over columns.
 
     Matching pairs lie on the diagonal. Other captions of the same video in the batch count as negatives, as in the
@@ -41,7 +41,8 @@ def column_info_nce(similarity_SBN: Tensor, logit_scale: Tensor) -> Tensor:
 
     Returns:
         The losses ``(S,)``, the same on every rank; gradients follow the convention of
-        :func:`tmass_dist.distributed.all_gather_rows`.
+        :func:`tmass_dist.distributed.all_gather_rows`. And the loss of each of this rank's pairs ``(S, B)``, without
+        gradients: the mean of its two cross-entropies. The losses are the means over the pairs of all ranks.
     """
     return _ColumnInfoNCE.apply(similarity_SBN, temperature(logit_scale))  # pyright: ignore[reportReturnType]
 
@@ -56,7 +57,7 @@ class _ColumnInfoNCE(torch.autograd.Function):
     """Keeps the similarities and one number for each row and column; the probabilities are computed again."""
 
     @staticmethod
-    def forward(ctx: Any, similarity_SBN: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, similarity_SBN: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
         num_matrices, num_columns, num_rows = similarity_SBN.shape
         own_rows = slice(rank() * num_columns, (rank() + 1) * num_columns)
         # Each cross-entropy is (largest logit - logit of the pair) + log(sum of exp(logit - largest logit)). Both terms
@@ -75,8 +76,10 @@ class _ColumnInfoNCE(torch.autograd.Function):
         all_reduce_sum(summed)
         row_log_SN = summed[:-num_matrices].view_as(row_total_SN).log_()
         losses_S = (row_log_SN.sum(dim=1) + summed[-num_matrices:]) / (2 * num_rows)
+        pair_loss_SB = (gap_SB + row_log_SN[:, own_rows]) / 2
+        ctx.mark_non_differentiable(pair_loss_SB)
         ctx.save_for_backward(similarity_SBN, factor, column_max_SB + column_total_SB.log(), row_max_SN + row_log_SN)
-        return losses_S
+        return losses_S, pair_loss_SB
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,6 +43,8 @@ class Losses(NamedTuple):
     """Mean cosine of each text's most similar wrong video."""
     temperature: Tensor
     """Factor of the cosines."""
+    pair_loss_B: Tensor
+    """Each own pair's part of ``total``, without the divergence: the mean over the pairs of all ranks is that."""
 
 
 def global_losses(
@@ -101,13 +103,14 @@ def global_losses(
 
     trial_KBN, support_BN = similarity_ABN[:num_trials], similarity_ABN[num_trials:]
     scored_SBN = trial_KBN.amax(dim=0, keepdim=True) if stochastic.trials == "best" else trial_KBN
-    loss_S = column_info_nce(torch.cat([scored_SBN, support_BN]), logit_scale)
+    loss_S, pair_loss_SB = column_info_nce(torch.cat([scored_SBN, support_BN]), logit_scale)
     sampled = loss_S[: len(scored_SBN)].mean()
-    total = sampled
+    total, pair_loss_B = sampled, pair_loss_SB[: len(scored_SBN)].mean(dim=0)
     support = divergence = torch.zeros_like(total.detach())
     if len(support_BN):
         support = loss_S[-1]
         total = total + stochastic.support_weight * support
+        pair_loss_B = pair_loss_B + stochastic.support_weight * pair_loss_SB[-1]
     if mass is not None and radius_BD is not None and stochastic.kl_weight:
         divergence = mean_over_ranks(mass.divergence(text_BD, radius_BD))
         total = total + stochastic.kl_weight * divergence
@@ -121,6 +124,7 @@ def global_losses(
         positive=positive,
         hardest=hardest,
         temperature=temperature(logit_scale.detach()),
+        pair_loss_B=pair_loss_B,
     )
 
 
