@@ -1,4 +1,4 @@
-"""The streaming order and the limited cache, a JSON line for each target; ``benchmarks/data.py`` calls it as well."""
+"""The streaming order and the limited cache, a JSON line for each target; ``benchmarks/data.py`` runs it as well."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import resource
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,10 +16,11 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 from tmass_dist.data.cache import CachePlan, needed_bytes, node_uses  # noqa: E402
+from tmass_dist.data.order import GlobalOrder, Order  # noqa: E402
 from tmass_dist.data.streaming import StreamingOrder  # noqa: E402
 
 
-def line(name: str, value: float, unit: str, reference: str, ratio: float) -> None:
+def line(name: str, value: float, unit: str, reference: str, ratio: float | None = None) -> None:
     print(json.dumps({"name": name, "value": round(value, 4), "unit": unit, "reference": reference, "ratio": ratio}))
 
 
@@ -77,9 +80,49 @@ def fetches(num_shards: int = 4000, per_shard: int = 64, nodes: int = 8, lanes: 
     line("streaming-cache-peak", max(peaks), "of data.cache_gb, worst of 8 nodes", "1", round(1 / max(peaks), 3))
 
 
+def randomness(num_shards: int = 36, per_shard: int = 250, captions: int = 20, batch_size: int = 128) -> None:
+    """How far batches are from independent draws: a number belongs to each video, and batches have their means of it.
+
+    ``alike``: all videos of a shard have the same number, the worst case; ``shuffled``: each video has its own. The
+    autocorrelation is that of the means of consecutive batches. The spread is the variance of the means; 1 is that of
+    batches of independent pairs, and batches with a larger spread are less varied within. Means of 3 seeds.
+    """
+    num_videos = num_shards * per_shard
+    num_captions = np.full(num_videos, captions, np.int32)
+    shard_of = np.repeat(np.arange(num_shards, dtype=np.int32), per_shard)
+    orders: dict[str, Callable[[int], Order]] = {
+        "global": lambda seed: GlobalOrder(num_captions, seed=seed, batch_size=batch_size)
+    }
+    for lanes, window in ((8, 2), (8, 4), (32, 2)):
+        orders[f"{lanes} lanes, window {window}"] = lambda seed, lanes=lanes, window=window: StreamingOrder(
+            num_captions, shard_of, seed=seed, batch_size=batch_size, lanes=lanes, window=window
+        )
+    measured: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        values = {"alike": rng.normal(size=num_shards)[shard_of], "shuffled": rng.normal(size=num_videos)}
+        for name, make in orders.items():
+            order = make(seed)
+            videos = np.stack([order.pairs(step, range(batch_size))[:, 0] for step in range(order.steps_per_epoch)])
+            for kind, value in values.items():
+                means = value[videos].mean(axis=1) - value.mean()
+                spread = float(means.var() / value.var() * batch_size)
+                measured[kind, name].append((float((means[1:] * means[:-1]).mean() / means.var()), spread))
+    for (kind, name), results in measured.items():
+        correlation, spread = np.mean(results, axis=0)
+        global_correlation, global_spread = np.mean(measured[kind, "global"], axis=0)
+        if name != "global":
+            reference = f"data.order=global: {global_correlation:.3f}"
+            line(f"streaming-neighbours-{kind}", correlation, f"autocorrelation of batch means, {name}", reference)
+            reference = f"data.order=global: {global_spread:.3f}"
+            ratio = round(spread / global_spread, 2)
+            line(f"streaming-spread-{kind}", spread, f"variance of batch means, {name}", reference, ratio)
+
+
 def main() -> None:
     plan_speed()
     fetches()
+    randomness()
 
 
 if __name__ == "__main__":

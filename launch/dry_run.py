@@ -6,13 +6,17 @@ import dataclasses
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launch.data_report import read_training_split
+from launch.data_report import read_training_split, steps_per_epoch
 from launch.nodes import Node, describe_gpus
 from launch.resources import Resources
 from launch.steps import Step
 from tmass_dist.config import Config, differing_keys, load_config, to_yaml
 from tmass_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from tmass_dist.data.index import Index
 
 _WITHOUT_BF16 = (
     "k80",
@@ -88,11 +92,9 @@ def _run(run: Config, resources: Resources, nodes: list[Node]) -> tuple[list[str
         warnings.append("each rank has one pair: most of a step is spent on exchanges; use fewer ranks or more pairs")
     training, missing = read_training_split(run)
     if training is not None:
-        per_epoch = int(training.num_captions.sum()) // run.data.batch_size
-        steps = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)
-        lines.append(f"{steps} steps: {run.epochs} epochs of {per_epoch} steps" + (_limit(run, steps, per_epoch)))
-        if per_epoch == 0:
-            warnings.append(f"{run.data.train} has fewer pairs than one batch of {run.data.batch_size}")
+        data_lines, data_warnings = _data(run, training, ranks)
+        lines += data_lines
+        warnings += data_warnings
         checked.append("data")
     else:
         lines.append(f"{run.epochs} epochs; steps unknown without the data")
@@ -105,6 +107,19 @@ def _run(run: Config, resources: Resources, nodes: list[Node]) -> tuple[list[str
     lines.append(f"run directory {run.run_dir}")
     lines.append(f"checked: {', '.join(checked)}")
     return lines, warnings
+
+
+def _data(run: Config, training: Index, num_ranks: int) -> tuple[list[str], list[str]]:
+    """What a run will read: the parts of a mixture and the steps; and warnings."""
+    from tmass_dist.data.mixture import describe_parts
+
+    lines = [f"data.train: {line}" for line in describe_parts(training)]
+    try:
+        per_epoch = steps_per_epoch(run, training, num_ranks)
+    except UserError as error:
+        return lines, [f"data: {error}"]
+    steps = min(run.epochs * per_epoch, run.max_steps or run.epochs * per_epoch)
+    return [*lines, f"{steps} steps: {run.epochs} epochs of {per_epoch} steps" + _limit(run, steps, per_epoch)], []
 
 
 def _limit(run: Config, steps: int, per_epoch: int) -> str:

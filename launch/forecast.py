@@ -111,8 +111,8 @@ class Forecast:
     gpu: Gpu
     num_ranks: int
     gpus_per_node: int
-    num_pairs: int | None
-    """Training pairs; None without the data."""
+    steps_per_epoch: int | None
+    """None without the data."""
 
     @property
     def memory(self) -> dict[str, int]:
@@ -176,9 +176,9 @@ class Forecast:
     @property
     def num_steps(self) -> int | None:
         """Steps of the run; None if neither the data nor ``max_steps`` says."""
-        if self.num_pairs is None:
+        if self.steps_per_epoch is None:
             return self.config.max_steps
-        steps = self.config.epochs * (self.num_pairs // self.config.data.batch_size)
+        steps = self.config.epochs * self.steps_per_epoch
         return min(steps, self.config.max_steps or steps)
 
     @property
@@ -197,13 +197,13 @@ def gradient_exchanges(cost: StepCost, stage: int) -> dict[str, int]:
     return {"gradients, allreduce": numbers} | ({"weights, allgather": numbers} if stage else {})
 
 
-def forecast(config: Config, gpu: Gpu, resources: Resources, num_pairs: int | None) -> Forecast:
+def forecast(config: Config, gpu: Gpu, resources: Resources, steps_per_epoch: int | None) -> Forecast:
     """Simulate a step with bfloat16 as the GPU has it."""
     ranks = resources.ranks
     bf16 = config.engine.bf16 in (True, "auto") and gpu.has_bf16
     engine = dataclasses.replace(config.engine, bf16=bf16)
     exact = dataclasses.replace(config, engine=engine)
-    return Forecast(exact, simulate(exact, ranks), gpu, ranks, resources.gpus, num_pairs)
+    return Forecast(exact, simulate(exact, ranks), gpu, ranks, resources.gpus, steps_per_epoch)
 
 
 def settings_that_fit(plan: Forecast) -> list[str]:

@@ -6,12 +6,13 @@ import argparse
 import sys
 
 from launch import forecast
-from launch.data_report import read_training_split
+from launch.data_report import read_training_split, steps_per_epoch
 from launch.hardware import Gpu, find_gpu
 from launch.nodes import Node
 from launch.resources import Resources
 from tmass_dist.config import Config
 from tmass_dist.errors import UserError
+from tmass_dist.training.checks import usable_ranks
 
 
 def show_plan(arguments: argparse.Namespace, config: Config, resources: Resources, nodes: list[Node]) -> None:
@@ -68,6 +69,8 @@ def _forecast(
     arguments: argparse.Namespace, config: Config, resources: Resources, gpu: Gpu
 ) -> tuple[forecast.Forecast, int | None]:
     training, _ = read_training_split(config)
-    num_pairs = int(training.num_captions.sum()) if training is not None else None
-    cached = sum(shard.bytes for shard in training.shards) if training is not None else None
-    return forecast.forecast(config, gpu, resources, num_pairs), cached
+    per_epoch = cached = None
+    if training is not None:
+        per_epoch = steps_per_epoch(config, training, usable_ranks(config, resources.ranks))
+        cached = sum(shard.bytes for shard in training.shards)
+    return forecast.forecast(config, gpu, resources, per_epoch), cached

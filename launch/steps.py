@@ -32,8 +32,12 @@ class Step:
 
 def absolute(config: Config) -> Config:
     """The config with absolute paths, which are valid wherever the job starts."""
-    splits = {name: getattr(config.data, name) for name in ("train", "val", "test")}
-    paths: Any = {name: path if is_remote(path) else str(Path(path).resolve()) for name, path in splits.items() if path}
+
+    def resolved(path: str) -> str:
+        return path if is_remote(path) else str(Path(path).resolve())
+
+    paths: Any = {name: resolved(path) for name in ("val", "test") if (path := getattr(config.data, name))}
+    paths["train"] = [dataclasses.replace(part, path=resolved(part.path)) for part in config.data.train_parts]
     files = {
         key: str(Path(value).resolve())
         for key in ("architecture", "pretrained")

@@ -123,7 +123,8 @@ def _plan(
         compare = CommandJob(("launch/compare.py", str(base), "--out", str(base)), str(folder))
         return runs, [array, steps.Step("compare", [compare], resources.one_task(), "afterany")]
     if arguments.job == "all":
-        splits = filter(None, (config.data.train, config.data.val, config.data.test))
+        train = [part.path for part in config.data.train_parts]
+        splits = filter(None, (*train, config.data.val, config.data.test))
         ready = all(Path(path, "index.safetensors").is_file() for path in splits)
         packs = steps.packing([] if ready else arguments.pack, resources, folder, arguments.tasks)
         trained = steps.training(config, resources, folder, then="encode")

@@ -1,16 +1,29 @@
 """Mixtures of splits: exact counts, the same batches for every world size, resume at any step."""
 
+import json
+import re
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tmass_dist.config import DataConfig
+from tests.conftest import run
+from tests.loaders import global_batches, make_loaders
+from tests.ranks import on_ranks
+from tests.resharded import reshard
+from tmass_dist.config import DataConfig, TrainPart, load_config, to_yaml
 from tmass_dist.data.cache import CachePlan, needed_bytes, node_uses
-from tmass_dist.data.index import Index
+from tmass_dist.data.index import Index, Shard, load_index
 from tmass_dist.data.mixed_order import OneSetStreamingOrder, make_order
-from tmass_dist.data.mixture import Mixture, make_mixture
+from tmass_dist.data.mixture import Mixture, make_mixture, part_names
+from tmass_dist.data.samples import read_sample
 from tmass_dist.data.streaming import StreamingOrder
+from tmass_dist.errors import UserError
+from tmass_dist.training.loop import train
 
 KINDS = [(order, batch_from) for order in ("global", "streaming") for batch_from in ("mixed", "one")]
 
@@ -28,8 +41,6 @@ def _index(directory: str, num_captions: list[int], per_shard: int, image_size: 
         "id_bytes": np.frombuffer(ids, np.uint8),
         "id_end": np.arange(5, 5 * number + 1, 5, dtype=np.int64),
     }
-    from tmass_dist.data.index import Shard
-
     shards = tuple(Shard(f"shard-{k:06d}.tar", 1000, "0" * 64) for k in range(-(-number // per_shard)))
     return Index(directory, "train", 12, image_size, "jpeg", shards, columns)
 
@@ -137,3 +148,199 @@ def test_the_cache_holds_what_a_lane_reads(batch_from: str) -> None:
             pairs = order.pairs(step, range(lane * 4, lane * 4 + 4))
             assert set(mixture.columns["shard"][pairs[:, 0]].tolist()) <= plan.held
             assert plan.used_bytes <= capacity
+
+
+@pytest.fixture(scope="module")
+def parts(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two splits on disk with the same ids."""
+    packed = Path(next(o for o in data if o.startswith("data.train=")).removeprefix("data.train="))
+    out = tmp_path_factory.mktemp("parts")
+    reshard(packed, out / "one" / "train", per_shard=2, copies=1)
+    reshard(packed, out / "two" / "train", per_shard=5, copies=2)
+    return [str(out / "one" / "train"), str(out / "two" / "train")]
+
+
+def _loaded(parts: list[str]) -> Mixture:
+    return make_mixture([load_index(path) for path in parts], [2, 1])
+
+
+def _content(mixture: Index, world_size: int, start: int, steps: int, **options) -> list[tuple]:
+    batches = global_batches(make_loaders(mixture, world_size, **options), start, steps)
+    pixels = [torch.cat([batch.pixels_BFHWC for batch in step]) for step in batches]
+    pairs = [[row for batch in step for row in zip(batch.video_ids, batch.captions, batch.parts)] for step in batches]
+    return list(zip(pairs, pixels))
+
+
+@pytest.mark.parametrize(("order", "batch_from"), KINDS)
+def test_any_world_size_workers_and_start_give_the_same_batches(parts: list[str], order: str, batch_from: str) -> None:
+    mixture = _loaded(parts)
+    options = {"train": parts, "order": order, "batch_from": batch_from, "batch_size": 8}
+    options |= {"lanes": 4} if order == "streaming" else {}
+    number = 12
+    one_rank = _content(mixture, 1, 0, number, **options)
+    for world_size, start, num_workers in ((2, 3, 1), (4, 5, 0), (4, 0, 2)):
+        several = _content(mixture, world_size, start, number - start, num_workers=num_workers, **options)
+        for (pairs, pixels), (expected_pairs, expected_pixels) in zip(several, one_rank[start:], strict=True):
+            assert pairs == expected_pairs and torch.equal(pixels, expected_pixels)
+    for pairs, _ in one_rank:
+        assert all(video_id.startswith(("one/train/", "two/train/")[part]) for video_id, _, part in pairs)
+
+
+def test_a_sample_of_a_mixture_is_that_of_its_part(parts: list[str]) -> None:
+    mixture = _loaded(parts)
+    for number in (0, len(mixture.parts[0]) - 1, len(mixture.parts[0]), len(mixture) - 1):
+        part, own_number = mixture.locate(number)
+        meta, frames = read_sample(mixture, number)
+        own_meta, own_frames = read_sample(part, own_number)
+        assert frames == own_frames and meta["captions"] == own_meta["captions"]
+        assert meta["id"] == mixture.id_of(number) == f"{mixture.names[mixture.part_of(number)]}/{own_meta['id']}"
+        sample = mixture.sample(number)
+        assert mixture.path(sample) == part.path(part.sample(own_number))
+
+
+def test_held_out_videos_come_from_all_parts_and_are_not_trained_on(parts: list[str]) -> None:
+    mixture = _loaded(parts)
+    training, selection = mixture.hold_out(30)
+    assert isinstance(training, Mixture) and isinstance(selection, Mixture)
+    assert len(selection) == 30 and len(selection.parts) == 2
+    assert not set(selection.ids) & set(training.ids) and training.weights == (2, 1)
+
+
+def test_captions_of_a_model_go_to_the_part_that_has_the_ids(parts: list[str], tmp_path: Path) -> None:
+    mixture = _loaded(parts)
+    video_id = mixture.parts[1].id_of(0)
+    line = json.dumps({"id": video_id, "captions": ["new"]}) + "\n"
+    in_directory = Path(parts[1]) / "more.jsonl"
+    in_directory.write_text(line)
+    for path in ("more.jsonl", str(in_directory)):
+        extended = mixture.with_captions(path)
+        gained = extended.num_captions - mixture.num_captions
+        # In this split each id occurs twice, and the file is read by ids.
+        assert gained.sum() > 0 and set(np.flatnonzero(gained)) <= set(range(len(mixture.parts[0]), len(mixture)))
+    (tmp_path / "both.jsonl").write_text(line)
+    with pytest.raises(UserError, match=r"both\.jsonl has ids of one/train and of two/train; put a file for each"):
+        mixture.with_captions(str(tmp_path / "both.jsonl"))
+    (tmp_path / "none.jsonl").write_text(json.dumps({"id": "nobody", "captions": ["new"]}) + "\n")
+    with pytest.raises(UserError, match=r"none\.jsonl has no caption for any video of .*one/train \+ .*two/train"):
+        mixture.with_captions(str(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match=r"no file of captions nowhere\.jsonl"):
+        mixture.with_captions("nowhere.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("[]", "data.train is []: it is a path, or a list such as"),
+        ("null", "data.train is None: it is a path"),
+        ("[{path: a, weight: 0}]", "the weight of a in data.train is 0: it is how many times an epoch reads"),
+        ("[{path: a, weight: -1}, b]", "the weight of a in data.train is -1"),
+        ("[{path: a, weight: 0.5}, b]", "the weight of a in data.train is 0.5"),
+        ("[{path: a, weight: .nan}, b]", "the weight of a in data.train is nan"),
+        ("[{path: a, weight: true}, b]", "the weight of a in data.train is True"),
+        ("[{path: a, wieght: 2}, b]", "an entry of data.train is {'path': 'a', 'wieght': 2}"),
+        ("[{weight: 2}, b]", "an entry of data.train is {'weight': 2}"),
+        ("[[a], b]", "an entry of data.train is ['a']"),
+        ("['', b]", "a path of data.train is ''"),
+        ("[a, b, a/]", "it names a split twice; give it a weight instead"),
+        ("{path: a}", "data.train is {'path': 'a'}: it is a path, or a list"),
+    ],
+)
+def test_what_is_no_mixture_is_one_line(train: str, message: str) -> None:
+    with pytest.raises(UserError) as raised:
+        load_config("demo.yaml", [f"data.train={train}"])
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_list_of_one_split_is_that_split(parts: list[str], tmp_path: Path) -> None:
+    plain = load_config("demo.yaml", [f"data.train={parts[0]}"])
+    for text in (f"[{parts[0]}]", f"[{{path: {parts[0]}, weight: 1}}]"):
+        assert load_config("demo.yaml", [f"data.train={text}"]) == plain
+    with pytest.raises(UserError, match=r"data\.batch_from is 'one': it applies to a data\.train with several splits"):
+        load_config("demo.yaml", [f"data.train=[{parts[0]}]", "data.batch_from=one"])
+    mixture = load_config("demo.yaml", [f"data.train=[{{path: {parts[0]}, weight: 2}}, {parts[1]}]"])
+    assert mixture.data.train == (TrainPart(parts[0], 2), TrainPart(parts[1]))
+    (tmp_path / "config.yaml").write_text(to_yaml(mixture))
+    assert load_config(str(tmp_path / "config.yaml")) == mixture
+
+
+def test_splits_that_do_not_fit_together_are_one_line(parts: list[str], tmp_path: Path) -> None:
+    one, other = _index("data/a/train", [1] * 20, 5), _index("data/b/train", [1] * 20, 5, image_size=64)
+    with pytest.raises(UserError, match=r"differ in the size of their frames: data/a/train has 32 pixels and data/b/t"):
+        make_mixture([one, other], [1, 1])
+    link = tmp_path / "link"
+    link.symlink_to(parts[0])
+    with pytest.raises(UserError, match=r"names .*one/train twice; give it a weight instead"):
+        make_mixture([load_index(parts[0]), load_index(link)], [1, 1])
+    with pytest.raises(UserError, match=r"data/b/train of data\.train has no video"):
+        make_mixture([one, _index("data/b/train", [], 5)], [1, 1])
+    few = make_mixture([_index("data/a/train", [1] * 400, 5), _index("data/b/train", [1] * 2, 1)], [1, 200])
+    for order in ("global", "streaming"):
+        with pytest.raises(
+            UserError, match="b/train has 2 videos, and its weight gives it 4 of the 8 pairs of a batch"
+        ):
+            make_order(few, _config(order, "mixed"), seed=0)
+    with pytest.raises(UserError, match=r"data/b/train: 2 pairs are fewer than one batch of 8"):
+        make_order(few, _config("global", "one"), seed=0)
+
+
+def test_names_are_as_short_as_they_can_be() -> None:
+    assert part_names(["/data/msrvtt/train", "/data/vatex/train"]) == ["msrvtt/train", "vatex/train"]
+    assert part_names(["/x/one", "https://host/two"]) == ["one", "two"]
+    assert part_names(["https://a/train", "/b/train"]) == ["a/train", "b/train"]
+
+
+class _StopAtStep:
+    """Asks the run to stop when it asks for the n-th time."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.asked = step, 0
+
+    @property
+    def requested(self) -> bool:
+        self.asked += 1
+        return self.asked >= self.step
+
+
+def _train(overrides: list[str], stop_at: int | None) -> bool:
+    stop: Any = _StopAtStep(stop_at) if stop_at else None
+    return train(load_config("demo.yaml", overrides), stop)
+
+
+def _curves(run_dir: Path) -> dict[str, dict[int, float]]:
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize(("order", "batch_from"), [("global", "mixed"), ("streaming", "one")])
+def test_a_run_on_a_mixture_logs_its_parts_and_resumes_on_two_ranks(
+    data: list[str], parts: list[str], tmp_path: Path, order: str, batch_from: str
+) -> None:
+    common = [*data, f"data.train=[{{path: {parts[0]}, weight: 2}}, {parts[1]}]", f"data.order={order}"]
+    common += [f"data.batch_from={batch_from}", "max_steps=8", "eval_every=4", "log_every=1", "data.num_workers=1"]
+    common += ["data.lanes=4"] if order == "streaming" else []
+    whole, resumed = [f"run_dir={tmp_path / 'whole'}"], [f"run_dir={tmp_path / 'resumed'}"]
+    done = run("-m", "tmass_dist.train", "--config", "demo.yaml", *common, *whole)
+    assert done.returncode == 0, done.stderr
+    for num_ranks, stop_at, at_end in ((1, 3, False), (2, None, True)):
+        (tmp_path / f"{num_ranks}").mkdir()
+        ended = on_ranks(num_ranks, _train, [*common, *resumed], stop_at, tmp_path=tmp_path / f"{num_ranks}")
+        assert ended == [at_end] * num_ranks
+    assert re.search("step [1-7] of 8, 2 ranks", (tmp_path / "resumed" / "train.log").read_text())
+    expected, curves = _curves(tmp_path / "whole"), _curves(tmp_path / "resumed")
+    for step, loss in expected["loss/total"].items():
+        assert abs(curves["loss/total"][step] - loss) < 1e-4
+    shares = [expected[f"mixture/{name}/share"] for name in ("one/train", "two/train")]
+    assert sorted(shares[0]) == [*range(1, 9)]
+    for step in shares[0]:
+        assert abs(shares[0][step] + shares[1][step] - 1) < 1e-6
+    for tag in (tag for tag in expected if tag.startswith("mixture/")):
+        assert expected[tag].keys() == curves[tag].keys()
+        assert all(abs(curves[tag][step] - value) < 1e-4 for step, value in expected[tag].items())
+    log = (tmp_path / "whole" / "train.log").read_text()
+    assert re.search(r"data\.train: one/train: \d+ pairs, weight 2, 50\.0% of an epoch", log)
+    # Another weight would be another order.
+    changed = [entry.replace("weight: 2", "weight: 3") for entry in common]
+    done = run("-m", "tmass_dist.train", "--config", "demo.yaml", *changed, *resumed)
+    assert done.returncode == 2 and "holds a run with another config (data.train: saved" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -64,6 +64,7 @@ def _loss_and_gradients(
     losses.total.backward()
     parameters = {name: parameter.grad for name, parameter in head.named_parameters() if parameter.grad is not None}
     found = {"text": text_BD.grad, "frames": frames_BFD.grad, "scale": logit_scale.grad}
+    found["pair_loss"] = losses.pair_loss_B
     numbers = {name: getattr(losses, name).detach().reshape(()) for name in NUMBERS}
     return {**numbers, **found, **parameters}  # type: ignore[dict-item]
 
@@ -102,7 +103,11 @@ def test_ranks_and_tiles_give_the_loss_and_gradients_of_one_process(num_ranks: i
                     for share in shares:
                         torch.testing.assert_close(share[name], expected, rtol=1e-12, atol=1e-15, msg=where)
                     continue
-                if name in ("text", "frames"):  # each row is on the rank it came from; ZeRO takes the mean over ranks
+                if name == "pair_loss":
+                    found = torch.cat([share[name] for share in shares])
+                    without_kl = alone["total"] - (0.3 if "kl" in variant else 0.0) * alone["divergence"]
+                    torch.testing.assert_close(found.mean(), without_kl, rtol=1e-12, atol=1e-15, msg=where)
+                elif name in ("text", "frames"):  # each row is on the rank it came from; ZeRO takes the mean over ranks
                     found = torch.cat([share[name] for share in shares]) / num_ranks
                 else:
                     found = torch.stack([share[name] for share in shares]).mean(0)
@@ -117,7 +122,7 @@ def test_the_loss_of_columns_is_that_of_the_matrix(scale: float) -> None:
     found = []
     for function in (
         lambda matrices, s: torch.stack([symmetric_info_nce(matrix, s) for matrix in matrices]),
-        lambda matrices, s: column_info_nce(matrices.transpose(1, 2), s),
+        lambda matrices, s: column_info_nce(matrices.transpose(1, 2), s)[0],
     ):
         leaves = [matrices_SNN.clone().requires_grad_(), torch.full((1,), scale).double().requires_grad_()]
         losses_S = function(*leaves)

@@ -44,7 +44,7 @@ def test_the_meter_counts_bytes_gradients_and_flops() -> None:
 def plan() -> Forecast:
     """The demo on two nodes of four H100."""
     config = load_config("demo.yaml", ["data.num_workers=3", "max_steps=100"])
-    return forecast(config, find_gpu("h100"), Resources(nodes=2, gpus=4), num_pairs=None)
+    return forecast(config, find_gpu("h100"), Resources(nodes=2, gpus=4), steps_per_epoch=None)
 
 
 @pytest.mark.parametrize(

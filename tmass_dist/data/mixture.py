@@ -129,6 +129,18 @@ def part_names(places: Sequence[str]) -> list[str]:
     return list(places)
 
 
+def describe_parts(index: Index) -> list[str]:
+    """A line for each part of a mixture: its pairs, its weight and its share of an epoch; nothing for a plain split."""
+    if not isinstance(index, Mixture):
+        return []
+    num_pairs = [int(part.num_captions.sum()) for part in index.parts]
+    total = sum(pairs * weight for pairs, weight in zip(num_pairs, index.weights))
+    return [
+        f"{name}: {pairs} pairs, weight {weight}, {pairs * weight / total:.1%} of an epoch"
+        for name, pairs, weight in zip(index.names, num_pairs, index.weights)
+    ]
+
+
 def _join(parts: Sequence[Index], names: Sequence[str], weights: Sequence[int]) -> Mixture:
     columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in COLUMNS}
     first_shards = np.cumsum([0, *(len(part.shards) for part in parts[:-1])])

@@ -17,7 +17,7 @@ TEMPLATE = """---
 
 T-MASS (Wang et al., "Text Is MASS", CVPR 2024, arXiv:2403.17998) for text-video retrieval: {architecture} towers,
 {num_frames} frames per video, radius `{radius}`. Trained with tmass-dist{steps}, global batch {batch_size}, on
-`{data}`{started}. {selection}
+{data}{started}. {selection}
 
 ## Results
 
@@ -69,7 +69,7 @@ def model_card(name: str, config: Config, trained: dict[str, Any], metadata: Mod
         radius=model.radius,
         steps=f" for {trained['step']} steps" if "step" in trained else "",
         batch_size=config.data.batch_size,
-        data="/".join(Path(trained.get("data", "unknown data")).parts[-2:]),
+        data=_describe_data(trained.get("data", "unknown data")),
         started=f", starting from `{'/'.join(Path(config.init_from).parts[-2:])}`" if config.init_from else "",
         selection=(
             f"The checkpoint was selected on the `{trained['selected_on']}` split."
@@ -81,3 +81,11 @@ def model_card(name: str, config: Config, trained: dict[str, Any], metadata: Mod
         samples=f"the best of {config.stochastic.num_trials} samples per text" if sampled else "without samples",
     )
     return ModelCard(text, ignore_metadata_errors=True)
+
+
+def _describe_data(data: str | list[dict[str, Any]]) -> str:
+    """The training data: the end of each split's path, with its weight in a mixture. A string is from older exports."""
+    parts = [{"path": data, "weight": 1}] if isinstance(data, str) else data
+    names = [f"`{'/'.join(Path(part['path']).parts[-2:])}`" for part in parts]
+    weighted = any(part["weight"] != 1 for part in parts)
+    return " and ".join(f"{name} (weight {part['weight']})" if weighted else name for name, part in zip(names, parts))

@@ -114,7 +114,7 @@ class TMass(
         if not weights.is_file():
             raise UserError(f"{run} has no weights {weights}; train it first")
         config = load_config(str(run / "config.yaml"), allow_env=allow_env)
-        trained: dict[str, Any] = {"data": config.data.train}
+        trained: dict[str, Any] = {"data": [asdict(part) for part in config.data.train_parts]}
         best = {} if checkpoint else _read_json(run / "checkpoints" / "best.json")
         trained |= {key: best[key] for key in ("step", "selected_on") if key in best}
         # A table of other weights is not this model's.

@@ -33,12 +33,12 @@ def check_batch(config: Config, world: int) -> None:
 
 def usable_ranks(config: Config, num_ranks: int) -> int:
     """The largest number up to ``num_ranks`` that divides the global batch and the recorded lanes, if there are any."""
-    saved = _saved_config(config)
+    saved = saved_config(config)
     lanes = config.data.lanes or (saved and saved.data.lanes) or config.data.batch_size
     return max(n for n in range(1, num_ranks + 1) if config.data.batch_size % n == 0 and lanes % n == 0)
 
 
-def _saved_config(config: Config) -> Config | None:
+def saved_config(config: Config) -> Config | None:
     """What the first start of the run wrote; None if this is the first start."""
     path = Path(config.run_dir) / "config.yaml"
     return load_config(str(path)) if path.is_file() else None
@@ -125,7 +125,7 @@ def check_and_load(config: Config, world: int, *, look_at_files: bool = True) ->
     check_loggers(config)
     if look_at_files:
         check_weights(config)
-    saved = _saved_config(config)
+    saved = saved_config(config)
     config = replace(config, data=choose_order(config.data, world, saved.data if saved else None))
     splits = load_splits(config, check_shards=look_at_files)
     check_order(splits[0], config.data, config.seed, world)

@@ -19,6 +19,7 @@ from tmass_dist import distributed
 from tmass_dist.cli import read_json, write_json, write_text
 from tmass_dist.config import Config, to_yaml
 from tmass_dist.data.loader import TrainLoader
+from tmass_dist.data.mixture import describe_parts
 from tmass_dist.data.quarantine import Quarantine
 from tmass_dist.errors import UserError
 from tmass_dist.models.backbone import build_tokenizer
@@ -30,6 +31,7 @@ from tmass_dist.training.engine import Engine
 from tmass_dist.training.monitor import LoggedStep, Meter, Monitor, forward_flops, hours_tag, start_log
 from tmass_dist.training.nonfinite import report_nonfinite
 from tmass_dist.training.optim import warmup_cosine
+from tmass_dist.training.part_meter import PartMeter
 from tmass_dist.training.profiler import StepProfiler
 from tmass_dist.training.run_lock import RunLock
 from tmass_dist.training.start import starting_model
@@ -138,6 +140,8 @@ class _TrainingRun:
         self.model = starting_model(config, device, log)
         training, selection = splits
         check_model(self.model, training, config, log)
+        for line in describe_parts(training):
+            log.info("data.train: %s", line)
         self.num_steps = config.epochs * self.loader.steps_per_epoch
         self.num_steps = min(self.num_steps, config.max_steps or self.num_steps)
         self.num_warmup_steps = int(config.optim.warmup * self.num_steps)
@@ -164,6 +168,7 @@ class _TrainingRun:
             self.monitor, log, config, self.num_steps, lambda: forward_flops(shape_only, *self._pair_inputs)
         )
         self._start_s = time.perf_counter()
+        self.part_meter = PartMeter(training, device)
         self._stopping = False
         self._previous: _Step | None = None
         self._flags: tuple[Callable[[], list[float]], list[tuple[str, str]]] | None = None
@@ -254,10 +259,13 @@ class _TrainingRun:
         if previous is None:
             return True
         is_finite = self.engine.last_step_was_finite()
+        if is_finite:
+            self.part_meter.add(previous.batch.parts, previous.losses.pair_loss_B)
         if previous.logged is not None:
             norms = self.engine.group_norms() if is_finite else {}
             num_damaged = len(self.quarantine.reasons)
-            self.meter.log(previous.number, previous.losses, norms, previous.logged, num_damaged)
+            parts = self.part_meter.read()
+            self.meter.log(previous.number, previous.losses, norms, previous.logged, num_damaged, parts)
         return is_finite
 
     def _diagnose_previous(self) -> None:

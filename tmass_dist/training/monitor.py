@@ -37,6 +37,8 @@ TAGS = {
     "optim/grad_norm": "global gradient norm before clipping",
     "optim/grad_norm_towers": "of the towers; optim/grad_norm_head: of the head",
     "optim/lr_towers": "learning rate of the towers; optim/lr_head: of the head",
+    "mixture/NAME/loss": "loss/total (without loss/kl) of the pairs of a part of data.train, mean since the last entry",
+    "mixture/NAME/share": "share of the pairs that were of this part since the last entry",
     "progress/samples": "pairs trained on since the first step",
     "progress/damaged_videos": "training videos that do not decode; each is replaced by another (quarantine.jsonl)",
     "speed/data_s": "seconds of a step spent waiting for the loader",
@@ -160,8 +162,25 @@ class Meter:
         self.start(step)
         return measured
 
-    def log(self, step: int, losses: Losses, norms: dict[str, float], logged: LoggedStep, num_damaged: int) -> None:
-        """Write the values of a step; ``norms`` are by parameter group. Waits until the GPU has done that step."""
+    def log(
+        self,
+        step: int,
+        losses: Losses,
+        norms: dict[str, float],
+        logged: LoggedStep,
+        num_damaged: int,
+        parts: dict[str, float],
+    ) -> None:
+        """Write the values of a step; waits until the GPU has done that step.
+
+        Args:
+            step: number of the step, from 1.
+            losses: of the step.
+            norms: by parameter group.
+            logged: speed and rates.
+            num_damaged: damaged videos so far.
+            parts: values by tag of the parts of a mixture; see :class:`tmass_dist.training.part_meter.PartMeter`.
+        """
         steps, elapsed_s = logged.num_steps, logged.elapsed_s
         batch = self.config.data.batch_size
         rate = steps * batch / elapsed_s
@@ -197,6 +216,7 @@ class Meter:
         values |= {f"speed/{name}_s": seconds for name, seconds in logged.phase_seconds().items()}
         values |= {f"optim/lr_{name}": value for name, value in logged.rates.items()}
         values |= {f"optim/grad_norm{'' if name == 'total' else '_' + name}": value for name, value in norms.items()}
+        values |= parts
         self.monitor.scalars(values, step)
         remaining = datetime.timedelta(seconds=round((self.num_steps - step) * batch / rate))
         words = [f"step {step}/{self.num_steps} loss {total:.4f}", f"{rate:.1f} videos/s"]
