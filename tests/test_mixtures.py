@@ -307,7 +307,7 @@ def _train(overrides: list[str], stop_at: int | None) -> bool:
 
 
 def _curves(run_dir: Path) -> dict[str, dict[int, float]]:
-    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events = EventAccumulator(str(run_dir))
     events.Reload()
     return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 

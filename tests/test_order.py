@@ -8,7 +8,8 @@ import pytest
 
 from tmass_dist.config import DataConfig
 from tmass_dist.data.index import Index, Sample, Shard, make_columns
-from tmass_dist.data.order import GlobalOrder, choose_order, epoch_batches, make_order, rounds, substitutes
+from tmass_dist.data.mixed_order import make_order
+from tmass_dist.data.order import GlobalOrder, choose_order, epoch_batches, rounds, substitutes
 from tmass_dist.data.streaming import StreamingOrder
 from tmass_dist.errors import UserError
 
