@@ -99,7 +99,12 @@ def planned_peak(cost: StepCost, stage: int, num_ranks: int, *, ema: bool, overl
     step = (cost.peak_without_gradients if sharded else cost.peak) - cost.weights
     backward = state["weights"] + state["optimiser"] + state["buffers"] + step
     backward += state["gradients"] if sharded else 0
-    return max(backward, sum(state.values()) + state["gradients"])
+    return max(backward, _update_peak(state, stage))
+
+
+def _update_peak(state: dict[str, int], stage: int) -> int:
+    """While the optimiser updates there is a copy of the gradients; stages 1 and 2 have released their buffers."""
+    return sum(state.values()) + state["gradients"] - (state["buffers"] if stage < 3 else 0)
 
 
 @dataclass(frozen=True)
@@ -119,11 +124,12 @@ class Forecast:
         """Bytes on each GPU by part, at the moment when their sum is largest."""
         stage = self.config.engine.zero_stage
         state = zero_state(self.cost, stage, self.num_ranks, ema=self.config.optim.ema > 0, overlap=True)
-        rest = self.total - sum(state.values())
         parts = {name: state[name] for name in ("weights", "optimiser", "gradients")}
         parts["buffers of the reduction"] = state["buffers"]
-        if rest == state["gradients"]:
-            return parts | {"copies of the gradients in the update": rest}
+        if self.total == _update_peak(state, stage):
+            parts["buffers of the reduction"] *= stage == 3
+            return parts | {"copies of the gradients in the update": state["gradients"]}
+        rest = self.total - sum(state.values())
         if stage < 2:  # all gradients exist at the end of the backward pass only; the activations are gone by then
             del parts["gradients"]
             rest += state["gradients"]
