@@ -69,7 +69,7 @@ def order(directory: str, kind: str) -> tuple[float, float]:
     """The order of an epoch, up to its first batch."""
     from tmass_dist.config import DataConfig
     from tmass_dist.data.index import load_index
-    from tmass_dist.data.order import make_order
+    from tmass_dist.data.mixed_order import make_order
 
     index = load_index(directory, check_shards=False)
     config = DataConfig(order=kind, batch_size=1024, lanes=64 if kind == "streaming" else None)  # pyright: ignore[reportArgumentType]
