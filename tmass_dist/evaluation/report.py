@@ -313,8 +313,12 @@ def _recall_curve(ranks: Ranks, title: str) -> bytes:
     drawn, (axes,) = figure()
     for name, values in (("text to video", ranks.t2v_T), ("video to text", ranks.v2t_V)):
         ordered = values.sort().values
-        axes.plot(ordered.numpy(), torch.arange(1, len(ordered) + 1).numpy() / len(ordered) * 100, label=name)
+        recalls = torch.arange(1, len(ordered) + 1).numpy() / len(ordered) * 100
+        axes.step(ordered.numpy(), recalls, where="post", label=name)
     axes.set(xscale="log", xlabel="K", ylabel="R@K, percent", ylim=(0, 102))
+    ticks = [k for k in (1, 5, 10, 50, 100, 500, 1000, 5000, 10_000) if k <= len(ranks.v2t_V)]
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.minorticks_off()
     axes.set_title(title, fontsize=9)
     axes.legend()
     return png(drawn)
