@@ -87,3 +87,11 @@ def test_empty_tar_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(bytes(10240))
     with pytest.raises(UserError, match=rf"first reason: {tmp_path}/x\.tar is empty"):
         common_kind([read_tar(str(tmp_path / "x.tar"), ("txt",))])
+
+
+def test_a_matrix_with_a_value_that_is_no_number_is_named(tmp_path: Path) -> None:
+    matrix = MATRIX.copy()
+    matrix[2, 3] = np.nan
+    np.save(tmp_path / "s.npy", matrix)
+    with pytest.raises(UserError, match=r"s\.npy: 1 texts have a similarity that is not a number; .* \[2\]"):
+        rank_matrix(tmp_path / "s.npy", None, "none", None)

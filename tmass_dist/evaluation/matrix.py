@@ -57,7 +57,10 @@ def rank_matrix(path: Path, truth: Path | None, post: Any, out: Path | None) -> 
         for start in range(0, num_texts, 256):
             yield torch.from_numpy(np.array(matrix[order[start : start + 256]], dtype=kind))
 
-    ranks = ranking.rank(blocks, owner_T, num_videos, post)
+    try:
+        ranks = ranking.rank(blocks, owner_T, num_videos, post)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     result: dict[str, Any] = {
         "protocol": "of the given similarities",
         "num_trials": None,
