@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from launch.forecast import StepCost
 from tmass_dist.config import Config, load_config
-from tmass_dist.models.pooling import TILE_NUMBERS
+from tmass_dist.models.pair_products import TILE_NUMBERS
 from tmass_dist.training.objective import Objective, build_objective
 
 
@@ -150,7 +150,8 @@ def step_cost(config: Config, num_ranks: int, *, num_tokens: int | None = None) 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Sizes of the head's intermediate results as on a GPU: a CPU works on smaller tiles, and makes masks in parts."""
-    whole_mask = mock.patch("tmass_dist.models.pooling.keyed_mask", lambda keys, like, *_, **__: torch.empty_like(like))
+    masks = "tmass_dist.models.pair_products.keyed_mask"
+    whole_mask = mock.patch(masks, lambda keys, like, *_, **__: torch.empty_like(like))
     with whole_mask, mock.patch.dict(TILE_NUMBERS, cpu=TILE_NUMBERS["cuda"]):
         yield
 
@@ -160,6 +161,7 @@ def _build(config: Config) -> Objective:
     untrained = replace(config, model=replace(config.model, pretrained=None))
     with mock.patch.object(nn.Module, "_apply", lambda module, *_, **__: module):
         model = build_objective(untrained)
+    model.frozen_frames = None  # tensors without contents cannot be compared
     if config.engine.checkpoint_activations:
         model.towers.clip.set_grad_checkpointing(True)
     return model.train()
@@ -172,7 +174,7 @@ def step_inputs_of(model: Objective, config: Config, num_pairs: int, num_tokens:
     pixel_type = torch.float32 if config.data.augment else torch.uint8
     pixels_BFHWC = torch.zeros(num_pairs, frames, side, side, 3, dtype=pixel_type)
     noise_BKD = None
-    if model.head.mass is not None and config.stochastic.training == "sampled":
+    if model.head.draws_samples and config.stochastic.training == "sampled":
         noise_BKD = torch.zeros(num_pairs, config.stochastic.samples, width)
     keys_B = torch.zeros(num_pairs, dtype=torch.int64)
     return pixels_BFHWC, torch.zeros(num_pairs, length, dtype=torch.int64), noise_BKD, keys_B

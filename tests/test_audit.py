@@ -213,7 +213,9 @@ def _scoring() -> dict[str, tuple[str, ...]]:
     for name, system in SYSTEMS.items():
         if name != "tmass-b16":
             model, prior = config_of(*system.overrides).model, config_of(*system.overrides).stochastic.prior
-            found.setdefault((model.pooling, model.radius, model.pooled_by, prior), (name, *system.overrides))
+            found.setdefault(
+                (model.pooling, model.radius, model.mass_score, model.pooled_by, prior), (name, *system.overrides)
+            )
     return {name: tuple(overrides) for name, *overrides in found.values()}
 
 

@@ -94,6 +94,9 @@ def _fails_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
         ("optim.lr=fast", "fast"),
         ("model.radius=round", "round"),
         ("model={radius: linear, radius_start: falling}", "it applies to exp_linear"),
+        ("model={pooling: best_frame, num_heads: 2}", "model.pooling=best_frame has no attention heads"),
+        ("model={radius: none, mass_score: expected}", "model.radius=none has no mass"),
+        ("model={radius: linear, mass_score: temperature}", "model.radius=linear may be negative"),
     ],
 )
 def test_bad_setting_is_one_line(override: str, said: str) -> None:

@@ -193,3 +193,21 @@ def test_a_converted_checkpoint_is_a_whole_export(model: TMass, tmp_path: Path) 
     assert set(torch.load(back, weights_only=True)["state_dict"]) == set(to_authors(model.state_dict()))
     refused = run("-m", "tmass_dist.convert", str(theirs), str(tmp_path / "w.safetensors"), "seed=1")
     assert refused.returncode == 2 and "name a directory" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "settings",
+    ["training_radius=pair", "samples=2", "training=mean"],
+)
+def test_settings_of_samples_do_not_apply_where_nothing_is_sampled(settings: str) -> None:
+    with pytest.raises(UserError, match=r"model.mass_score=expected nothing is sampled"):
+        load_config("demo.yaml", ["model.mass_score=expected", f"stochastic.{settings}"])
+
+
+@torch.no_grad()
+def test_a_number_of_samples_is_refused_where_none_are_drawn() -> None:
+    for settings, trials in ((["model.radius=none"], 5), (["model.mass_score=expected"], 0)):
+        config = load_config("demo.yaml", settings)
+        model = TMass.of_weights(config, build_model(config.model).state_dict(), "this test")
+        with pytest.raises(UserError, match="draws no samples"):
+            model.similarity(TEXTS, torch.randn(2, 12, model.embed_dim), num_trials=trials)

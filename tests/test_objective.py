@@ -7,11 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests import oracle
 from tests.oracle import pooled, symmetric_info_nce
 from tests.ranks import on_ranks
 from tests.small_model import config_of, perturb
 from tmass_dist.config import ModelConfig, StochasticConfig
 from tmass_dist.errors import UserError
+from tmass_dist.evaluation.scoring import score
 from tmass_dist.models.head import build_head
 from tmass_dist.models.pooling import XPool
 from tmass_dist.noise import keyed_mask
@@ -36,8 +38,15 @@ def _loss_and_gradients(
         support_weight=0.0 if "no_support" in more else 0.8,
     )
     pooled_by = "sample" if "by_sample" in more else "text"
+    poolings = [name for name in ("mean", "best_frame", "query_scored", "xpool_best_frame") if name in more]
+    pooling = poolings[0] if poolings else "xpool"
     config = ModelConfig(
-        num_frames=F, pooling="mean" if "mean_pool" in more else "xpool", num_heads=2, dropout=0.3, radius=radius
+        num_frames=F,
+        pooling=pooling,  # pyright: ignore[reportArgumentType]
+        num_heads=2 if "xpool" in pooling else 1,
+        dropout=0.3,
+        radius=radius,  # pyright: ignore[reportArgumentType]
+        mass_score="expected" if "expected" in more else "temperature" if "temperature" in more else "samples",
     )
     head = build_head(config, D).double().train()
     with torch.no_grad():
@@ -70,9 +79,11 @@ def _loss_and_gradients(
 
 
 NUMBERS = ("total", "stochastic", "support", "divergence", "positive", "hardest", "temperature")
-VARIANTS = ["exp_linear", "none", "none+mean_pool", "exp_mean", "variational+kl+no_support", "exp_linear+by_sample"]
+VARIANTS = ["exp_linear", "none", "none+mean", "exp_mean", "variational+kl+no_support", "exp_linear+by_sample"]
 VARIANTS += ["exp_linear+several", "linear+several+best", "exp_linear+several+best+pairs", "exp_linear+pairs"]
-VARIANTS += ["exp_linear+mean_pool+several+pairs+by_sample"]
+VARIANTS += ["exp_linear+mean+several+pairs+by_sample"]
+VARIANTS += ["none+best_frame", "none+query_scored", "none+xpool_best_frame", "exp_linear+query_scored"]
+VARIANTS += ["exp_linear+expected", "variational+temperature+no_support", "exp_mean+best_frame+expected"]
 # 7 texts by 1 video; some texts by all videos; everything at once.
 BUDGETS_MB = (7 * 1.2 * D * 8 * 8 / 2**20, 64 * 1.2 * D * 8 * 8 / 2**20, None)
 
@@ -218,6 +229,33 @@ def test_the_head_is_the_plain_one_with_every_projection_of_every_pair(num_heads
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
     names = [name for name, _ in head.named_parameters()]
     assert not found[1][3:][names.index("pooling.key.bias")].any()  # zeros: the softmax does not see it
+
+
+@pytest.mark.parametrize("memory_mb", [None, 1e-3])
+@pytest.mark.parametrize("variant", ["best_frame", "query_scored", "xpool_best_frame", "expected", "temperature"])
+def test_training_and_evaluation_score_a_pair_alike(variant: str, memory_mb: float | None) -> None:
+    """The loss is InfoNCE of the similarities that an evaluation computes; the oracle has the equations."""
+    generator = torch.Generator().manual_seed(6)
+    text, frames = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((N, D), (N, F, D)))
+    is_mass = variant in ("expected", "temperature")
+    settings = {"mass_score": variant} if is_mass else {"pooling": variant, "radius": "none"}
+    torch.manual_seed(0)
+    head = build_head(ModelConfig(num_frames=F, dropout=0.0, **settings), D).double()  # pyright: ignore
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        scale = torch.full((1,), 2.0, dtype=torch.float64)
+        stochastic = StochasticConfig(support_weight=0)
+        losses = global_losses(head, text, frames, None, scale, stochastic, memory_mb=memory_mb)
+        similarity_TV = oracle.similarities(head, text, frames, None)
+    torch.testing.assert_close(losses.total, symmetric_info_nce(similarity_TV, scale), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(score(head, text, frames), similarity_TV, rtol=1e-12, atol=1e-12)
+    if not is_mass:
+        return
+    # Every parameter of the mass is trained.
+    losses = global_losses(head, text, frames, None, scale, stochastic, memory_mb=memory_mb)
+    gradients = torch.autograd.grad(losses.total, [*head.mass.parameters()])  # pyright: ignore
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
 
 
 @pytest.mark.parametrize("start", ["rising", "falling"])

@@ -15,7 +15,10 @@ T, V, F, M, D = 9, 7, 5, 3, 24
 
 
 @pytest.mark.parametrize("radius", ["none", "exp_linear", "exp_mean", "linear", "scaled_exp_mean", "variational"])
-@pytest.mark.parametrize(("pooling", "num_heads"), [("xpool", 1), ("xpool", 4), ("mean", 1)])
+@pytest.mark.parametrize(
+    ("pooling", "num_heads"),
+    [("xpool", 1), ("xpool", 4), ("mean", 1), ("best_frame", 1), ("query_scored", 1), ("xpool_best_frame", 4)],
+)
 @pytest.mark.parametrize("pooled_by", ["text", "sample"])
 @pytest.mark.parametrize("shared", [False, True])
 @torch.no_grad()
@@ -31,6 +34,32 @@ def test_folded_scores_are_the_equations(
     noise = None if radius == "none" else keyed_noise(keys, M * D, seed=0).view(-1, M, D)
     found = score(head, text, frames, noise, pooled_by=pooled_by, tile_texts=4, tile_videos=3)
     torch.testing.assert_close(found, oracle.similarities(head, text, frames, noise, pooled_by), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mass_score", ["expected", "temperature"])
+@pytest.mark.parametrize("radius", ["exp_linear", "exp_mean", "variational"])
+@pytest.mark.parametrize("pooling", ["xpool", "best_frame"])
+@torch.no_grad()
+def test_scores_of_the_whole_mass_are_the_equations(mass_score: str, radius: str, pooling: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    config = ModelConfig(num_frames=F, pooling=pooling, radius=radius, mass_score=mass_score)  # pyright: ignore
+    head = build_head(config, D).eval()
+    for parameter in head.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    text, frames = 3 * torch.randn(T, D, generator=generator), torch.randn(V, F, D, generator=generator)
+    expected = oracle.similarities(head, text, frames, None)
+    torch.testing.assert_close(score(head, text, frames, tile_texts=4, tile_videos=3), expected, rtol=0, atol=1e-6)
+    # Noise is ignored.
+    noise = keyed_noise(torch.arange(T), M * D, seed=0).view(T, M, D)
+    torch.testing.assert_close(score(head, text, frames, noise), expected, rtol=0, atol=1e-6)
+    # With the largest M, the mean over samples comes near the closed form: the noise averages out over dimensions.
+    if mass_score == "expected":
+        many = torch.randn(20_000, D, generator=generator)
+        radius_D = head.mass.radius_of(torch.nn.functional.cosine_similarity(frames[0], text[0][None]), text[0])
+        samples_MD = text[0] + radius_D * many
+        direction_D = torch.nn.functional.normalize(oracle.pooled(head, text[0], frames[0]), dim=0)
+        ratio = (samples_MD @ direction_D).mean() / samples_MD.square().sum(dim=1).mean().sqrt()
+        torch.testing.assert_close(ratio, expected[0, 0], rtol=0, atol=0.01)
 
 
 @torch.no_grad()

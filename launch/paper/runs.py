@@ -19,8 +19,24 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def prepare_demo(layout: Layout) -> None:
     """Generate and pack the videos and pretrain the towers, where that is not done yet."""
-    data = writable_dir(layout.base / "data")
-    train, val, test = layout.size.videos
+    prepare_data(layout.base / "data", layout.size.videos)
+    if not (layout.towers(0) / "demo.safetensors").is_file():
+        shutil.copytree(ROOT / "configs" / "towers", layout.towers(0), dirs_exist_ok=True)
+    seeds = [seed for seed in range(layout.seeds) if not (layout.towers(seed) / "demo.safetensors").is_file()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # They run at the same time, so each gets one thread.
+        list(pool.map(lambda seed: pretrain_towers(layout.towers(seed), seed), seeds))
+
+
+def pretrain_towers(directory: Path, seed: int) -> None:
+    """Pretrain the embedded benchmark's towers on one thread."""
+    _run("shards/demo_towers.py", "--out", str(directory), "--seed", str(seed), threads=1)
+
+
+def prepare_data(data: Path, videos: tuple[int, int, int]) -> None:
+    """Generate and pack so many videos of ``train``, ``val`` and ``test``, unless ``data`` has them already."""
+    writable_dir(data)
+    train, val, test = videos
     if not (data / "captioner.jsonl").is_file():
         sizes = ["--train", str(train), "--val", str(val), "--test", str(test), "--difficulty", "medium"]
         _run("shards/demo_data.py", "--out", str(data / "videos"), *sizes)
@@ -30,13 +46,6 @@ def prepare_demo(layout: Layout) -> None:
             _run("shards/make_shards.py", *source, "--image-size", "32")
         shutil.copy(data / "videos" / "captioner.jsonl", data / "captioner.jsonl.tmp")
         os.replace(data / "captioner.jsonl.tmp", data / "captioner.jsonl")
-    if not (layout.towers(0) / "demo.safetensors").is_file():
-        shutil.copytree(ROOT / "configs" / "towers", layout.towers(0), dirs_exist_ok=True)
-    seeds = [seed for seed in range(layout.seeds) if not (layout.towers(seed) / "demo.safetensors").is_file()]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        # They run at the same time, so each gets one thread.
-        pretrain = ("shards/demo_towers.py", "--out")
-        list(pool.map(lambda seed: _run(*pretrain, str(layout.towers(seed)), "--seed", str(seed), threads=1), seeds))
 
 
 def _run(*arguments: str, threads: int | None = None) -> None:

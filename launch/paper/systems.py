@@ -68,6 +68,16 @@ SYSTEMS = {
         "centred noise, falling radius, loss on the best of 4", (*_CENTRED, *_BEST_OF_4, "model.radius_start=falling")
     ),
     "centred-best-linear": System("the same with the linear radius", (*_CENTRED, *_BEST_OF_4, "model.radius=linear")),
+    "best-frame": System("best frame, trained", ("model.radius=none", "model.pooling=best_frame")),
+    "query-scored": System("query scoring, trained, tau learnt", ("model.radius=none", "model.pooling=query_scored")),
+    "xpool-best-frame": System("X-Pool plus the best frame", ("model.radius=none", "model.pooling=xpool_best_frame")),
+    "expected": System(
+        "expected cosine of the mass, in closed form", ("model.mass_score=expected", "stochastic.support_weight=0")
+    ),
+    "temperature": System(
+        "a temperature of each text from its radius",
+        ("model.mass_score=temperature", "model.radius=variational", "stochastic.support_weight=0"),
+    ),
 }
 
 PARTS = {
@@ -98,6 +108,11 @@ PARTS = {
         "centred-best-no-support",
         "centred-best-linear",
         "centred-falling",
+        "best-frame",
+        "query-scored",
+        "xpool-best-frame",
+        "expected",
+        "temperature",
     ),
 }
 """Systems of each part; "figure 3" is Figures 3 to 10, "gain" compares all variants under query_conditioned."""

@@ -74,7 +74,7 @@ def test_training_forward_losses_and_gradients(name: str, monkeypatch: pytest.Mo
     if dropout:
         head.train().pooling.dropout = dropout
         keep = data["dropout_keep"].float()
-        monkeypatch.setattr("tmass_dist.models.pooling.keyed_mask", lambda rows, *_: keep[rows])
+        monkeypatch.setattr("tmass_dist.models.pair_products.keyed_mask", lambda rows, *_: keep[rows])
     text = data["text"].clone().requires_grad_()
     video = data["video"].clone().requires_grad_()
     scale = data["w_logit_scale"].reshape(1).clone().requires_grad_()

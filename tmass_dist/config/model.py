@@ -91,17 +91,26 @@ class ModelConfig:
     """Tag of open_clip weights, a local weights file, or null for random weights."""
     num_frames: int = 12
     """Frames per video. The radius layer is built for this number."""
-    pooling: Literal["xpool", "mean"] = "xpool"
-    """``xpool``: text-conditioned attention over the frames; ``mean``: mean of the frames, independent of the text."""
+    pooling: Literal["xpool", "mean", "best_frame", "query_scored", "xpool_best_frame"] = "xpool"
+    """How the frames of a video become one vector. ``xpool``: attention layer with the text as the query; ``mean``:
+    mean of the frames, independent of the text; ``best_frame``: the frame closest to the text; ``query_scored``: frames
+    weighted by ``softmax(cosine / tau)`` with a learnt tau; ``xpool_best_frame``: ``xpool`` plus the closest frame,
+    times a learnt weight."""
     num_heads: int = 1
-    """Number of attention heads of the pooling."""
+    """Number of attention heads of ``xpool`` and ``xpool_best_frame``; the other poolings have none."""
     dropout: float = 0.3
-    """Dropout probability in the pooling. The paper uses 0.4 on DiDeMo."""
+    """Dropout probability in ``xpool`` and ``xpool_best_frame``; the other poolings have no dropout. The paper uses 0.4
+    on DiDeMo."""
     radius: Literal["none", "exp_linear", "exp_mean", "linear", "scaled_exp_mean", "variational"] = "exp_linear"
     """How the radius of the text mass is computed from the cosines of text and frames. ``none``: no text mass, which is
     X-Pool. ``variational``: from the text alone, regularised by ``stochastic.kl_weight``."""
     radius_start: Literal["rising", "falling"] = "rising"
     """Initial weights of ``exp_linear``: the radius rises with the cosine, as the authors' does, or falls."""
+    mass_score: Literal["samples", "expected", "temperature"] = "samples"
+    """How the text mass enters a score, in training and evaluation. ``samples``: the cosine of a sample, the best of M
+    at evaluation. The other two draw nothing and use the radius R of each pair: ``expected``: the expected cosine in
+    closed form, the cosine divided by ``sqrt(1 + |R|^2 / |t|^2)``; ``temperature``: the cosine divided by the mean of
+    R, which with ``radius=variational`` is a learnt temperature of each text."""
     pooled_by: Literal["text", "sample"] = "text"
     """Attention query of the pooling: the text embedding, or its sample (ablation of the supplementary, worse)."""
 
@@ -109,6 +118,17 @@ class ModelConfig:
         require(self.num_frames >= 1, "model.num_frames", self.num_frames, "a video needs at least one frame")
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "it must be in [0, 1)")
         require(self.num_heads >= 1, "model.num_heads", self.num_heads, "at least 1")
+        attention = self.pooling in ("xpool", "xpool_best_frame")
+        require(
+            attention or self.num_heads == 1,
+            "model.num_heads",
+            self.num_heads,
+            f"model.pooling={self.pooling} has no attention heads",
+        )
+        without_mass = self.mass_score != "samples" and self.radius == "none"
+        require(not without_mass, "model.mass_score", self.mass_score, "model.radius=none has no mass")
+        signed = self.mass_score == "temperature" and self.radius in ("linear", "scaled_exp_mean")
+        require(not signed, "model.mass_score", self.mass_score, f"model.radius={self.radius} may be negative")
         learnt = self.radius == "exp_linear" or self.radius_start == "rising"
         require(
             learnt,
@@ -116,6 +136,11 @@ class ModelConfig:
             self.radius_start,
             f"it applies to exp_linear, not to model.radius={self.radius}",
         )
+
+    @property
+    def draws_samples(self) -> bool:
+        """Whether scores are those of samples of a text mass; otherwise M and the noise do not apply."""
+        return self.radius != "none" and self.mass_score == "samples"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,16 +53,21 @@ class Config:
             "at least 1, or null",
         )
         by_sample = self.model.pooled_by == "sample"
-        mean_only = self.stochastic.training == "mean" or self.model.radius == "none"
+        mean_only = self.stochastic.training == "mean" or not self.model.draws_samples
         require(
             not (by_sample and mean_only), "model.pooled_by", "sample", "training draws no samples with these settings"
         )
-        exact = by_sample or self.model.radius == "none" or self.evaluation.protocol == "published_code"
+        if self.model.mass_score != "samples":
+            for key, default in (("training", "sampled"), ("samples", 1), ("training_radius", "own")):
+                value = getattr(self.stochastic, key)
+                reason = f"with model.mass_score={self.model.mass_score} nothing is sampled"
+                require(value == default, f"stochastic.{key}", value, reason)
+        exact = by_sample or not self.model.draws_samples or self.evaluation.protocol == "published_code"
         require(
             self.evaluation.precision == "float32" or not exact,
             "evaluation.precision",
             self.evaluation.precision,
-            "published_code, model.pooled_by=sample and model.radius=none support float32 only",
+            "published_code, model.pooled_by=sample and systems that draw no samples support float32 only",
         )
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
         downloads = any("://" in part.path for part in self.data.train_parts)

@@ -31,6 +31,9 @@ TILE_SIZES = {"cpu": (16, 128), "cuda": (64, 512)}
 TEXTS_PER_BLOCK = 64
 """Most texts of a block, unless one video has more; it bounds the noise (64 texts x 20 trials x 512 x 4 B = 2.6 MB)."""
 
+LOWEST = -1e4
+"""Score of a pair that the published protocol leaves undefined."""
+
 GALLERY_BYTES = 2**29
 """A prepared gallery larger than this is not kept: its videos are prepared again, a tile at a time, for each group of
 blocks."""
@@ -158,11 +161,11 @@ class BlockScorer:
             tile_texts=self.tile_texts,
         ).cpu()
         # The published protocol gives NaN where a video lacks a caption slot; such a video cannot win.
-        return similarity_TV.nan_to_num(-2.0) if published else similarity_TV
+        return similarity_TV.nan_to_num(LOWEST) if published else similarity_TV
 
     def _noise(self, texts: slice) -> Tensor | None:
-        """Noise ``(block, M, D)`` of some texts; None for a head without a mass."""
-        if self.head.mass is None:
+        """Noise ``(block, M, D)`` of some texts; None for a head that draws no samples."""
+        if not self.head.draws_samples:
             return None
         return caption_noise(self.features.captions[texts], self.config, self.features.text_TD.shape[1], self.device)
 
@@ -170,7 +173,9 @@ class BlockScorer:
         """About what the prepared gallery takes: frames and their directions, and the pooling's keys and basis."""
         num_videos, num_frames, width = self.features.frames_VFD.shape
         pool = self.head.pooling
-        vectors = (pool.num_heads + 1) * num_frames + 2 if isinstance(pool, XPool) else 1
+        vectors = num_frames
+        if isinstance(pool, XPool):
+            vectors = (pool.num_heads + (1 if pool.best_frame is None else 3)) * num_frames + 2
         return 4 * num_videos * width * (2 * num_frames + vectors)
 
     def _groups(self, blocks: list[slice]) -> Iterator[list[slice]]:

@@ -62,7 +62,7 @@ def labels(config: Config, features: Features, index: dict[str, Any]) -> dict[st
         "protocol": evaluation.protocol,
         "num_texts": len(features.caption_ids),
         "num_videos": len(features.video_ids),
-        "num_trials": config.stochastic.num_trials if config.model.radius != "none" else None,
+        "num_trials": config.stochastic.num_trials if config.model.draws_samples else None,
         "split": index.get("split", "unknown"),
         "selected_on": str(selection_of(index).get("selected_on", "unknown")),
         "checkpoint": index["checkpoint"],

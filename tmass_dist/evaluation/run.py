@@ -168,8 +168,8 @@ def _add_scores_before_training(config: Config, index: Index, store: Path, devic
     from tmass_dist.evaluation.features import read_index, write_index
     from tmass_dist.evaluation.report import summary
     from tmass_dist.models.backbone import build_tokenizer
+    from tmass_dist.models.frame_pooling import MeanPool
     from tmass_dist.models.head import RetrievalHead
-    from tmass_dist.models.pooling import MeanPool
     from tmass_dist.models.tmass import build_model
     from tmass_dist.models.warm_start import start_from
 
@@ -189,7 +189,7 @@ def _add_scores_before_training(config: Config, index: Index, store: Path, devic
         start_from(model, config)
     model.to(device).eval()
     features = encode(model, index, build_tokenizer(config.model.architecture), config, device)
-    trials = "" if model.head.mass is None else f", M = {config.stochastic.num_trials}"
+    trials = "" if not model.head.draws_samples else f", M = {config.stochastic.num_trials}"
     rows = {
         "mean pooling, before training": summary(ranks_of(RetrievalHead(MeanPool(), None), features, plain)),
         f"before training (init_from{trials})" if config.init_from else f"zero-shot (untrained head{trials})": summary(

@@ -58,7 +58,8 @@ class Gallery:
 
         Args:
             text_TD: raw embeddings.
-            noise_TMD: ``eps`` of each text, or ``(1, M, D)`` shared by all; None scores the mean text.
+            noise_TMD: ``eps`` of each text, or ``(1, M, D)`` shared by all; None scores the text itself. A head that
+                draws no samples ignores it.
             protocol: ``published_code`` pools each video with its own caption for all queries: a leak, for
                 parity only. A caption slot that a video lacks gives NaN.
             pooled_by: the attention query; ``sample`` pools each video once for each sample of each pair.
@@ -79,7 +80,7 @@ class Gallery:
             if caption_owner_T is None:
                 raise UserError("the published_code protocol needs the video of every caption")
             own = _own_captions(caption_owner_T, self.num_videos, text_TD.device)
-        sampled = noise is not None and self.head.mass is not None
+        sampled = noise is not None and self.head.draws_samples
         similarity_TV = text_TD.new_empty(len(text_TD), self.num_videos)
         with torch.no_grad():
             if sampled and noise_TMD is not None and noise is noise_TMD and own is None and pooled_by == "text":
@@ -113,7 +114,8 @@ class Gallery:
         query_HTE = self.tiles[0][1].videos.queries(text_TD)
         for videos, folded in self.tiles:
             # Products with frames take all texts at once, the samples' so few that what they read stays in the caches.
-            weights_VTL, cosine_VTF = folded.videos.coefficients(query_HTE), frame_cosines(text_TD, folded.unit_VFD)
+            weights_VTL = folded.videos.coefficients(text_TD, query_HTE)
+            cosine_VTF = frame_cosines(text_TD, folded.unit_VFD)
             for t in range(0, len(text_TD), tile_texts):
                 texts = slice(t, t + tile_texts)
                 out_TV[texts, videos] = folded.noise_of_text(
@@ -204,8 +206,11 @@ class _Tile:
 
     def mean_text(self, text_TD: Tensor, target_TVD: Tensor | None) -> Tensor:
         """Similarity ``(T, V)`` without samples; ``target_TVD`` replaces the video as pooled by the text."""
-        seen = self.videos.pooled(text_TD).transpose(0, 1) if target_TVD is None else target_TVD
-        return torch.einsum("td,tvd->tv", F.normalize(text_TD, dim=-1), F.normalize(seen, dim=-1))
+        pooled_TVD = self.videos.pooled(text_TD).transpose(0, 1) if target_TVD is None else target_TVD
+        cosine_TV = torch.einsum("td,tvd->tv", F.normalize(text_TD, dim=-1), F.normalize(pooled_TVD, dim=-1))
+        if self.head.mass is None or self.head.draws_samples:
+            return cosine_TV
+        return cosine_TV * self.head.mass.cosine_factor(text_TD[:, None], self.radius(text_TD).transpose(0, 1))
 
     def noise_of_text(
         self,

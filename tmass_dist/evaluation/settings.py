@@ -48,8 +48,9 @@ def value_of(config: Config, key: str) -> Any:
 def not_applicable(config: Config, key: str) -> str | None:
     """Why a setting changes nothing in an evaluation with these settings; None if it may."""
     needs_mass = key in ("seed", "evaluation.precision", "model.pooled_by") or key.startswith("stochastic.")
-    if needs_mass and config.model.radius == "none":
-        return "with model.radius=none nothing is sampled"
+    if needs_mass and not config.model.draws_samples:
+        setting = "radius=none" if config.model.radius == "none" else f"mass_score={config.model.mass_score}"
+        return f"with model.{setting} nothing is sampled"
     if key == "stochastic.prior_std" and config.stochastic.prior != "normal":
         return "only stochastic.prior=normal has it"
     return None

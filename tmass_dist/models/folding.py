@@ -1,13 +1,15 @@
 """The pooling of evaluation: every pooled vector of a video as a weighted sum of a few vectors of that video."""
 
-# Shapes: T texts, V videos, F frames, H heads, K = H F, L = K + 2 (1 for mean pooling), D embedding width, E = D / H.
+# Shapes: T texts, V videos, F frames, H heads, K = H F, L vectors of a video's basis, D embedding width, E = D / H.
+# L is K + 2 for X-Pool, K + 2 + F with the best frame added, F for weighted frames, 1 for their mean.
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tmass_dist.models.pooling import MeanPool, XPool
+from tmass_dist.models.frame_pooling import FramePool, MeanPool
+from tmass_dist.models.head import Pooling
 
 
 class FoldedVideos:
@@ -20,10 +22,13 @@ class FoldedVideos:
     holds the two equal.
     """
 
-    def __init__(self, pooling: XPool | MeanPool, frames_VFD: Tensor) -> None:
+    def __init__(self, pooling: Pooling, frames_VFD: Tensor) -> None:
         self.pooling = pooling
         if isinstance(pooling, MeanPool):
             self.basis_VLD = pooling.prepare(frames_VFD).mean_VD[:, None]
+            return
+        if isinstance(pooling, FramePool):
+            self.basis_VLD = pooling.prepare(frames_VFD).unit_VFD
             return
         width = frames_VFD.shape[-1]
         self.prepared = pooling.prepare(frames_VFD)
@@ -33,24 +38,37 @@ class FoldedVideos:
         basis = torch.cat([*contributions, constant_D.expand(len(frames_VFD), 1, width)], dim=1)
         basis = basis - basis.mean(-1, keepdim=True)
         self.gram_out = basis @ basis.transpose(1, 2) / width
-        self.basis_VLD = torch.cat([basis * last.weight, last.bias.expand(len(frames_VFD), 1, width)], dim=1)
+        parts = [basis * last.weight, last.bias.expand(len(frames_VFD), 1, width)]
+        if self.prepared.unit_VFD is not None:
+            parts.append(pooling.best_frame_weight * self.prepared.unit_VFD)
+        self.basis_VLD = torch.cat(parts, dim=1)
 
     def queries(self, text_TD: Tensor) -> Tensor:
         """Attention queries of the texts for :meth:`coefficients`; they serve all videos folded with this pooling."""
-        if isinstance(self.pooling, MeanPool):
+        if isinstance(self.pooling, MeanPool | FramePool):
             return text_TD[None]
         return self.pooling.queries(text_TD, self.prepared.in_frame_space)
 
-    def coefficients(self, query_HTE: Tensor) -> Tensor:
-        """Weights ``(V, T, L)`` of each pooled vector on its video's basis."""
+    def coefficients(self, text_TD: Tensor, query_HTE: Tensor) -> Tensor:
+        """Weights ``(V, T, L)`` of each pooled vector on its video's basis.
+
+        Args:
+            text_TD: what pools: the texts, or their samples.
+            query_HTE: :meth:`queries` of it.
+        """
         pooling = self.pooling
         if isinstance(pooling, MeanPool):
-            return query_HTE.new_ones(len(self.basis_VLD), query_HTE.shape[1], 1)
+            return text_TD.new_ones(len(self.basis_VLD), len(text_TD), 1)
+        if isinstance(pooling, FramePool):
+            return pooling.weights(text_TD, self.basis_VLD)
         weights = pooling.attended_weights(query_HTE, self.prepared)
         weights = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1)
         weights = pooling.normalised(weights, self.gram_out, pooling.norm_out.eps)
-        return torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1).transpose(1, 2)
+        weights = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1).transpose(1, 2)
+        if pooling.best_frame is None or self.prepared.unit_VFD is None:
+            return weights
+        return torch.cat([weights, pooling.best_frame.weights(text_TD, self.prepared.unit_VFD)], dim=-1)
 
     def pooled(self, text_TD: Tensor) -> Tensor:
         """The pooled vectors ``(V, T, D)``."""
-        return self.coefficients(self.queries(text_TD)) @ self.basis_VLD
+        return self.coefficients(text_TD, self.queries(text_TD)) @ self.basis_VLD

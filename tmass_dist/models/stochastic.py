@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tmass_dist.errors import UserError
 
 RadiusKind = Literal["exp_linear", "exp_mean", "linear", "scaled_exp_mean", "variational"]
+MassScore = Literal["samples", "expected", "temperature"]
 
 
 def frame_cosines(text_TD: Tensor, unit_VFD: Tensor) -> Tensor:
@@ -52,9 +53,10 @@ class TextMass(nn.Module):
         embed_dim: int,
         radius: RadiusKind = "exp_linear",
         start: Literal["rising", "falling"] = "rising",
+        scoring: MassScore = "samples",
     ) -> None:
         super().__init__()
-        self.kind, self.num_frames = radius, num_frames
+        self.kind, self.num_frames, self.scoring = radius, num_frames, scoring
         if radius in ("exp_linear", "linear"):
             self.linear = nn.Linear(num_frames, embed_dim)
             nn.init.eye_(self.linear.weight)  # as the authors initialise it: one frame's cosine per dimension
@@ -116,6 +118,22 @@ class TextMass(nn.Module):
     def sample(self, text_BD: Tensor, radius_BD: Tensor, noise_BD: Tensor) -> Tensor:
         """One point of each mass, ``t_s = t + R * eps``; ``noise_BD`` is ``eps``."""
         return text_BD + radius_BD * noise_BD
+
+    def cosine_factor(self, text_PD: Tensor, radius_PD: Tensor) -> Tensor:
+        """What the cosine of a text and a pooled vector is multiplied by, ``(...)``, where nothing is sampled.
+
+        ``expected``: the mean dot product of samples of ``t + R eps`` with a direction, divided by the root of their
+        mean squared norm, is the cosine times ``1 / sqrt(1 + |R|^2 / |t|^2)``, for noise with mean 0 and variance 1.
+        ``temperature``: 1 / mean(R).
+
+        Args:
+            text_PD: text embedding of each pair.
+            radius_PD: radius of each pair, or 1 in place of D.
+        """
+        if self.scoring == "temperature":
+            return radius_PD.mean(dim=-1).reciprocal()
+        square_P = radius_PD.square().mean(dim=-1) * text_PD.shape[-1]
+        return (1 + square_P / text_PD.square().sum(dim=-1).clamp_min(1e-24)).rsqrt()
 
     def divergence(self, text_BD: Tensor, radius_BD: Tensor) -> Tensor:
         """KL(N(t, R^2) || N(0, I)) of each text, ``(B,)``, mean over the dimensions.

@@ -60,7 +60,7 @@ def model_card(name: str, config: Config, trained: dict[str, Any], metadata: Mod
         metadata: for the YAML header that the Hub reads.
     """
     model = config.model
-    sampled = model.radius != "none"
+    sampled = model.draws_samples
     text = TEMPLATE.format(
         metadata=metadata.to_yaml().strip(),
         name=name,

@@ -29,6 +29,7 @@ from tmass_dist.models.backbone import (
     read_description,
     save_open_clip,
 )
+from tmass_dist.models.frame_pooling import FramePool
 from tmass_dist.models.loading import load_weights, read_weights
 from tmass_dist.models.pooling import XPool
 from tmass_dist.models.tmass import build_model
@@ -309,10 +310,12 @@ class TMass(
         """
         if num_trials is not None and num_trials < 0:
             raise UserError(f"num_trials is {num_trials}; at least 0")
+        if num_trials is not None and not self.head.draws_samples and (num_trials or self.head.mass is not None):
+            raise UserError(f"num_trials is {num_trials}: this model draws no samples")
         frames_VFD = videos if isinstance(videos, Tensor) else self.encode_videos(videos)
         text_TD = self.encode_text(texts) if text_TD is None else text_TD
         gallery = Gallery(self.head, frames_VFD.to(self.device).float())
-        sampled = self.head.mass is not None and num_trials != 0
+        sampled = self.head.draws_samples and num_trials != 0
         rows = []
         for start in range(0, len(texts), TEXTS_PER_BLOCK):
             rows_in_block = slice(start, start + TEXTS_PER_BLOCK)
@@ -329,13 +332,16 @@ class TMass(
         """Weights ``(V, T, F)`` that the pooling gives to each frame for each text, mean over heads; they sum to one.
 
         A head that ignores the text (``model.pooling=mean``) has none; then it is the softmax of the cosines of text
-        and frames, at the towers' temperature.
+        and frames, at the towers' temperature. With ``xpool_best_frame`` it is the attention alone, without the added
+        frame.
         """
         pool, frames_VFD = self.head.pooling, frames_VFD.to(self.device).float()
         if isinstance(pool, XPool):
             weights_VHFT = pool.attention(pool.queries(text_TD), pool.keys(pool.norm_in(frames_VFD)))
             return weights_VHFT.mean(dim=1).transpose(1, 2)
         unit_VFD = nn.functional.normalize(frames_VFD, dim=-1)
+        if isinstance(pool, FramePool):
+            return pool.weights(text_TD, unit_VFD)
         cosine_VTF = nn.functional.normalize(text_TD, dim=-1) @ unit_VFD.transpose(1, 2)
         return (cosine_VTF * self.towers.logit_scale.exp()).softmax(dim=-1)
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tmass_dist.evaluation.blocks import caption_noise
+from tmass_dist.models.frame_pooling import FramePool, best_frame_weights
 from tmass_dist.models.pooling import XPool
 from tmass_dist.retrieval.model import TMass
 
@@ -56,7 +57,7 @@ class TextScorer:
         """Scores ``(V,)``, as :meth:`TMass.similarity` gives them, and attention ``(V, F)``, mean over heads.
 
         Both are on the CPU. A head without attention (mean pooling) gives the softmax of the cosines of text and
-        frames, at the towers' temperature.
+        frames, at the towers' temperature; ``xpool_best_frame`` gives the attention without the added frame.
 
         Args:
             text: the query; its noise is a function of it.
@@ -69,7 +70,7 @@ class TextScorer:
             scores_V = model.similarity([text], frames_VFD, text_TD=text_D[None])[0]
             return scores_V.cpu(), model.attention(text_D[None], frames_VFD)[:, 0].cpu()
         noise_MD = None
-        if self.head.mass is not None:
+        if self.head.draws_samples:
             noise_MD = caption_noise([text], model.config, model.embed_dim, model.device)[0]
         unit_D = F.normalize(text_D, dim=-1)
         columns = [torch.full_like(text_D, 1 / len(text_D)), unit_D]
@@ -87,14 +88,24 @@ class TextScorer:
         cosine_VF = products_VFC[..., 1] / norm_VF.clamp_min(1e-12)
         if isinstance(self.head.pooling, XPool):
             pooled_VD, weights_VF = self._pool(self.head.pooling, query, frames_VFD, products_VFC, norm_VF)
+            if self.head.pooling.best_frame is not None:
+                closest_VD = _weighted_frames(best_frame_weights(cosine_VF), frames_VFD, norm_VF)
+                pooled_VD = pooled_VD + self.head.pooling.best_frame_weight * closest_VD
+        elif isinstance(self.head.pooling, FramePool):
+            weights_VF = self.head.pooling.weights_of(cosine_VF)
+            pooled_VD = _weighted_frames(weights_VF, frames_VFD, norm_VF)
         else:
             pooled_VD = (frames_VFD / norm_VF.clamp_min(1e-12)[..., None]).mean(dim=1)
             weights_VF = (cosine_VF * self.model.towers.logit_scale.exp()).softmax(dim=-1)
         pooled_VD = F.normalize(pooled_VD, dim=-1)
-        if query.noise_MD is None or self.head.mass is None:
+        if self.head.mass is None:
             return pooled_VD @ query.unit_D, weights_VF
         text_D, noise_MD = query.text_D, query.noise_MD
-        radius_VD = self.head.mass.radius_of(cosine_VF, text_D.expand_as(pooled_VD)).expand_as(pooled_VD)
+        radius_VD = self.head.mass.radius_of(cosine_VF, text_D.expand_as(pooled_VD))
+        if noise_MD is None:
+            factor_V = self.head.mass.cosine_factor(text_D.expand_as(pooled_VD), radius_VD)
+            return pooled_VD @ query.unit_D * factor_V, weights_VF
+        radius_VD = radius_VD.expand_as(pooled_VD)
         # |t + R eps| and (t + R eps).v by products of matrices; the samples themselves, V M D numbers, are not needed.
         dot_VM = (pooled_VD @ text_D)[:, None] + (radius_VD * pooled_VD) @ noise_MD.T
         square_VM = (
@@ -116,3 +127,8 @@ class TextScorer:
         normed_VHD = (scaled_VHF @ frames_VFD - scaled_VHF @ mean_VF1) * norm_in.weight + norm_in.bias
         attended_VD = pool.norm_attended(normed_VHD.flatten(1) @ self._projection_KD + self._projection_bias_D)
         return pool.norm_out(attended_VD + pool.linear(attended_VD)), weights_VFH.mean(dim=2)
+
+
+def _weighted_frames(weights_VF: Tensor, frames_VFD: Tensor, norm_VF: Tensor) -> Tensor:
+    """Weighted sums ``(V, D)`` of the frames, each divided by its norm."""
+    return ((weights_VF / norm_VF.clamp_min(1e-12))[:, None] @ frames_VFD).squeeze(1)

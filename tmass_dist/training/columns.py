@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tmass_dist.models.head import RetrievalHead
-from tmass_dist.models.pooling import DropoutKeys, PooledPairs
+from tmass_dist.models.pair_products import DropoutKeys, PooledPairs
 from tmass_dist.models.stochastic import TextMass, frame_cosines
 
 PAIR_TENSORS = 8
@@ -98,6 +98,17 @@ class OwnColumns:
             return torch.stack([F.cosine_similarity(sample, pooled_bnD, dim=-1) for sample in samples], dim=1)
 
         return self._join(cosines, text_ND, noise_NKD)
+
+    def closed_form_cosines(self, mass: TextMass, text_ND: Tensor) -> Tensor:
+        """``(B, 1, N)``: scores of each text's whole mass, with the radius of each pair, as in evaluation."""
+        unit_BFD = F.normalize(self.frames_BFD, dim=-1)
+
+        def scores(pairs: PooledPairs, videos: slice, text_nD: Tensor) -> Tensor:
+            text_bnD = text_nD.expand(len(unit_BFD[videos]), -1, -1)
+            radius_bnD = mass.radius_of(frame_cosines(text_nD, unit_BFD[videos]), text_bnD)
+            return pairs.cosines(text_nD[None]) * mass.cosine_factor(text_bnD, radius_bnD)[:, None]
+
+        return self._join(scores, text_ND)
 
     def _join(self, function: Callable[..., Tensor], *of_texts: Tensor) -> Tensor:
         """``function`` of all pairs, ``(B, ..., N)``."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tmass_dist.config import Config
 from tmass_dist.distributed import all_reduce_sum, is_initialised, join_alone, world_size
-from tmass_dist.models.pooling import DropoutKeys
+from tmass_dist.models.pair_products import DropoutKeys
 from tmass_dist.precision import use_tf32
 from tmass_dist.training.objective import Losses, Objective, parameter_groups
 from tmass_dist.training.optim import AuthorsAdamW, TorchAdamW

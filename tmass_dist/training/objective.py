@@ -17,11 +17,12 @@ from tmass_dist.config import Config, OptimConfig, StochasticConfig
 from tmass_dist.distributed import all_gather_rows
 from tmass_dist.errors import UserError
 from tmass_dist.models.head import RetrievalHead
-from tmass_dist.models.pooling import DropoutKeys
+from tmass_dist.models.pair_products import DropoutKeys
 from tmass_dist.models.tmass import RetrievalModel, build_model
 from tmass_dist.phase_timer import PHASE_TIMER
 from tmass_dist.precision import tower_precision, use_tf32
 from tmass_dist.training.columns import PAIR_TENSORS, OwnColumns
+from tmass_dist.training.frozen_frames import FrozenFrames
 from tmass_dist.training.losses import column_info_nce, mean_over_ranks, similarity_metrics, temperature
 
 
@@ -65,7 +66,7 @@ def global_losses(
         head: pooling and mass.
         text_BD, frames_BFD: this rank's raw embeddings; row ``i`` of one belongs to row ``i`` of the other.
         noise_BD: ``eps`` of the own texts, or ``(B, K, D)`` for K samples of each; None trains on the texts
-            themselves.
+            themselves, or on their whole mass if ``head`` scores it in closed form.
         logit_scale: log of the temperature, shape [1]; limited to ln 100 in the forward.
         stochastic: weights of the terms, and how samples and radii enter the loss.
         pooled_by: the attention query, the text or its (first) sample.
@@ -77,7 +78,10 @@ def global_losses(
     """
     mass, noise_BKD, radius_BD = head.mass, None, None
     anchors_BD = [text_BD]
-    if mass is not None and noise_BD is not None:
+    closed_form = mass is not None and not head.draws_samples
+    if mass is not None and closed_form:
+        radius_BD = mass.radius(text_BD, frames_BFD)
+    elif mass is not None and noise_BD is not None:
         noise_BKD = noise_BD if noise_BD.dim() == 3 else noise_BD[:, None]
         radius_BD = mass.radius(text_BD, frames_BFD)
         anchors_BD = list(mass.sample(text_BD[:, None], radius_BD[:, None], noise_BKD).unbind(1))
@@ -92,7 +96,10 @@ def global_losses(
     copies = PAIR_TENSORS + (4 * num_trials + 6 if per_pair else 0)
     columns = OwnColumns(head, query_ND, frames_BFD, dropout_keys, memory_mb, copies=copies)
     cosines_BAN = []
-    if per_pair and mass is not None and noise_BKD is not None:
+    if mass is not None and closed_form:
+        cosines_BAN.append(columns.closed_form_cosines(mass, query_ND))
+        anchors_BD = []
+    elif per_pair and mass is not None and noise_BKD is not None:
         cosines_BAN.append(columns.sample_cosines(mass, gathered(text_BD), all_gather_rows(noise_BKD)))
         anchors_BD = []
     if mass is not None and radius_BD is not None and stochastic.support_weight:
@@ -136,12 +143,19 @@ class Objective(RetrievalModel):
         self.stochastic = config.stochastic
         self.pooled_by: Literal["text", "sample"] = config.model.pooled_by
         self.memory_mb, self.engine_config = config.engine.head_memory_mb, config.engine
+        is_frozen = not any(parameter.requires_grad for parameter in model.towers.clip.visual.parameters())
+        # ZeRO-3 needs every rank in every forward pass of the tower. On a GPU the bytes would have to be copied back.
+        self.frozen_frames = FrozenFrames() if is_frozen and config.engine.zero_stage < 3 else None
 
     def encode(self, pixels_BFHWC: Tensor, tokens_BL: Tensor) -> tuple[Tensor, Tensor]:
         """``text_BD`` and ``frames_BFD``, float32 also if the towers run in bfloat16."""
         PHASE_TIMER.switch("encode")
         with tower_precision(self.engine_config, tokens_BL.device):
-            text_BD, frames_BFD = self.towers.encode_text(tokens_BL), self.towers.encode_frames(pixels_BFHWC)
+            text_BD = self.towers.encode_text(tokens_BL)
+            if self.frozen_frames is not None and pixels_BFHWC.device.type == "cpu":
+                frames_BFD = self.frozen_frames.encode(self.towers, pixels_BFHWC)
+            else:
+                frames_BFD = self.towers.encode_frames(pixels_BFHWC)
         return text_BD.float(), frames_BFD.float()
 
     def losses(

@@ -25,7 +25,7 @@ def step_inputs(batch: Batch, step: int, model: Objective, config: Config, devic
     """
     pairs = list(zip(batch.video_ids, batch.caption_slots))
     noise_BD = None
-    if model.head.mass is not None and config.stochastic.training == "sampled":
+    if model.head.draws_samples and config.stochastic.training == "sampled":
         noise_BD = keyed_noise(
             torch.tensor([text_key(step, *pair) for pair in pairs]),
             config.stochastic.samples * model.towers.embed_dim,

@@ -173,7 +173,7 @@ class Validator:
     def _selection(self, step: int, recall: float, features: Features) -> dict[str, Any]:
         """What selected the checkpoint, and what else the selection split chooses; evaluations state it."""
         evaluation = self.config.evaluation
-        sampled = self.config.model.radius != "none"
+        sampled = self.config.model.draws_samples
         return {
             "step": step,
             "selected_on": evaluation.selected_on,
