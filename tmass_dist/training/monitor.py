@@ -200,7 +200,7 @@ class Meter:
             hours_tag(): self.monitor.used_hours(),
         }
         stochastic = self.config.stochastic
-        samples = self.config.model.radius != "none" and stochastic.training == "sampled"
+        samples = self.config.model.draws_samples and stochastic.training == "sampled"
         if samples:
             values["model/mean_radius"] = losses.radius_B.mean().item()
             self.monitor.histogram("model/radius", losses.radius_B, step)
