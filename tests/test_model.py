@@ -153,7 +153,7 @@ def test_what_is_no_model_is_named_in_one_line(export: Path, tmp_path: Path, mon
     with pytest.raises(UserError, match="missing or damaged"):
         TMass.from_pretrained(broken)
     for content, said in (
-        ("{", "is damaged"),
+        ("{", "damaged"),
         ("{}", "not the config"),
         ('{"settings": {"optim": {"lrr": 1}}}', "optim.lr"),
     ):
