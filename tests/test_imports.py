@@ -62,7 +62,7 @@ ORDER = (
     {"shards"},
     {"launch"},
     {"launch.paper"},
-    {"launch.reproduce"},
+    {"launch.reproduce", "launch.long_runs"},
 )
 """Packages from the bottom up: each imports only itself and those before it."""
 
