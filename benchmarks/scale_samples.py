@@ -91,7 +91,13 @@ def start(directory: str, world_size: int) -> tuple[float, float]:
     from tmass_dist.training.checks import check_and_load
 
     places = [f"data.{split}={directory}" for split in ("train", "val", "test")]
-    settings = [*places, "data.batch_size=1024", "data.num_workers=0", f"run_dir={directory}/run"]
+    settings = [
+        *places,
+        "model.pretrained=null",
+        "data.batch_size=1024",
+        "data.num_workers=0",
+        f"run_dir={directory}/run",
+    ]
     config = load_config("msrvtt.yaml", settings)
 
     def work() -> Any:
