@@ -243,6 +243,22 @@ def test_the_published_protocol_is_flagged(system: str) -> None:
     assert found.leak and of(found, "owner-blindness") == of(found, "null: square") == "leak"
 
 
+def test_the_published_protocol_changes_nothing_where_each_sample_pools() -> None:
+    from tmass_dist.audit.ours import similarity_of
+    from tmass_dist.models.head import build_head
+
+    generator = torch.Generator().manual_seed(1)
+    text_TD, frames_VFD = (torch.randn(s, generator=generator) for s in ((12, WIDTH), (6, NUM_FRAMES, WIDTH)))
+    scores = []
+    for protocol in ("query_conditioned", "published_code"):
+        settings = ["model.pooled_by=sample", f"evaluation.protocol={protocol}", "stochastic.num_trials=2"]
+        config = config_of(*settings)
+        torch.manual_seed(0)
+        head = build_head(config.model, WIDTH).eval()
+        scores.append(similarity_of(head, config)(text_TD, frames_VFD, torch.arange(6).repeat_interleave(2)))
+    assert torch.equal(*scores)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's config and weights."""
