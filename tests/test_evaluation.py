@@ -1,5 +1,6 @@
 """The feature store, the blocks of scores, the report, and ranking by blocks."""
 
+import csv
 import itertools
 import json
 import shutil
@@ -18,6 +19,7 @@ from tmass_dist.errors import UserError
 from tmass_dist.evaluation import blocks, ranking
 from tmass_dist.evaluation import features as store
 from tmass_dist.evaluation.evaluation import evaluate_store
+from tmass_dist.evaluation.retrieved import best_answers
 from tmass_dist.evaluation.stored import StoredSplit
 from tmass_dist.models.head import build_head
 
@@ -391,6 +393,28 @@ def test_a_real_matrix_gives_its_published_metrics() -> None:
     matrix = torch.from_numpy(np.load(REAL, allow_pickle=False))
     found = ranking.metrics(ranking.rank(lambda: matrix.split(100), torch.arange(1000), 1000).t2v_T)
     assert [round(found[name], 2) for name in ("R@1", "R@5", "R@10", "MdR", "MnR")] == [29.7, 55.8, 66.6, 4.0, 26.74]
+
+
+@pytest.mark.parametrize("post", ["none", "dsl"])
+def test_the_best_answers_agree_with_the_ranks(post: ranking.PostProcessing) -> None:
+    similarity_TV = torch.randn(60, 20, generator=torch.Generator().manual_seed(0))
+    owner_T = torch.arange(20).repeat_interleave(3)
+    ranks = ranking.rank(lambda: similarity_TV.split(7), owner_T, 20, post)
+    found = best_answers(lambda: similarity_TV.split(7), owner_T, 20, post)
+    assert torch.equal(ranks.t2v_T == 1, found.video_TK[:, 0] == owner_T)
+    assert torch.equal(ranks.t2v_T == 1, found.margins(owner_T) > 0)
+    assert torch.equal(ranks.v2t_V == 1, owner_T[found.text_VK[:, 0]] == torch.arange(20))
+    if post == "none":
+        assert torch.equal(found.text_VK[:, 0], similarity_TV.argmax(dim=0))
+
+
+def test_the_csv_files_name_the_first_answer(made: Path, tmp_path: Path) -> None:
+    assert _evaluate("--features", str(made), "--out", str(tmp_path)).returncode == 0
+    for name in ("ranks.csv", "video_ranks.csv"):
+        with (tmp_path / name).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert rows and all(float(row["top1_score"]) >= float(row["score"]) for row in rows)
+        assert all(row["video_id"] == row["top1_video_id"] for row in rows if row["rank"] == "1")
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

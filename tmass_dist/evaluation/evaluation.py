@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tmass_dist.evaluation import baselines, ranking
 from tmass_dist.evaluation.bootstrap import paired_differences
 from tmass_dist.evaluation.features import selection_of
 from tmass_dist.evaluation.report import COLUMNS, Report, labels, summary
+from tmass_dist.evaluation.retrieved import best_answers
 from tmass_dist.evaluation.stored import StoredSplit
 from tmass_dist.loggers import METRICS_FILE, log_result, score_tags
 
@@ -72,7 +74,16 @@ def evaluate_store(stored: StoredSplit, out: Path, *, bank: Path | None = None) 
         for name, other in baseline_ranks.items()
         if plain and (found := paired_differences(other, ranks))
     }
-    report = Report(result, ranks, stored.features.captions, stored.features.caption_ids, stored, blocks.scores_of)
+    retrieved = best_answers(blocks.blocks, stored.features.owner_T, stored.num_videos, post, query_bank)
+    features = stored.features
+    report = Report(result, ranks, features.captions, features.caption_ids, stored, blocks.scores_of, retrieved)
+    report.facts = {
+        "run": Path(config.run_dir).name,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "architecture": config.model.architecture,
+        "data": str(stored.index.get("shards", "unknown")),
+        "checkpoint step": str(selection_of(stored.index).get("step", "unknown")),
+    }
     report.write(out)
     report.show()
     print(f"report: {out / 'report.html'}")

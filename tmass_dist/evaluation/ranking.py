@@ -8,7 +8,7 @@ The similarities come as blocks of rows, which may be read several times: one bl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,26 +72,19 @@ def rank(
         raise UserError(f"{len(bad)} videos have no caption: {bad[:5]}")
     if post == "qbnorm" and bank is None:
         raise UserError("qbnorm needs a bank of training queries: give --bank FEATURES")
+
+    def processed() -> Iterator[tuple[int, Tensor, Tensor]]:
+        end = 0
+        for start, t2v, v2t in processed_blocks(blocks, num_videos, post, bank, over_texts_V):
+            end = start + len(t2v)
+            yield start, t2v, v2t
+        if end != len(owner_T):
+            raise UserError(f"there are {end} rows of similarities and {len(owner_T)} texts")
+
     over_texts_V = None
     if post == "dsl":
         over_texts_V = _log_sum_exp_of_columns(blocks, num_videos)
         over_texts_V = combine(over_texts_V, "logsumexp") if combine else over_texts_V
-
-    def processed() -> Iterable[tuple[int, Tensor, Tensor]]:
-        start = 0
-        for block_TV in blocks():
-            check_numbers(block_TV, start)
-            t2v = v2t = block_TV
-            if over_texts_V is not None:
-                t2v = block_TV * (DSL_SCALE * block_TV - over_texts_V).exp()
-                v2t = block_TV * (DSL_SCALE * block_TV).softmax(dim=1)
-            elif bank is not None and post == "qbnorm":
-                t2v = bank.normalised(block_TV)
-            yield start, t2v, v2t
-            start += len(block_TV)
-        if start != len(owner_T):
-            raise UserError(f"there are {start} rows of similarities and {len(owner_T)} texts")
-
     t2v_ranks, own_best_V = [owner_T[:0]], torch.full((num_videos,), -torch.inf, dtype=torch.float64)
     for start, t2v, v2t in processed():
         owner = owner_T[start : start + len(t2v)]
@@ -114,6 +107,40 @@ def rank(
     if carried_V is not None:
         v2t_V += carried_V >= own_best_V
     return Ranks(torch.cat(t2v_ranks), combine(v2t_V, "sum") if combine else v2t_V, owner_T)
+
+
+def processed_blocks(
+    blocks: Blocks,
+    num_videos: int,
+    post: PostProcessing = "none",
+    bank: Bank | None = None,
+    over_texts_V: Tensor | None = None,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The similarities after post-processing, block by block.
+
+    Args:
+        blocks, num_videos, post, bank: as for :func:`rank`.
+        over_texts_V: of ``dsl``, log sum of exponentials of each column; None: computed from all blocks.
+
+    Yields:
+        Number of the first row, and scores ``(T, V)`` for text to video and for video to text.
+
+    Raises:
+        UserError: a similarity that is not a number; rows are named.
+    """
+    if post == "dsl" and over_texts_V is None:
+        over_texts_V = _log_sum_exp_of_columns(blocks, num_videos)
+    start = 0
+    for block_TV in blocks():
+        check_numbers(block_TV, start)
+        t2v = v2t = block_TV
+        if over_texts_V is not None:
+            t2v = block_TV * (DSL_SCALE * block_TV - over_texts_V).exp()
+            v2t = block_TV * (DSL_SCALE * block_TV).softmax(dim=1)
+        elif bank is not None and post == "qbnorm":
+            t2v = bank.normalised(block_TV)
+        yield start, t2v, v2t
+        start += len(block_TV)
 
 
 def check_numbers(block_TV: Tensor, first_row: int) -> None:

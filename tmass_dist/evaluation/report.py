@@ -10,7 +10,7 @@ import io
 import json
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from tmass_dist.evaluation import radii
 from tmass_dist.evaluation.bootstrap import intervals
 from tmass_dist.evaluation.features import selection_of
 from tmass_dist.evaluation.ranking import Ranks, chance, metrics
+from tmass_dist.evaluation.retrieved import Retrieved
 from tmass_dist.pages import render_page
 from tmass_dist.pictures import figure, png
 
@@ -110,6 +111,8 @@ class Report:
         caption_ids: video and slot of every text.
         stored: for the pictures of single queries; None where only similarities are known.
         scores_of: similarity ``(V,)`` of one text with every video; needed with ``stored``.
+        retrieved: the best answers to every query; the CSV files then name the first one.
+        facts: lines about the run, for the top of the page.
     """
 
     result: dict[str, Any]
@@ -118,6 +121,8 @@ class Report:
     caption_ids: list[tuple[str, int]]
     stored: StoredSplit | None = None
     scores_of: Callable[[int], Tensor] | None = None
+    retrieved: Retrieved | None = None
+    facts: dict[str, str] = field(default_factory=dict)
 
     def rows(self, direction: str) -> dict[str, dict[str, float]]:
         """Every row of one direction's table. Baselines that were scored otherwise than the result say so."""
@@ -139,13 +144,31 @@ class Report:
             )
             for direction, name in names.items()
         )
-        texts = [(video_id, slot, rank) for (video_id, slot), rank in zip(self.caption_ids, self.ranks.t2v_T.tolist())]
+        texts: list[tuple[Any, ...]] = [(*key, rank) for key, rank in zip(self.caption_ids, self.ranks.t2v_T.tolist())]
         first_text = torch.searchsorted(self.ranks.owner_T, torch.arange(len(self.ranks.v2t_V))).tolist()
         video_ids = [self.caption_ids[text][0] for text in first_text]
+        videos: list[tuple[Any, ...]] = list(zip(video_ids, self.ranks.v2t_V.tolist()))
+        text_columns, video_columns = ["video_id", "caption_slot", "rank"], ["video_id", "rank"]
+        found = self.retrieved
+        if found is not None:
+            text_columns += ["text", "score", "top1_video_id", "top1_score"]
+            answers = zip(
+                found.own_score_T.tolist(), found.video_TK[:, 0].tolist(), found.video_score_TK[:, 0].tolist()
+            )
+            texts = [
+                (*row, text, f"{own:.6f}", video_ids[video], f"{top:.6f}")
+                for row, text, (own, video, top) in zip(texts, self.captions, answers)
+            ]
+            video_columns += ["score", "top1_video_id", "top1_text", "top1_score"]
+            answers = zip(found.own_score_V.tolist(), found.text_VK[:, 0].tolist(), found.text_score_VK[:, 0].tolist())
+            videos = [
+                (*row, f"{own:.6f}", self.caption_ids[text][0], self.captions[text], f"{top:.6f}")
+                for row, (own, text, top) in zip(videos, answers)
+            ]
         contents = {
             "metrics.json": json.dumps(self.result, indent=2) + "\n",
-            "ranks.csv": self._csv(["video_id", "caption_slot", "rank"], texts),
-            "video_ranks.csv": self._csv(["video_id", "rank"], list(zip(video_ids, self.ranks.v2t_V.tolist()))),
+            "ranks.csv": self._csv(text_columns, texts),
+            "video_ranks.csv": self._csv(video_columns, videos),
             "table.md": tables,
             "report.html": self.html(),
         }
@@ -191,6 +214,7 @@ class Report:
         return render_page(
             "report.html",
             label=label(self.result),
+            facts=self.facts,
             columns=COLUMNS,
             tables={
                 name: {
@@ -208,10 +232,16 @@ class Report:
         """Best, typical and worst queries, chosen by rank, with what they retrieved and their radii."""
         assert self.stored is not None and self.scores_of is not None
         order = torch.argsort(self.ranks.t2v_T, stable=True).tolist()
+        if self.retrieved is not None:
+            margin = self.retrieved.margins(self.ranks.owner_T).tolist()
+            order.sort(key=lambda text: (int(self.ranks.t2v_T[text]), -margin[text]))
         middle = len(order) // 2
         chosen = [("best", text) for text in order[:2]] + [("typical", text) for text in order[middle : middle + 2]]
         chosen += [("worst", text) for text in order[-2:]]
         frames = _Frames(self.stored)
+        caption_of: dict[int, str] = {}
+        for text, video in enumerate(self.ranks.owner_T.tolist()):
+            caption_of.setdefault(video, self.captions[text])
         queries = []
         for kind, text in {text: (kind, text) for kind, text in chosen}.values():
             score_V = self.scores_of(text)
@@ -225,6 +255,7 @@ class Report:
                     "id": self.stored.features.video_ids[video],
                     "score": float(score_V[video]),
                     "role": role,
+                    "caption": caption_of[video],
                     "frames": frames.urls_of(video),
                 }
                 for role, video in shown
