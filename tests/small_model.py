@@ -91,7 +91,7 @@ def without_unused_noise(config: Config, batch: tuple[Any, ...]) -> tuple[Any, .
 
 def plain_run(config: Config, steps: int = STEPS) -> dict[str, Any]:
     """One process, torch alone."""
-    from tmass_dist.training.objective import parameter_groups
+    from tmass_dist.training.groups import parameter_groups
     from tmass_dist.training.optim import AuthorsAdamW, TorchAdamW
 
     model = small_objective(config)

@@ -260,8 +260,8 @@ def broken_inputs(batch, step, *more):
         {action}
     return inputs(batch, step, *more)
 
-def broken_model(config):
-    model = build(config)
+def broken_model(config, **more):
+    model = build(config, **more)
     if "{action}" == "pass":
         weight = model.head.pooling.linear.weight
         weight.register_hook(lambda g: g * (float("nan") if RANK == {number} and calls[-1] == AT else 1.0))

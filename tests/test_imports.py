@@ -18,6 +18,7 @@ OUTSIDE = {
     "optuna": {"launch/tune.py"},
     "pebble": {"shards/pack_pool.py"},
     "webdataset": {"shards/shard_writer.py"},
+    "peft": {"tmass_dist/models/adapters.py"},
     "usearch": {"tmass_dist/evaluation/search.py"},
     "starlette": {"tmass_dist/web/app.py", "tmass_dist/serve.py"},
     "uvicorn": {"tmass_dist/serve.py"},

@@ -118,7 +118,7 @@ def step(name: str, device: torch.device, begin: Callable[[], None]) -> Result:
     ``begin`` is called when the model is on its device.
     """
     from tmass_dist.data.loader import Batch
-    from tmass_dist.training.objective import parameter_groups
+    from tmass_dist.training.groups import parameter_groups
     from tmass_dist.training.optim import AuthorsAdamW, TorchAdamW
     from tmass_dist.training.step_inputs import step_inputs
 

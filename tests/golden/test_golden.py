@@ -20,7 +20,8 @@ from tmass_dist.models.backbone import build_towers
 from tmass_dist.models.head import RetrievalHead, build_head
 from tmass_dist.models.tmass import RetrievalModel
 from tmass_dist.training.checks import validation_steps
-from tmass_dist.training.objective import Objective, global_losses, parameter_groups
+from tmass_dist.training.groups import parameter_groups
+from tmass_dist.training.objective import Objective, global_losses
 from tmass_dist.training.optim import AuthorsAdamW, warmup_cosine
 from tmass_dist.training.validation import improves
 

@@ -33,6 +33,9 @@ class Config:
     eval_at_start: bool = False
     """Also validate before the first step, for the curves only: the checkpoint is selected among the later validations.
     """
+    patience: int | None = None
+    """Early stopping: end the training when so many validations in a row have brought no new best; null: never. The
+    learning-rate schedule is still that of all steps."""
     log_every: int = 10
     """Steps between entries of ``metrics.jsonl``, TensorBoard and the log."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -52,6 +55,14 @@ class Config:
             self.evals_per_epoch,
             "at least 1, or null",
         )
+        require(self.patience is None or self.patience >= 1, "patience", self.patience, "at least 1, or null")
+        if self.optim.lora_rank is not None:
+            stage, reason = (
+                self.engine.zero_stage,
+                "with optim.lora_rank use 0, 1 or 2; the adapters are too small to share",
+            )
+            require(stage < 3, "engine.zero_stage", stage, reason)
+            require(not self.engine.compile, "engine.compile", True, "it does not work with optim.lora_rank")
         by_sample = self.model.pooled_by == "sample"
         mean_only = self.stochastic.training == "mean" or not self.model.draws_samples
         require(

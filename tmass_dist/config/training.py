@@ -29,12 +29,30 @@ class OptimConfig:
     """Decay of an exponential moving average of the weights. If above 0, the average is validated and saved."""
     frozen: tuple[str, ...] = ()
     """Prefixes of parameter names that are not trained, such as ``towers.clip.visual``."""
+    layer_decay: float = 1.0
+    """Factor of the towers' learning rate from one block to the one below it: ``clip_lr`` at the top, ``clip_lr *
+    layer_decay`` in the last block, and so on down to the embeddings. 1: the same rate everywhere."""
+    lora_rank: int | None = None
+    """If set, the towers are frozen, and a LoRA adapter of this rank is trained in each block, at ``lr``, together with
+    the head. Saved weights have the adapters added. It needs ``pip install 'tmass-dist[lora]'``."""
+    lora_alpha: float | None = None
+    """``lora_rank``: the adapters are scaled by ``lora_alpha / lora_rank``; null: twice the rank."""
 
     def __post_init__(self) -> None:
         require(self.lr >= 0 and self.clip_lr >= 0, "optim.lr", (self.lr, self.clip_lr), "it cannot be negative")
         require(0 <= self.warmup < 1, "optim.warmup", self.warmup, "it is a share of all steps, in [0, 1)")
         require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "it must be positive")
         require(0 <= self.ema < 1, "optim.ema", self.ema, "it must be in [0, 1)")
+        require(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "it must be in (0, 1]")
+        require(self.lora_rank is None or self.lora_rank >= 1, "optim.lora_rank", self.lora_rank, "at least 1, or null")
+        if self.lora_rank is None:
+            require(self.lora_alpha is None, "optim.lora_alpha", self.lora_alpha, "it applies to optim.lora_rank")
+            return
+        require(self.lora_alpha is None or self.lora_alpha > 0, "optim.lora_alpha", self.lora_alpha, "above 0")
+        frozen = "with optim.lora_rank the towers are frozen, and only their adapters are trained"
+        require(self.layer_decay == 1, "optim.layer_decay", self.layer_decay, frozen)
+        towers = [prefix for prefix in self.frozen if prefix.startswith("towers")]
+        require(not towers, "optim.frozen", towers, frozen)
 
 
 MAX_PROFILED_STEPS = 100

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tmass_dist.cli import writable_dir
-from tmass_dist.config import Config, differing_keys, load_config
+from tmass_dist.config import Config, differing_keys, flat, load_config
 from tmass_dist.errors import UserError
 from tmass_dist.loggers import check_loggers
 
@@ -136,9 +137,17 @@ def check_and_load(config: Config, world: int, *, look_at_files: bool = True) ->
         if differing:
             raise UserError(
                 f"{config.run_dir} holds a run with another config ({'; '.join(differing)}); "
-                "give the same settings to resume, or another run_dir"
+                f"give the same settings to resume, or name another directory, as run_dir={_other_run_dir(config, differing)}"
             )
     return config, splits
+
+
+def _other_run_dir(config: Config, differing: list[str]) -> str:
+    """A directory beside that of the saved run, named after the settings that differ."""
+    own = flat(asdict(config))
+    keys = [line.partition(":")[0] for line in differing][:2]
+    parts = [f"{key.rpartition('.')[2]}-{own[key]}" for key in keys]
+    return re.sub(r"[^\w./=-]", "_", f"{config.run_dir}-{'-'.join(part.replace('/', '_') for part in parts)}")
 
 
 def check_weights(config: Config) -> None:

@@ -16,7 +16,8 @@ from tmass_dist.config import Config
 from tmass_dist.distributed import all_reduce_sum, is_initialised, join_alone, world_size
 from tmass_dist.models.pair_products import DropoutKeys
 from tmass_dist.precision import use_tf32
-from tmass_dist.training.objective import Losses, Objective, parameter_groups
+from tmass_dist.training.groups import parameter_groups
+from tmass_dist.training.objective import Losses, Objective
 from tmass_dist.training.optim import AuthorsAdamW, TorchAdamW
 from tmass_dist.training.zero import Shards
 

@@ -201,7 +201,7 @@ class _TrainingRun:
         with self.watchdog, closing(bar), closing(self.loader.batches(self.step)) as batches:
             if self._must_validate_first():
                 self._validate()
-            while self.step < self.num_steps and not self._stopping:
+            while not (self._is_at_the_end() or self._stopping):
                 self.watchdog.begin_step(self.step)
                 if self.profiler is not None:
                     self.profiler.begin_step(self.step + 1)
@@ -217,6 +217,12 @@ class _TrainingRun:
             if self.profiler is not None:
                 self.profiler.close(self.step)
         return self._close()
+
+    def _is_at_the_end(self) -> bool:
+        """Whether all steps are done, or ``patience`` ends the training before."""
+        return self.step == self.num_steps or (
+            self.step > 0 and self.validator.has_validated(self.step) and self.validator.is_exhausted()
+        )
 
     def _must_validate_first(self) -> bool:
         """Whether an earlier start saved this step and was stopped before its validation, or ``eval_at_start``."""
@@ -331,7 +337,10 @@ class _TrainingRun:
         self._config_is_written = True
 
     def _close(self) -> bool:
-        is_complete = self.step == self.num_steps and self.validator.has_validated(self.step)
+        is_complete = self._is_at_the_end() and self.validator.has_validated(self.step)
+        if is_complete and self.step < self.num_steps:
+            line = "patience=%s: training ends at step %d of %d, because the last %s validations brought no new best"
+            self.log.info(line, self.config.patience, self.step, self.num_steps, self.config.patience)
         self.monitor.close(complete=is_complete)
         distributed.barrier()
         if is_complete:

@@ -8,14 +8,16 @@ than texts, are never exchanged.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tmass_dist.config import Config, OptimConfig, StochasticConfig
+from tmass_dist.config import Config, StochasticConfig
 from tmass_dist.distributed import all_gather_rows
 from tmass_dist.errors import UserError
+from tmass_dist.models.adapters import add_adapters
 from tmass_dist.models.head import RetrievalHead
 from tmass_dist.models.pair_products import DropoutKeys
 from tmass_dist.models.tmass import RetrievalModel, build_model
@@ -196,15 +198,27 @@ class Objective(RetrievalModel):
         return self.losses(*self.encode(pixels_BFHWC, tokens_BL), noise_BD, dropout_keys)
 
 
-def build_objective(config: Config, *, without_weights: bool = False) -> Objective:
-    """The model of ``config`` with its loss; ``without_weights`` leaves the towers random, for others to fill.
+def build_objective(
+    config: Config, *, without_weights: bool = False, fill: Callable[[RetrievalModel], None] | None = None
+) -> Objective:
+    """The model of ``config`` with its loss.
 
     Parameters that do not affect the loss, or that the config freezes, need no gradient.
 
+    Args:
+        config: of the run.
+        without_weights: leave the towers random.
+        fill: called with towers and head before adapters are added.
+
     Raises:
-        UserError: ``optim.frozen`` names a parameter that does not exist.
+        UserError: ``optim.frozen`` names a parameter that does not exist, or adapters cannot be added.
     """
     model = build_model(config.model, without_weights=without_weights)
+    if fill is not None:
+        fill(model)
+    rank = config.optim.lora_rank
+    if rank is not None:
+        add_adapters(model, rank, config.optim.lora_alpha or 2 * rank)
     if config.stochastic.training == "mean" and model.head.mass is not None:
         model.head.mass.requires_grad_(False)  # it does not affect the loss
     names = [name for name, _ in model.named_parameters()]
@@ -215,16 +229,3 @@ def build_objective(config: Config, *, without_weights: bool = False) -> Objecti
         if name.startswith(tuple(config.optim.frozen)):
             parameter.requires_grad_(False)
     return Objective(model, config)
-
-
-def parameter_groups(model: Objective, config: OptimConfig) -> list[dict[str, Any]]:
-    """The towers at ``clip_lr``, the head at ``lr``; names serve TensorBoard."""
-
-    def trainable(module: nn.Module) -> list[nn.Parameter]:
-        return [parameter for parameter in module.parameters() if parameter.requires_grad]
-
-    groups = [
-        {"name": "towers", "params": trainable(model.towers), "lr": config.clip_lr},
-        {"name": "head", "params": trainable(model.head), "lr": config.lr},
-    ]
-    return [group for group in groups if group["params"]]

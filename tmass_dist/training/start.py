@@ -12,8 +12,10 @@ from tmass_dist.config import Config
 from tmass_dist.data.remote import sha256_of
 from tmass_dist.distributed import all_gather_objects, broadcast_from, is_main, share_failure
 from tmass_dist.models.loading import read_weights
+from tmass_dist.models.warm_start import start_from
+from tmass_dist.training import objective
 from tmass_dist.training.checkpoint import saved_steps
-from tmass_dist.training.objective import Objective, build_objective
+from tmass_dist.training.objective import Objective
 
 if TYPE_CHECKING:
     import logging
@@ -45,13 +47,15 @@ def starting_model(config: Config, device: torch.device, log: logging.Logger) ->
     path = all_gather_objects(untrained_weights(config.run_dir) if is_main() else None)[0]
     model, failure = None, None
     try:
-        model = build_objective(config, without_weights=path is not None or config.init_from is not None)
         if path is not None:
+            model = objective.build_objective(config, without_weights=True)
             _load_untrained(model, path)
         elif config.init_from:
-            from tmass_dist.models.warm_start import start_from
-
-            log.info(start_from(model, config))
+            model = objective.build_objective(
+                config, without_weights=True, fill=lambda plain: log.info(start_from(plain, config))
+            )
+        else:
+            model = objective.build_objective(config)
     except Exception as error:
         failure = error
     share_failure(failure)

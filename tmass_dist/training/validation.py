@@ -25,6 +25,7 @@ from tmass_dist.evaluation.encode import encode_batches, ranks_of
 from tmass_dist.evaluation.features import Features, merge
 from tmass_dist.evaluation.ranking import metrics
 from tmass_dist.loggers import score_tags
+from tmass_dist.models.adapters import plain_weights
 from tmass_dist.models.tmass import RetrievalModel
 from tmass_dist.pictures import sheet
 from tmass_dist.training.engine import Engine
@@ -93,6 +94,13 @@ class Validator:
     def has_validated(self, step: int) -> bool:
         """Whether the history holds this step."""
         return any(point["step"] == step for point in self.history)
+
+    def is_exhausted(self) -> bool:
+        """Whether the last ``patience`` validations have brought no new best."""
+        patience = self.config.patience
+        means = window_means([point["R@1"] for point in self.history], self.config.evaluation.window)
+        # The first of equal means is the best: `improves` needs a higher one.
+        return patience is not None and len(means) - 1 - means.index(max(means)) >= patience if means else False
 
     def validate(self, step: int, engine: Engine, monitor: Monitor, log: logging.Logger) -> bool:
         """Score the selection split and keep the weights if they are the best so far; every rank calls it.
@@ -163,7 +171,7 @@ class Validator:
         if not is_main():
             return
         if improves([point["R@1"] for point in self.history], self.config.evaluation.window):
-            weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()}
+            weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in plain_weights(model).items()}
             temporary = self.directory / "best.safetensors.tmp"
             save_file(weights, temporary)
             os.replace(temporary, self.directory / "best.safetensors")
