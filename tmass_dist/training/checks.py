@@ -135,9 +135,10 @@ def check_and_load(config: Config, world: int, *, look_at_files: bool = True) ->
     if saved:
         differing = differing_keys(replace(saved, data=choose_order(saved.data, 1, saved.data)), config)
         if differing:
+            other = _other_run_dir(config, differing)
             raise UserError(
                 f"{config.run_dir} holds a run with another config ({'; '.join(differing)}); "
-                f"give the same settings to resume, or name another directory, as run_dir={_other_run_dir(config, differing)}"
+                f"give the same settings to resume, or name another directory, as run_dir={other}"
             )
     return config, splits
 
