@@ -55,6 +55,7 @@ ORDER = (
         "tmass_dist.convert",
         "tmass_dist.settings",
         "tmass_dist.weights",
+        "tmass_dist.doctor",
         "tmass_dist.index",
         "tmass_dist.search",
         "tmass_dist.serve",

@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("tmass_dist.train", "train a model in this process, or on several ranks under torchrun"),
     "evaluate": ("tmass_dist.evaluate", "evaluate a run, stored features or a similarity matrix"),
     "audit": ("tmass_dist.audit", "check an evaluation's similarity function for leaks"),
+    "doctor": ("tmass_dist.doctor", "say what works on this machine and what is missing"),
     "weights": ("tmass_dist.weights", "fetch pretrained towers for machines without internet"),
     "export": ("tmass_dist.export", "write a trained model with its config and model card"),
     "convert": ("tmass_dist.convert", "convert checkpoints of the authors' code, and back"),
