@@ -86,7 +86,7 @@ def test_scores_of_blocks_are_those_of_all_texts_at_once(stored: Path, overrides
     if "model.pooled_by=sample" not in overrides:
         expected_TV = _plain(scorer, scorer.config)
         assert torch.isnan(expected_TV).any() == published
-        torch.testing.assert_close(whole_TV, expected_TV.nan_to_num(-2.0), rtol=0, atol=2e-6)
+        torch.testing.assert_close(whole_TV, expected_TV.nan_to_num(blocks.LOWEST), rtol=0, atol=2e-6)
     for text in (0, 1, scorer.blocks[0].stop - 1, texts - 1):
         assert torch.equal(scorer.scores_of(text), whole_TV[text])
     if not published:
@@ -97,15 +97,16 @@ def test_scores_of_blocks_are_those_of_all_texts_at_once(stored: Path, overrides
         torch.testing.assert_close(scorer.score(last, gallery), whole_TV[last][:, some], rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("pooling", ["xpool", "mean"])
+@pytest.mark.parametrize("pooling", ["xpool", "best_frame", "mean"])
 def test_the_memory_of_a_prepared_gallery_is_known(stored: Path, pooling: str) -> None:
     scorer = _scorer(stored)
-    if pooling == "mean":
+    if pooling != "xpool":
         from tmass_dist.models.head import build_head
 
-        scorer.head = build_head(load_config("demo.yaml", ["model.pooling=mean"]).model, D)
+        model = load_config("demo.yaml", [f"model.pooling={pooling}", "model.radius=none"]).model
+        scorer.head = build_head(model, D)
     heads = getattr(scorer.head.pooling, "num_heads", 0)
-    own = (heads + 1) * F + 2 if pooling == "xpool" else 1  # keys and basis of the pooling
+    own = {"xpool": (heads + 1) * F + 2, "best_frame": F, "mean": 1}[pooling]  # keys and basis of the pooling
     assert scorer._gallery_bytes() == 4 * V * D * (F + F + own)
 
 

@@ -19,6 +19,7 @@ from tmass_dist.config import Config
 from tmass_dist.distributed import own_device
 from tmass_dist.evaluation.features import Features
 from tmass_dist.evaluation.scoring import Gallery
+from tmass_dist.models.frame_pooling import FramePool
 from tmass_dist.models.pooling import XPool
 from tmass_dist.noise import keyed_noise, text_key
 
@@ -173,7 +174,7 @@ class BlockScorer:
         """About what the prepared gallery takes: frames and their directions, and the pooling's keys and basis."""
         num_videos, num_frames, width = self.features.frames_VFD.shape
         pool = self.head.pooling
-        vectors = num_frames
+        vectors = num_frames if isinstance(pool, FramePool) else 1
         if isinstance(pool, XPool):
             vectors = (pool.num_heads + (1 if pool.best_frame is None else 3)) * num_frames + 2
         return 4 * num_videos * width * (2 * num_frames + vectors)
