@@ -1,14 +1,17 @@
 """Compare runs: ``python launch/compare.py RUN...``, or a directory of runs.
 
-Prints the settings in which they differ, their results, and their paired differences from the first run.
+Prints the settings in which they differ, R@1 with its interval, and paired differences from the first run. ``--out``
+and ``--html`` have all metrics.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
-from dataclasses import asdict
+import textwrap
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,105 +27,203 @@ LABELS = ("protocol", "num_trials", "selected_on", "post_processing", "precision
 PAIRED = ("protocol", "post_processing", "precision", "feature_precision")
 """Labels in which results must agree for a paired difference."""
 METRICS = ("R@1", "R@5", "R@10", "MdR", "MnR")
+DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
+MIN_NAME, MAX_NAME = 12, 32
+"""Width of the column with the runs' names in a terminal."""
 
 
-def compare(runs: list[Path]) -> str:
-    """A markdown table: the settings in which the runs differ, then t2v metrics, or where a run stands.
+@dataclass
+class Row:
+    """One run of a comparison."""
+
+    run: Path
+    settings: dict[str, Any]
+    """Those in which the runs differ."""
+    labels: str = "not evaluated: see `tmass status`"
+    scores: dict[tuple[str, str], str] = field(default_factory=dict)
+    """By direction and metric; empty if the run is not evaluated."""
+    intervals: dict[tuple[str, str], str] = field(default_factory=dict)
+    differences: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Metrics minus those of the first run, with their 95 % intervals."""
+    not_compared: str = ""
+    """Why there are no differences."""
+
+    @property
+    def name(self) -> str:
+        return self.run.name or str(self.run)
+
+
+def compare(runs: list[Path]) -> list[Row]:
+    """The runs side by side; the first is the reference of the differences.
+
+    The bootstrap draws videos, the same ones for both runs: a difference is narrower than its two results suggest.
 
     Raises:
         UserError: a directory that holds no run.
     """
-    settings: dict[Path, dict[str, Any]] = {}
+    settings: list[dict[str, Any]] = []
     for run in runs:
         if not (run / "config.yaml").is_file():
             raise UserError(f"{run} is no run directory: it has no config.yaml")
-        settings[run] = flat(asdict(load_config(str(run / "config.yaml"))))
-    first = settings[runs[0]]
-    keys = [k for k in first if k != "run_dir" and any(found[k] != first[k] for found in settings.values())]
-    lines = [
-        f"| run | {' | '.join([*keys, *METRICS, 'protocol, M, selected on, post-processing'])} |",
-        f"|---|{'---|' * (len(keys) + len(METRICS) + 1)}",
-    ]
-    for run, found in settings.items():
-        path = run / "evaluation" / "metrics.json"
-        if path.is_file():
-            result = json.loads(path.read_text(encoding="utf-8"))
-            numbers = [f"{result['t2v'][name]:.1f}" for name in METRICS]
-            words = ", ".join(str(result[key]) for key in LABELS if result.get(key) is not None)
-        else:
-            numbers, words = ["-"] * len(METRICS), "not evaluated: see launch/status.py"
-        lines.append(f"| {run.name} | {' | '.join([*(str(found[k]) for k in keys), *numbers, words])} |")
-    return "\n".join(lines) + "\n"
+        settings.append(flat(asdict(load_config(str(run / "config.yaml")))))
+    first = settings[0]
+    keys = [key for key in first if key != "run_dir" and any(one[key] != first[key] for one in settings)]
+    rows = [Row(run, {key: one[key] for key in keys}) for run, one in zip(runs, settings)]
+    for row in rows:
+        _read_result(row)
+    for row in rows[1:]:
+        _subtract(rows[0], row)
+    return rows
 
 
-def differences(runs: list[Path]) -> str:
-    """A markdown table of each run's metrics minus those of the first, with 95 % intervals; or why there is none.
+def _result(run: Path) -> dict[str, Any] | None:
+    path = run / "evaluation" / "metrics.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    The bootstrap draws videos, the same ones for both runs: a difference is narrower than its two results suggest.
-    """
+
+def _read_result(row: Row) -> None:
+    result = _result(row.run)
+    if result is None:
+        return
+    row.labels = ", ".join(str(result[key]) for key in LABELS if result.get(key) is not None)
+    for direction in DIRECTIONS:
+        for name in METRICS:
+            row.scores[direction, name] = f"{result[direction][name]:.1f}"
+            low_high = result.get("intervals_95", {}).get(direction, {}).get(name)
+            if low_high is not None:
+                row.intervals[direction, name] = f"{low_high[0]:.1f} to {low_high[1]:.1f}"
+
+
+def _subtract(first: Row, row: Row) -> None:
     from tmass_dist.evaluation.bootstrap import paired_differences
     from tmass_dist.evaluation.report import read_ranks
 
-    first, *others = runs
-    columns = [(direction, name) for direction in ("t2v", "v2t") for name in METRICS]
-    lines = [
-        f"Differences from {first.name} (95 % interval: paired bootstrap over videos)",
-        "",
-        f"| run | {' | '.join(f'{direction} {name}' for direction, name in columns)} |",
-        f"|---|{'---|' * len(columns)}",
-    ]
-    for run in others:
-        try:
-            reason = _not_comparable(first, run)
-            pairs = [] if reason else [read_ranks(path / "evaluation") for path in (first, run)]
-        except UserError as error:
-            reason, pairs = str(error), []
-        if not reason and pairs[0][1] != pairs[1][1]:
-            reason = "it was evaluated on other captions"
-        if reason:
-            lines.append(f"| {run.name} | not compared: {reason} |{' |' * (len(columns) - 1)}")
-            continue
-        found = paired_differences(pairs[0][0], pairs[1][0])
-        cells = ["-"] * len(columns)
-        if found:
-            cells = [
-                f"{one.value:+.1f} ({one.low:+.1f} to {one.high:+.1f})"
-                for one in (found[direction][name] for direction, name in columns)
-            ]
-        lines.append(f"| {run.name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    row.not_compared = _not_comparable(first.run, row.run) or ""
+    if row.not_compared:
+        return
+    try:
+        (own_first, ids_first), (own, ids) = (read_ranks(run / "evaluation") for run in (first.run, row.run))
+    except UserError as error:
+        row.not_compared = str(error)
+        return
+    if ids_first != ids:
+        row.not_compared = "it was evaluated on other captions"
+        return
+    found = paired_differences(own_first, own) or {}
+    for direction, by_name in found.items():
+        for name in METRICS:
+            one = by_name[name]
+            row.differences[direction, name] = f"{one.value:+.1f} ({one.low:+.1f} to {one.high:+.1f})"
 
 
 def _not_comparable(first: Path, second: Path) -> str | None:
     """Why the results of two runs must not be subtracted; None if they may be."""
     results = []
     for run in (first, second):
-        path = run / "evaluation" / "metrics.json"
-        if not path.is_file():
+        result = _result(run)
+        if result is None:
             return f"{run.name} is not evaluated"
-        results.append(json.loads(path.read_text(encoding="utf-8")))
+        results.append(result)
     differing = [key for key in PAIRED if results[0].get(key) != results[1].get(key)]
     return f"{', '.join(differing)} differs" if differing else None
+
+
+def terminal(rows: list[Row], width: int) -> str:
+    """R@1 in both directions, then the differing settings; lines of both are at most ``width`` wide, down to 80."""
+    space = max(MIN_NAME, min(MAX_NAME, width - 56))
+    names = {id(row): _shortened(row.name, space) for row in rows}
+    lines = []
+    for direction, title in DIRECTIONS.items():
+        lines += [f"{title:<{space}}  {'R@1 (95 %)':<22}{'difference from the first':<26}{'MdR':>6}"]
+        for row in rows:
+            score, interval = (part.get((direction, "R@1"), "") for part in (row.scores, row.intervals))
+            difference = row.differences.get((direction, "R@1"), "")
+            shown = f"{score} ({interval})" if interval else score or "-"
+            median = row.scores.get((direction, "MdR"), "-")
+            lines.append(f"{names[id(row)]:<{space}}  {shown:<22}{difference:<26}{median:>6}".rstrip())
+        lines.append("")
+    lines += [f"{row.name}: not compared: {row.not_compared}" for row in rows if row.not_compared]
+    labels = {row.labels for row in rows}
+    said = [f"all: {labels.pop()}"] if len(labels) == 1 else [f"{row.name}: {row.labels}" for row in rows]
+    lines += ["protocol, M, selected on, post-processing", *_wrapped([f"  {one}" for one in said], width)]
+    for key in rows[0].settings:
+        lines.append(key)
+        lines += _wrapped([f"  {names[id(row)]:<{space}}  {row.settings[key]}" for row in rows], width)
+    return "\n".join(lines) + "\n"
+
+
+def _shortened(name: str, width: int) -> str:
+    return name if len(name) <= width else f"{name[: width // 2 - 1]}…{name[-(width - width // 2) :]}"
+
+
+def _wrapped(lines: list[str], width: int) -> list[str]:
+    wrapper = textwrap.TextWrapper(width, subsequent_indent="    ", break_on_hyphens=False)
+    return [part for line in lines for part in wrapper.wrap(line) or [""]]
+
+
+def tables(rows: list[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and cells of two tables: results, and differences from the first run."""
+    columns = [(direction, name) for direction in DIRECTIONS for name in METRICS]
+    heads = [f"{direction} {name}" for direction, name in columns]
+    keys = list(rows[0].settings)
+    results = []
+    for row in rows:
+        numbers = [_with_interval(row, column) for column in columns]
+        results.append([row.name, *(str(row.settings[key]) for key in keys), *numbers, row.labels])
+    found = [("Results", ["run", *keys, *heads, "protocol, M, selected on, post-processing"], results)]
+    if len(rows) > 1:
+        title = f"Differences from {rows[0].name} (95 % interval: paired bootstrap over videos)"
+        differences = [
+            [row.name, *(row.differences.get(one, "-") for one in columns)]
+            if not row.not_compared
+            else [row.name, f"not compared: {row.not_compared}", *[""] * (len(columns) - 1)]
+            for row in rows[1:]
+        ]
+        found.append((title, ["run", *heads], differences))
+    return found
+
+
+def _with_interval(row: Row, column: tuple[str, str]) -> str:
+    interval = row.intervals.get(column)
+    return row.scores.get(column, "-") + (f" ({interval})" if interval else "")
+
+
+def markdown(rows: list[Row]) -> str:
+    """All metrics as markdown tables."""
+    parts = []
+    for title, header, cells in tables(rows):
+        lines = [[one.replace("|", "\\|") for one in line] for line in (header, *cells)]
+        lines.insert(1, ["---"] * len(header))
+        parts.append(f"{title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog=program("python launch/compare.py"), description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="run directories, or one directory that holds them")
-    parser.add_argument("--out", type=Path, help="also write comparison.md there")
+    parser.add_argument("--out", type=Path, help="directory; write comparison.md with all metrics there")
+    parser.add_argument("--html", type=Path, help="file; write a page with all metrics")
     arguments = parser.parse_args()
     runs = arguments.runs
     if len(runs) == 1 and not (runs[0] / "config.yaml").is_file():
         runs = sorted(path.parent for path in runs[0].glob("*/config.yaml"))
     if not runs:
         raise UserError(f"there is no run in {arguments.runs[0]}")
-    text = compare(runs)
-    if len(runs) > 1:
-        text += "\n" + differences(runs)
-    print(text, end="")
+    rows = compare(runs)
+    print(terminal(rows, shutil.get_terminal_size((100, 24)).columns), end="")
     if arguments.out:
-        temporary = writable_dir(arguments.out) / "comparison.md.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(arguments.out / "comparison.md")
+        _write(writable_dir(arguments.out) / "comparison.md", markdown(rows))
+    if arguments.html:
+        from tmass_dist.pages import render_page
+
+        writable_dir(arguments.html.parent)
+        _write(arguments.html, render_page("compare.html", tables=tables(rows)))
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from launch.compare import DIRECTIONS, METRICS, Row, markdown, terminal
 from tests.conftest import run
 from tests.test_evaluate_run import make_run
 from tmass_dist.evaluation.ranking import metrics
@@ -28,11 +29,12 @@ def runs(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_differences_are_paired_and_those_of_the_metrics(runs: Path, tmp_path: Path) -> None:
-    done = run("launch/compare.py", str(runs), "--out", str(tmp_path / "out"))
+    page = tmp_path / "pages" / "runs.html"
+    done = run("launch/compare.py", str(runs), "--out", str(tmp_path / "out"), "--html", str(page))
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "comparison.md").read_text() == done.stdout
-    assert "query_conditioned, 20, val, none" in done.stdout and "Differences from a (95 %" in done.stdout
-    [row] = re.findall(r"\| b \| ([-+].*) \|", done.stdout)
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "query_conditioned, 20, val, none" in text and "Differences from a (95 %" in text
+    [row] = re.findall(r"\| b \| ([-+].*) \|", text)
     (a, ids), (b, _) = (read_ranks(runs / name / "evaluation") for name in "ab")
     assert ids[0][1] == 0 and len(ids) == len(a.t2v_T)
     gains = [float(cell.split(" ")[0]) for cell in row.split(" | ")]
@@ -40,7 +42,27 @@ def test_differences_are_paired_and_those_of_the_metrics(runs: Path, tmp_path: P
     expected = [metrics(b.t2v_T)[n] - metrics(a.t2v_T)[n] for n in names]
     expected += [metrics(b.v2t_V)[n] - metrics(a.v2t_V)[n] for n in names]
     assert gains == pytest.approx(expected, abs=0.05) and any(gains)
-    assert "| c | not compared: c is not evaluated |" in done.stdout
+    assert "| c | not compared: c is not evaluated |" in text
+    html = page.read_text()
+    assert row.split(" | ")[0] in html and "not compared: c is not evaluated" in html
+    shown = re.findall(r"^b +[\d.]+ \([\d.]+ to [\d.]+\) +([-+][\d.]+) \(", done.stdout, re.MULTILINE)
+    assert [float(one) for one in shown] == pytest.approx([expected[0], expected[5]], abs=0.05)
+    assert "c: not compared: c is not evaluated" in done.stdout and "b: query_conditioned, 20, val, none" in done.stdout
+
+
+def test_lines_fit_a_terminal_and_names_stay_apart() -> None:
+    long = "a-run-with-a-name-that-is-longer-than-any-column-of-the-table"
+    rows = [Row(Path(f"runs/{long}-{k}"), {"optim.lr": 10.0**-k, "data.train": "/data/" + "x" * 100}) for k in (5, 6)]
+    for row in rows:
+        row.scores = {(direction, name): "100.0" for direction in DIRECTIONS for name in METRICS}
+        row.intervals = dict.fromkeys(row.scores, "100.0 to 100.0")
+        row.differences = dict.fromkeys(row.scores, "-100.0 (-100.0 to +100.0)")
+    for width in (80, 100, 200):
+        lines = terminal(rows, width).splitlines()
+        assert max(map(len, lines)) <= width
+        assert len({line.split()[0] for line in lines if line.startswith("a-run")}) == 2
+    text = markdown([Row(Path("a|b"), {"data.train": "x|y"})])
+    assert "| a\\|b | x\\|y | - |" in text
 
 
 def test_results_that_must_not_be_subtracted_are_named(runs: Path, data: list[str], tmp_path: Path) -> None:
