@@ -80,7 +80,8 @@ def placement(check: Check) -> list[str]:
         pixels, tokens, *_ = batch_of(0)
         if device.type == "cuda":
             pixels, tokens = pixels.pin_memory(), tokens.pin_memory()
-        batch = Batch(pixels, tokens, ["a"] * len(tokens), [f"v{n}" for n in range(len(tokens))], [0] * len(tokens), [])
+        ids, zeros = [f"v{n}" for n in range(len(tokens))], [0] * len(tokens)
+        batch = Batch(pixels, tokens, ["a"] * len(tokens), ids, zeros, zeros, [])
         with _no_host_waits(device):
             found = model("whole", *step_inputs(batch, 0, model, config, device))
             found.total.backward()

@@ -136,7 +136,7 @@ def step(name: str, device: torch.device, begin: Callable[[], None]) -> Result:
     if config.data.augment:
         pixels = pixels.repeat_interleave(2, dim=2)
     tokens = tokens[:, 2:].contiguous()  # shorter than the context, as most texts are
-    batch = Batch(pixels, tokens, ["a"] * N, [f"video {n}" for n in range(N)], [0] * N, [])
+    batch = Batch(pixels, tokens, ["a"] * N, [f"video {n}" for n in range(N)], [0] * N, [0] * N, [])
     begin()
     losses = model("whole", *step_inputs(batch, 0, model, config, device))
     losses.total.backward()
@@ -373,7 +373,7 @@ ON_THE_HOST = {"_own_captions"}
 EXERCISES: list[tuple[Callable[..., Result], str, tuple[Any, ...]]] = [
     *((step, name, ()) for name in STEPS if name != "bfloat16"),
     *((scoring, option, (head,)) for option in OPTIONS for head in SCORINGS),
-    *((pooling, kind, ()) for kind in ("xpool", "mean")),
+    *((pooling, kind, ()) for kind in ("xpool", "mean", "query_scored")),
 ]
 
 

@@ -39,7 +39,7 @@ checkpoint.Saver._write = lambda *_: time.sleep(1000)
 
 @pytest.fixture
 def overrides(data: list[str]) -> list[str]:
-    return [*data, "max_steps=10", "eval_every=5", "engine.timeout_s=60", "data.num_workers=1"]
+    return [*data, "max_steps=10", "eval_every=5", "eval_at_start=false", "engine.timeout_s=60", "data.num_workers=1"]
 
 
 def _wait_for(path: Path, ranks: Ranks, seconds: float = 120) -> None:
