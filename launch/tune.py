@@ -73,6 +73,8 @@ class Running:
     """Not started earlier, by the monotonic clock."""
     reported: set[int] = field(default_factory=set)
     """Steps whose validation Optuna knows."""
+    is_hopeless: bool = False
+    """Whether the pruner asked to stop it."""
 
 
 class Tuner:
@@ -225,7 +227,7 @@ class Tuner:
         if is_complete and scores:
             self._end_process(running)
             self._tell(running, max(scores.values()))
-        elif "pruned" in _frozen(running.trial).user_attrs or self._must_prune(running, scores):
+        elif "pruned" in _frozen(running.trial).user_attrs or running.is_hopeless:
             running.trial.set_user_attr("pruned", max(scores, default=0))  # known before the run is stopped
             if self._stop_run(running):
                 self._tell(running, None, self.optuna.trial.TrialState.PRUNED)
@@ -246,10 +248,9 @@ class Tuner:
             if step not in running.reported:
                 running.trial.report(score, step)
                 running.reported.add(step)
+                # After each report: Optuna compares the last step only, and two validations may have passed in between.
+                running.is_hopeless |= self.arguments.prune and running.trial.should_prune()
         return scores
-
-    def _must_prune(self, running: Running, scores: dict[int, float]) -> bool:
-        return bool(self.arguments.prune and scores and running.trial.should_prune())
 
     def _is_alive(self, running: Running) -> bool:
         """Whether the run works or waits, also one that an earlier driver has started."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from launch.space import Dimension, parse_space
 from launch.tune import JOURNAL, _cut_incomplete_line, import_optuna
@@ -50,8 +51,6 @@ def test_killed_driver_and_killed_trial_lose_and_double_nothing(data: list[str],
 
     driver = start()
     _until(lambda: read_metrics(base / "trial-0000" / "metrics.jsonl"), log)
-    second = run(*command[1:])
-    assert second.returncode == 2 and "another driver works on the study" in second.stderr
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     before = {trial.number: trial.params for trial in _trials(base)}
@@ -87,6 +86,13 @@ def test_killed_driver_and_killed_trial_lose_and_double_nothing(data: list[str],
     ):
         refused = run(*command[1:], *more)
         assert refused.returncode == 2 and line in refused.stderr and len(refused.stderr.splitlines()) == 1
+
+
+def test_a_second_driver_is_refused(data: list[str], tmp_path: Path) -> None:
+    with FileLock(tmp_path / "study.lock"):
+        second = run(*_command(tmp_path, data, "--trials", "3"))
+    assert second.returncode == 2 and f"another driver works on the study in {tmp_path}" in second.stderr
+    assert not (tmp_path / JOURNAL).exists()
 
 
 def test_a_trial_below_the_median_is_pruned_and_keeps_its_directory(data: list[str], tmp_path: Path) -> None:
