@@ -24,6 +24,7 @@ from launch.submitted import refuse_live  # noqa: E402
 from tmass_dist.cli import run_command, write_json  # noqa: E402
 from tmass_dist.config import Config, load_config  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
+from tmass_dist.revision import COMMIT_FILE, revision  # noqa: E402
 
 
 def submit(arguments: argparse.Namespace) -> None:
@@ -140,6 +141,8 @@ def _copy_code(run_dir: Path) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     for package in ("tmass_dist", "launch", "shards", "configs"):
         shutil.copytree(ROOT / package, temporary / package, ignore=shutil.ignore_patterns("__pycache__"))
+    if commit := revision().partition(", commit ")[2]:
+        (temporary / COMMIT_FILE).write_text(f"{commit}\n", encoding="utf-8")
     shutil.rmtree(copy, ignore_errors=True)
     temporary.rename(copy)
     return copy

@@ -39,6 +39,7 @@ ORDER = (
         "tmass_dist.network",
         "tmass_dist.loggers",
         "tmass_dist.precision",
+        "tmass_dist.revision",
     },
     {"tmass_dist.distributed"},
     {"tmass_dist.models"},

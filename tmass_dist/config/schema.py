@@ -93,7 +93,8 @@ _FREE_KEYS = (
     | {f"data.{key}" for key in ("cache", "cache_gb", "retry_s")}
     | {f"engine.{key}" for key in ("zero_stage", "micro_batch", "head_memory_mb", "checkpoint_activations", "compile")}
     | {f"engine.{key}" for key in ("nonfinite", "timeout_s", "keep", "peak_tflops", "save_every", "profile_steps")}
-    | {"evaluation.baselines", "evaluation.feature_precision", "log.to", "log.project"}
+    | {f"evaluation.{key}" for key in ("baselines", "feature_precision", "thumbnails", "videos")}
+    | {"log.to", "log.project"}
 )
 
 

@@ -141,9 +141,16 @@ class EvaluationConfig:
     """Rows of the tables to compare with. ``features``: mean pooling, best frame and query scoring of the same
     features; ``all``: also the scores before training; ``auto``: as ``all``, but nothing that needs a download, and
     nothing for more than 250 million pairs."""
+    thumbnails: int = 4
+    """Frames of each video in the report's list of queries; 0 for none. More than 2,000 videos get one each, more than
+    20,000 none."""
+    videos: str | None = None
+    """Directory of the video files, as it was given to ``tmass pack --videos``: the report plays them. Without it, the
+    report plays clips that are stored in the shards, up to 100 MB of them."""
 
     def __post_init__(self) -> None:
         require(self.window >= 1, "evaluation.window", self.window, "at least 1")
+        require(0 <= self.thumbnails <= 12, "evaluation.thumbnails", self.thumbnails, "from 0 to 12")
 
 
 LOGGERS = ("tensorboard", "wandb", "trackio")

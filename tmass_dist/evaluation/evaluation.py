@@ -18,6 +18,7 @@ from tmass_dist.evaluation.report import COLUMNS, Report, labels, summary
 from tmass_dist.evaluation.retrieved import best_answers
 from tmass_dist.evaluation.stored import StoredSplit
 from tmass_dist.loggers import METRICS_FILE, log_result, score_tags
+from tmass_dist.revision import revision
 
 
 def check_request(config: Config, num_videos: int | None, *, bank: Path | None, num_candidates: int | None) -> None:
@@ -83,6 +84,8 @@ def evaluate_store(stored: StoredSplit, out: Path, *, bank: Path | None = None) 
         "architecture": config.model.architecture,
         "data": str(stored.index.get("shards", "unknown")),
         "checkpoint step": str(selection_of(stored.index).get("step", "unknown")),
+        "code of the training": str(selection_of(stored.index).get("code", "unknown")),
+        "code of this evaluation": revision(),
     }
     report.write(out)
     report.show()

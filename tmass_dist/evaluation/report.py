@@ -1,16 +1,15 @@
-"""The files of an evaluation: metrics.json, the ranks as CSV, a markdown table and one self-contained page."""
+"""The files of an evaluation: metrics.json, the ranks as CSV, a markdown table and a page."""
 
-# Shapes: T texts, V videos, F frames, D embedding width.
+# Shapes: T texts, V videos.
 
 from __future__ import annotations
 
-import base64
 import csv
 import io
 import json
 import textwrap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +17,15 @@ import torch
 from torch import Tensor
 
 from tmass_dist.errors import UserError
-from tmass_dist.evaluation import radii
 from tmass_dist.evaluation.bootstrap import intervals
+from tmass_dist.evaluation.examples import Scored, as_url, text_examples, video_examples
 from tmass_dist.evaluation.features import selection_of
+from tmass_dist.evaluation.media import make_media
+from tmass_dist.evaluation.plots import histogram, recall_curve
+from tmass_dist.evaluation.query_list import remove_others, write_queries
 from tmass_dist.evaluation.ranking import Ranks, chance, metrics
 from tmass_dist.evaluation.retrieved import Retrieved
-from tmass_dist.pages import render_page
-from tmass_dist.pictures import figure, png
+from tmass_dist.pages import inline_script, render_page
 
 if TYPE_CHECKING:
     from tmass_dist.config import Config
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from tmass_dist.evaluation.stored import StoredSplit
 
 COLUMNS = ("R@1", "R@5", "R@10", "MdR", "MnR")
+PAGE_COLUMNS = ("R@1", "R@5", "R@10", "R@50", "MdR", "MnR")
+PAGE_FILES = "report"
+"""Directory beside ``report.html``: the list of all queries, thumbnails, clips."""
 THIS = "this result"
 
 
@@ -145,8 +149,7 @@ class Report:
             for direction, name in names.items()
         )
         texts: list[tuple[Any, ...]] = [(*key, rank) for key, rank in zip(self.caption_ids, self.ranks.t2v_T.tolist())]
-        first_text = torch.searchsorted(self.ranks.owner_T, torch.arange(len(self.ranks.v2t_V))).tolist()
-        video_ids = [self.caption_ids[text][0] for text in first_text]
+        video_ids = self.video_ids
         videos: list[tuple[Any, ...]] = list(zip(video_ids, self.ranks.v2t_V.tolist()))
         text_columns, video_columns = ["video_id", "caption_slot", "rank"], ["video_id", "rank"]
         found = self.retrieved
@@ -165,17 +168,40 @@ class Report:
                 (*row, f"{own:.6f}", self.caption_ids[text][0], self.captions[text], f"{top:.6f}")
                 for row, (own, text, top) in zip(videos, answers)
             ]
+        queries = self._write_queries(directory / PAGE_FILES)
         contents = {
             "metrics.json": json.dumps(self.result, indent=2) + "\n",
             "ranks.csv": self._csv(text_columns, texts),
             "video_ranks.csv": self._csv(video_columns, videos),
             "table.md": tables,
-            "report.html": self.html(),
+            "report.html": self.html(queries),
         }
         for name, content in contents.items():
             temporary = directory / f"{name}.tmp"
             temporary.write_text(content, encoding="utf-8")
             temporary.replace(directory / name)
+        if queries:
+            remove_others(directory / PAGE_FILES, queries)
+
+    @property
+    def video_ids(self) -> list[str]:
+        """The id of each video."""
+        first_text = torch.searchsorted(self.ranks.owner_T, torch.arange(len(self.ranks.v2t_V)))
+        return [self.caption_ids[text][0] for text in first_text.tolist()]
+
+    def _write_queries(self, folder: Path) -> str | None:
+        """The list of all queries with its thumbnails; returns the name of its file, None without single queries."""
+        if self.stored is None or self.retrieved is None:
+            return None
+        evaluation = self.stored.config.evaluation
+        media = make_media(
+            self.stored.shards(),
+            self.video_ids,
+            folder,
+            thumbnails=evaluation.thumbnails,
+            videos=evaluation.videos,
+        )
+        return write_queries(self.ranks, self.captions, self.video_ids, self.retrieved, media)
 
     def _csv(self, columns: list[str], rows: list[tuple[Any, ...]]) -> str:
         """The ranks of one direction, with the labels in every row."""
@@ -202,88 +228,47 @@ class Report:
             for line in self.gains(direction):
                 print(line)
 
-    def html(self) -> str:
-        """The page; every text in it is escaped."""
+    def html(self, queries: str | None = None) -> str:
+        """The page; every text in it is escaped.
+
+        Args:
+            queries: name of the list of all queries in ``PAGE_FILES``; None for a page without it.
+        """
         # A picture may be copied without its page, so it carries the labels too.
         words = textwrap.fill(", ".join(_scoring_words(self.result)), 60)
-        pictures = [
-            ("Recall", _recall_curve(self.ranks, words)),
-            ("Ranks of the correct video", _histogram(self.ranks, words)),
-        ]
+        pictures = {
+            "Recall": [recall_curve(self.ranks, words)],
+            "Ranks of the correct answer": [
+                histogram(self.ranks.t2v_T, "text to video", "texts", words),
+                histogram(self.ranks.v2t_V, "video to text", "videos", words),
+            ],
+        }
         intervals = self.result.get("intervals_95", {})
+        names = {"t2v": "Text to video", "v2t": "Video to text"}
+        scored = None
+        if self.stored is not None and self.retrieved is not None and self.scores_of is not None:
+            scored = Scored(self.stored, self.ranks, self.retrieved, self.scores_of)
+        script, script_hash = inline_script("player.js", "report.js")
         return render_page(
             "report.html",
             label=label(self.result),
             facts=self.facts,
-            columns=COLUMNS,
+            columns=PAGE_COLUMNS,
             tables={
                 name: {
                     "rows": self.rows(direction),
                     "intervals": intervals.get(direction),
                     "gains": self.gains(direction),
                 }
-                for direction, name in (("t2v", "Text to video"), ("v2t", "Video to text"))
+                for direction, name in names.items()
             },
-            pictures=[(name, _as_url(picture, "png")) for name, picture in pictures],
-            queries=self._queries() if self.stored is not None else [],
+            pictures=[(name, [as_url(picture, "png") for picture in drawn]) for name, drawn in pictures.items()],
+            text_examples=text_examples(scored) if scored else [],
+            video_examples=video_examples(scored) if scored else [],
+            queries=f"{PAGE_FILES}/{queries}" if queries else None,
+            script=script,
+            script_hash=script_hash,
         )
-
-    def _queries(self) -> list[dict[str, Any]]:
-        """Best, typical and worst queries, chosen by rank, with what they retrieved and their radii."""
-        assert self.stored is not None and self.scores_of is not None
-        order = torch.argsort(self.ranks.t2v_T, stable=True).tolist()
-        if self.retrieved is not None:
-            margin = self.retrieved.margins(self.ranks.owner_T).tolist()
-            order.sort(key=lambda text: (int(self.ranks.t2v_T[text]), -margin[text]))
-        middle = len(order) // 2
-        chosen = [("best", text) for text in order[:2]] + [("typical", text) for text in order[middle : middle + 2]]
-        chosen += [("worst", text) for text in order[-2:]]
-        frames = _Frames(self.stored)
-        caption_of: dict[int, str] = {}
-        for text, video in enumerate(self.ranks.owner_T.tolist()):
-            caption_of.setdefault(video, self.captions[text])
-        queries = []
-        for kind, text in {text: (kind, text) for kind, text in chosen}.values():
-            score_V = self.scores_of(text)
-            truth = int(self.ranks.owner_T[text])
-            shown = [
-                ("correct", truth),
-                *(("retrieved", video) for video in score_V.argsort(descending=True)[:3].tolist()),
-            ]
-            videos = [
-                {
-                    "id": self.stored.features.video_ids[video],
-                    "score": float(score_V[video]),
-                    "role": role,
-                    "caption": caption_of[video],
-                    "frames": frames.urls_of(video),
-                }
-                for role, video in shown
-            ]
-            pictures = [_as_url(picture, "png") for picture in self._radii(text, truth)]
-            rank = int(self.ranks.t2v_T[text])
-            queries.append(
-                {"kind": kind, "caption": self.captions[text], "rank": rank, "videos": videos, "pictures": pictures}
-            )
-        return queries
-
-    def _radii(self, text: int, truth: int) -> list[bytes]:
-        """The supplementary's pictures: the radius vector of the pair beside five others; |R|_1 with every video."""
-        assert self.stored is not None
-        mass = self.stored.scorer.head.mass
-        if mass is None:
-            return []
-        radius_VD = torch.cat([radii.radii_of(mass, part, text) for part in _video_tiles(self.stored.features)])
-        others = [v for v in range(len(radius_VD)) if v != truth][:5]
-        title = "this text with every video; the correct one in red"
-        return [radii.vectors(radius_VD, truth, others), radii.norms(radius_VD.abs().sum(dim=1), truth, title)]
-
-
-def _video_tiles(features: Features, size: int = 4096) -> Iterator[Features]:
-    """The same texts with some videos at a time, in float32."""
-    texts = replace(features, text_TD=features.text_TD.float())
-    for start in range(0, len(features.frames_VFD), size):
-        yield replace(texts, frames_VFD=features.frames_VFD[start : start + size].float())
 
 
 def read_ranks(directory: Path) -> tuple[Ranks, list[tuple[str, int]]]:
@@ -310,56 +295,3 @@ def read_ranks(directory: Path) -> tuple[Ranks, list[tuple[str, int]]]:
 def _csv_rows(path: Path) -> list[dict[str, str]]:
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file, strict=True))
-
-
-class _Frames:
-    """Small pictures of a split's videos, where its shards are still there."""
-
-    def __init__(self, stored: StoredSplit) -> None:
-        self.index, self.video_ids = stored.shards(), stored.features.video_ids
-
-    def urls_of(self, video: int) -> list[str]:
-        """Up to four frames as JPEG data URLs; none where the video cannot be read."""
-        if self.index is None:
-            return []
-        import numpy as np
-        import simplejpeg
-
-        from tmass_dist.data.samples import DamagedError, read_into
-
-        side = self.index.image_size
-        frames_FHWC = np.empty((min(4, self.index.num_frames or 4), side, side, 3), np.uint8)
-        try:
-            read_into(frames_FHWC, self.index, self.index.ids.index(self.video_ids[video]))
-        except (DamagedError, ValueError, OSError):
-            return []
-        return [_as_url(simplejpeg.encode_jpeg(frame, quality=85), "jpeg") for frame in frames_FHWC]
-
-
-def _as_url(content: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _recall_curve(ranks: Ranks, title: str) -> bytes:
-    drawn, (axes,) = figure()
-    for name, values in (("text to video", ranks.t2v_T), ("video to text", ranks.v2t_V)):
-        ordered = values.sort().values
-        recalls = torch.arange(1, len(ordered) + 1).numpy() / len(ordered) * 100
-        axes.step(ordered.numpy(), recalls, where="post", label=name)
-    axes.set(xscale="log", xlabel="K", ylabel="R@K, percent", ylim=(0, 102))
-    ticks = [k for k in (1, 5, 10, 50, 100, 500, 1000, 5000, 10_000) if k <= len(ranks.v2t_V)]
-    axes.set_xticks(ticks, [str(k) for k in ticks])
-    axes.minorticks_off()
-    axes.set_title(title, fontsize=9)
-    axes.legend()
-    return png(drawn)
-
-
-def _histogram(ranks: Ranks, title: str) -> bytes:
-    drawn, (axes,) = figure()
-    top = max(int(ranks.t2v_T.max()), 2)
-    edges = torch.logspace(0, torch.log10(torch.tensor(float(top + 1))).item(), 25).numpy()
-    axes.hist(ranks.t2v_T.numpy(), bins=edges)
-    axes.set(xscale="log", xlabel="rank (text to video)", ylabel="texts")
-    axes.set_title(title, fontsize=9)
-    return png(drawn)

@@ -32,10 +32,17 @@ class Retrieved:
     own_score_V: Tensor
     """Score of each video's best own text."""
 
-    def margins(self, owner_T: Tensor) -> Tensor:
-        """``(T,)``: score of each text's own video minus the best other one's; infinite with a single video."""
+    def margins(self, owner_T: Tensor) -> tuple[Tensor, Tensor]:
+        """``(T,)`` and ``(V,)``: score of each query's correct answer minus that of the best wrong one.
+
+        Infinite where all answers that are kept are correct.
+        """
         is_own_TK = self.video_TK == owner_T[:, None]
-        return self.own_score_T - self.video_score_TK.masked_fill(is_own_TK, -torch.inf).amax(dim=1)
+        is_own_VK = owner_T[self.text_VK] == torch.arange(len(self.text_VK))[:, None]
+        return (
+            self.own_score_T - self.video_score_TK.masked_fill(is_own_TK, -torch.inf).amax(dim=1),
+            self.own_score_V - self.text_score_VK.masked_fill(is_own_VK, -torch.inf).amax(dim=1),
+        )
 
 
 def best_answers(

@@ -18,7 +18,13 @@ BLOCK_SETTINGS = (
 )
 """Settings on which the similarities depend, beside the features."""
 
-REPORT_SETTINGS = ("evaluation.post_processing", "evaluation.baselines", "data.cache")
+REPORT_SETTINGS = (
+    "evaluation.post_processing",
+    "evaluation.baselines",
+    "evaluation.thumbnails",
+    "evaluation.videos",
+    "data.cache",
+)
 """Settings of what is made from the similarities; ``data.cache`` finds the frames of a split behind a URL."""
 
 SCORING_SETTINGS = BLOCK_SETTINGS + REPORT_SETTINGS

@@ -28,6 +28,7 @@ from tmass_dist.loggers import score_tags
 from tmass_dist.models.adapters import plain_weights
 from tmass_dist.models.tmass import RetrievalModel
 from tmass_dist.pictures import sheet
+from tmass_dist.revision import revision
 from tmass_dist.training.engine import Engine
 from tmass_dist.training.monitor import Monitor
 
@@ -190,6 +191,7 @@ class Validator:
             "post_processing": evaluation.post_processing,
             "num_trials": self.config.stochastic.num_trials if sampled else None,
             "query_scoring_tau": choose_tau(features),
+            "code": revision(),
         }
 
     def _queries(self, model: RetrievalModel, features: Features) -> Any:

@@ -16,9 +16,12 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tmass_dist.errors import UserError
+from tmass_dist.pages import TEMPLATES
 from tmass_dist.web.service import MAX_RESULTS, BusyError, NotReadyError, Service
 
 STATIC = Path(__file__).parent / "static"
+SHARED = ("colours.css", "player.css", "player.js")
+"""Files of ``TEMPLATES`` that the page uses too."""
 HEADERS = {
     # The page needs nothing from elsewhere, and nothing inline: text that slips through as markup still runs no script.
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -51,9 +54,9 @@ def make_app(service: Service, hosts: list[str]) -> Starlette:
             from reading the gallery through a name of theirs that points here.
     """
 
-    def page(name: str) -> Any:
+    def page(path: Path) -> Any:
         async def answer(_: Request) -> Response:
-            return FileResponse(STATIC / name)
+            return FileResponse(path)
 
         return answer
 
@@ -99,13 +102,14 @@ def make_app(service: Service, hosts: list[str]) -> Starlette:
 
     return Starlette(
         routes=[
-            Route("/", page("index.html")),
-            Route("/api", page("api.html")),
+            Route("/", page(STATIC / "index.html")),
+            Route("/api", page(STATIC / "api.html")),
             Route("/api/state", state),
             Route("/api/search", search),
             Route("/api/similar", similar),
             Route("/thumbnail/{row:int}/{frame:int}.jpg", thumbnail),
             Route("/video/{row:int}", video),
+            *(Route(f"/static/{name}", page(TEMPLATES / name)) for name in SHARED),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
         middleware=[Middleware(_Headers), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],

@@ -10,6 +10,7 @@ import anyio
 import anyio.to_thread
 
 from tmass_dist.errors import UserError
+from tmass_dist.pages import PLAYABLE
 from tmass_dist.retrieval.searcher import Result, Searcher, check_query
 from tmass_dist.web.text_batches import TextBatches
 
@@ -17,8 +18,6 @@ Value = TypeVar("Value")
 
 WORKERS, MAX_WAITING, MAX_RESULTS = 8, 64, 100
 """Searches that run at once, searches that may wait for them, and results of a search."""
-PLAYABLE = (".mp4", ".m4v", ".webm", ".mov", ".ogv")
-"""Endings of files that browsers may play; the page falls back to the frames where one cannot."""
 
 
 class BusyError(RuntimeError):

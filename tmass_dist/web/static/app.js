@@ -11,11 +11,6 @@ function say(text, isError = false) {
   status.classList.toggle("error", isError);
 }
 
-const seconds = (value) => {
-  const whole = Math.floor(value);
-  return `${Math.floor(whole / 60)}:${String(whole % 60).padStart(2, "0")}.${Math.floor((value - whole) * 10)}`;
-};
-
 async function ask(url, describe) {
   const turn = ++latest;
   say("Searching …");
@@ -69,41 +64,24 @@ function card(result) {
   return item;
 }
 
-function play(item, result, frame) {
-  const media = item.querySelector(".media"), shown = media.querySelector("video");
-  if (shown) { // it plays already: seek
-    shown.currentTime = result.times_s[frame];
-    return;
-  }
-  media.classList.add("playing");
-  if (!result.video) return slides(media, result, frame, "Frames only");
-  const video = document.createElement("video");
-  Object.assign(video, { controls: true, muted: true, playsInline: true, preload: "auto" });
-  video.addEventListener("loadedmetadata", () => {
-    video.currentTime = Math.min(result.times_s[frame], Math.max(0, video.duration - 0.05));
-    video.play().catch(() => {}); // a browser may forbid it; the controls are there
-    if (!video.videoWidth) slides(media, result, frame, "This browser cannot play the file: its frames"); // sound only
-  });
-  video.addEventListener("error", () => slides(media, result, frame, "This browser cannot play the file: its frames"));
-  video.src = result.video;
-  media.replaceChildren(video);
+// What the player needs to know of a result.
+function playable(result) {
+  return {
+    url: result.video,
+    count: result.thumbnails.length,
+    time: (frame) => result.times_s[frame],
+    label: (frame) => seconds(result.times_s[frame]),
+    picture: (frame) => {
+      const image = document.createElement("img");
+      image.src = result.thumbnails[frame];
+      image.alt = `Frame of ${result.id} at ${seconds(result.times_s[frame])}`;
+      return image;
+    },
+  };
 }
 
-function slides(media, result, frame, why) {
-  clearInterval(media.timer);
-  const image = document.createElement("img"), note = document.createElement("span");
-  note.className = "note";
-  let now = frame;
-  const draw = () => {
-    image.src = result.thumbnails[now];
-    image.alt = `Frame of ${result.id} at ${seconds(result.times_s[now])}`;
-    note.textContent = `${why}, ${seconds(result.times_s[now])}`;
-    now = (now + 1) % result.thumbnails.length;
-  };
-  draw();
-  media.classList.add("slides");
-  media.replaceChildren(image, note);
-  media.timer = setInterval(() => { if (media.isConnected) draw(); else clearInterval(media.timer); }, 700);
+function play(item, result, frame) {
+  playIn(item.querySelector(".media"), playable(result), frame);
 }
 
 function similar(result) {
