@@ -1,8 +1,10 @@
 """Loading: each pair once, the same order for every world size, resuming at any step, damaged samples replaced."""
 
 import json
+import multiprocessing
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -100,8 +102,12 @@ def test_evaluation_meets_every_video_once(packed: Path) -> None:
     assert sorted(seen) == sorted(index.ids)
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
-def test_workers_decode_the_same_videos_for_evaluation(packed: Path, num_workers: int) -> None:
+@pytest.mark.parametrize(("num_workers", "cuda"), [(1, False), (3, False), (2, True)])
+def test_workers_decode_the_same_videos_for_evaluation(
+    packed: Path, num_workers: int, cuda: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where CUDA is in use, and workers must not be forked from this process."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
     index = load_index(packed)
     batches = range(num_batches(index, 2))
     read = {
@@ -128,6 +134,18 @@ def test_a_damaged_video_stops_an_evaluation_with_workers_too(packed: Path, tmp_
     with pytest.raises(DamagedError, match="checksum"):
         batches = range(num_batches(index, 2))
         list(iterate_videos(index, batches=batches, batch_size=2, tokenize=TOKENIZE, num_workers=2))
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_killed_worker_of_an_evaluation_is_noticed(packed: Path, cuda: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: cuda)
+    index = load_index(packed)
+    batches = iterate_videos(index, batches=[0] * 50, batch_size=2, tokenize=TOKENIZE, num_workers=1, timeout_s=200)
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    os.kill(worker.pid or 0, signal.SIGKILL)
+    with pytest.raises(PeerLostError, match=r"a process that decodes .+ ended or hangs"):
+        list(batches)
 
 
 def test_held_out_videos_are_the_same_in_every_run_and_in_no_batch(packed: Path) -> None:

@@ -4,8 +4,14 @@
 
 from __future__ import annotations
 
+import mmap
+import multiprocessing
+import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tmass_dist.data.index import Index
-from tmass_dist.data.loader import PREFETCH, Tokenize, prepare_worker, shared_array
+from tmass_dist.data.loader import PREFETCH, Tokenize, prepare_worker
 from tmass_dist.data.samples import DamagedError, read_into
 from tmass_dist.errors import PeerLostError
+
+LOOK_S = 5.0
+"""A worker of the fork server is no child of this process, which therefore gets no signal when it dies."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,22 @@ class _Videos(Dataset):
         self.index, self.batches, self.batch_size, self.tokenize = index, batches, batch_size, tokenize
         side = index.image_size
         num_buffers = PREFETCH * workers + 2
-        self.pixels = shared_array((num_buffers, min(batch_size, len(index)), num_frames, side, side, 3), np.uint8)
+        self.shape = (num_buffers, min(batch_size, len(index)), num_frames, side, side, 3)
+        self.memory = os.memfd_create("videos")  # unlike /dev/shm it may use all memory
+        os.truncate(self.memory, int(np.prod(self.shape)))
+        self.pixels = self._map()
+
+    def _map(self) -> np.ndarray:
+        return np.frombuffer(mmap.mmap(self.memory, int(np.prod(self.shape))), np.uint8).reshape(self.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker that is not forked: it maps the same memory."""
+        return {name: value for name, value in vars(self).items() if name != "pixels"} | {"memory": DupFd(self.memory)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.memory = state["memory"].detach()
+        self.pixels = self._map()
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -110,15 +134,15 @@ def iterate_videos(
             batch_size=None,
             num_workers=workers,
             worker_init_fn=prepare_worker,
-            multiprocessing_context="fork" if workers else None,
+            multiprocessing_context=_start_method() if workers else None,
             prefetch_factor=PREFETCH if workers else None,
-            timeout=timeout_s if workers else 0,
+            timeout=min(timeout_s, LOOK_S) if workers else 0,
         )
     )
     try:
         for item in range(len(videos)):
             try:
-                decoded: _Decoded = next(loader)
+                decoded = _next(loader, timeout_s)
             except (RuntimeError, EOFError, ConnectionError) as error:
                 if workers == 0:
                     raise
@@ -136,3 +160,23 @@ def iterate_videos(
     finally:
         # Workers ignore SIGTERM, and would outlive an exit that does not wait for them.
         getattr(loader, "_shutdown_workers", lambda: None)()
+        os.close(videos.memory)
+
+
+def _next(loader: Iterator[_Decoded], timeout_s: float) -> _Decoded:
+    """The next batch. The loader looks whether its workers live when it has waited ``LOOK_S``."""
+    end = time.monotonic() + timeout_s
+    while True:
+        try:
+            return next(loader)
+        except RuntimeError as error:
+            if "timed out" not in str(error) or time.monotonic() > end:
+                raise
+
+
+def _start_method() -> str:
+    """How workers start: not by a fork of this process if it uses CUDA, whose threads may hold locks at that moment."""
+    if not torch.cuda.is_initialized():
+        return "fork"
+    multiprocessing.set_forkserver_preload([__name__])  # the imports take seconds, once
+    return "forkserver"

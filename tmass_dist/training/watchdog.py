@@ -18,6 +18,8 @@ _COLLECTIVE_ERROR = re.compile(r"gloo|nccl|tcpstore|connection|socket|broken pip
 SILENCE_S = 20.0
 """Seconds without a heartbeat after which a rank is taken for dead. A busy interpreter is silent for less."""
 
+ADVICE = "; raise engine.timeout_s if a step may take so long"
+
 
 class Watchdog:
     """Sends heartbeats and watches those of the other ranks; a context around the training loop.
@@ -75,7 +77,7 @@ class Watchdog:
             self._report(line)
             raise PeerLostError(f"rank {rank()}: {line}") from error
         elif isinstance(error, RuntimeError) and _COLLECTIVE_ERROR.search(str(error)):
-            raise PeerLostError(self._reason()) from error
+            raise PeerLostError(self._reason("a collective failed")) from error
         else:
             self._report(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
@@ -141,11 +143,15 @@ class Watchdog:
             return f"rank {names} is gone or stopped; {here}"
         return None
 
-    def _reason(self) -> str:
-        """One line that names the rank which failed, fell silent, or is behind; it may take a few seconds."""
-        advice = "raise engine.timeout_s if a step may take so long"
+    def _reason(self, event: str | None = None) -> str:
+        """One line that names the rank which failed, fell silent, or is behind; it may take a few seconds.
+
+        Args:
+            event: what happened; by default, no step was made in time.
+        """
+        event, advice = event or f"no step within {self.limit_s:.0f} s", "" if event else ADVICE
         if self._heartbeats is None:
-            return f"no step within {self.limit_s:.0f} s at step {self._step + 1}; {advice}"
+            return f"{event} at step {self._step + 1}{advice}"
         patience_s = 3 * self.period_s
         deadline = time.monotonic() + patience_s + 2 * self.period_s
         while time.monotonic() < deadline:
@@ -155,7 +161,4 @@ class Watchdog:
             time.sleep(self.period_s / 2)
         # All are alive, and one of them has not entered the collective in which the others wait.
         behind, step = self._heartbeats.summary.behind
-        return (
-            f"no step within {self.limit_s:.0f} s; rank {behind} is behind, at step {step} (this rank: "
-            f"{self._step + 1}); {advice}"
-        )
+        return f"{event}; rank {behind} is behind, at step {step} (this rank: {self._step + 1}){advice}"
