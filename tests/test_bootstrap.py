@@ -7,6 +7,7 @@ from tmass_dist.evaluation.bootstrap import NUM_DRAWS, intervals, paired_differe
 from tmass_dist.evaluation.ranking import Ranks, metrics
 
 NUM_VIDEOS, CAPTIONS = 80, 10
+NUM_SIMULATIONS = 150
 
 
 def _ranks(t2v: np.ndarray, v2t: np.ndarray, owner: np.ndarray) -> Ranks:
@@ -32,7 +33,7 @@ def _coverage(hits: list[bool]) -> float:
 def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
     covered: dict[str, list[bool]] = {"t2v": [], "v2t": [], "captions alone": []}
-    for _ in range(300):
+    for _ in range(NUM_SIMULATIONS):
         ranks, _ = _simulated(rng)
         found = intervals(ranks)
         for direction in ("t2v", "v2t"):
@@ -51,7 +52,7 @@ def test_paired_differences_cover_the_true_gain_and_are_narrower_than_unpaired_o
     rng = np.random.default_rng(1)
     covered: dict[str, list[bool]] = {"t2v": [], "v2t": []}
     paired, unpaired = [], []
-    for _ in range(300):
+    for _ in range(NUM_SIMULATIONS):
         first, second = _simulated(rng, gain=0.05)
         found = paired_differences(first, second)
         for direction in ("t2v", "v2t"):

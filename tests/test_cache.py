@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import ROOT, run
 from tests.faulty_server import FaultyServer
 from tests.loaders import global_batches, make_loaders
+from tests.processes import train_and_be_killed, until
 from tests.ranks import on_ranks
 from tests.resharded import reshard
 from tmass_dist.config import load_config
@@ -224,7 +224,7 @@ options = {OPTIONS | {"cache": str(cache), "cache_gb": _tenth(local), "train": s
 stream = make_loaders(load_index({server.url!r}, {str(cache)!r}), 1, num_workers=1, **options)[0].batches(0)
 next(stream)
 print("reading", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "reading\n"
@@ -232,10 +232,7 @@ time.sleep(60)
     assert len(children) >= 2  # a worker and the fetcher
     process.send_signal(signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 20
-    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    until(lambda: not any(Path(f"/proc/{child}").exists() for child in children), "end of its processes")
     options = OPTIONS | {"cache": str(cache), "cache_gb": _tenth(local), "train": server.url, "val": "x"}
     resumed = global_batches(make_loaders(load_index(server.url, str(cache)), 1, **options), 3, 5)
     expected = global_batches(make_loaders(local, 1, **OPTIONS), 3, 5)
@@ -307,18 +304,11 @@ def test_a_run_through_a_small_cache_has_the_losses_of_local_shards_though_kille
     assert done.returncode == 0, done.stderr
     remote = [*common, f"data.train={server.url}", f"data.cache={tmp_path / 'cache'}", f"run_dir={tmp_path / 'remote'}"]
     remote += [f"data.cache_gb={_tenth(local)}"]
-    command = [sys.executable, "-m", "tmass_dist.train", "--config", "demo.yaml", *remote]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    log, deadline = tmp_path / "remote" / "train.log", time.monotonic() + 200
-    while not (log.is_file() and "step 27/40" in log.read_text()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.kill()
-    process.wait()
+    train_and_be_killed(27, ["--config", "demo.yaml", *remote], tmp_path)
     (tmp_path / "ranks").mkdir()
     on_ranks(2, _train, remote, tmp_path=tmp_path / "ranks")
     expected, losses = _losses(tmp_path / "local"), _losses(tmp_path / "remote")
     assert sorted(losses) == sorted(expected) == [*range(1, 41)]
     assert all(abs(losses[step] - expected[step]) < 1e-4 for step in losses)
-    assert "step 20 of 40, 2 ranks" in log.read_text()
+    assert "step 20 of 40, 2 ranks" in (tmp_path / "remote" / "train.log").read_text()
     assert _cached_bytes(tmp_path / "cache") <= _tenth(local) * GB

@@ -57,7 +57,7 @@ def test_an_evaluation_leaves_at_once_and_continues(
         time.sleep(0.05)
     assert process.pid
     os.kill(process.pid, number)
-    process.join(20)
+    process.join(60)
     assert process.exitcode == (130 if number == signal.SIGINT else -signal.SIGTERM)
     assert "Traceback" not in error.read_text()
     done = {path: path.stat().st_mtime_ns for path in out.rglob("rows-*.safetensors")}

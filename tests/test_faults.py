@@ -21,6 +21,7 @@ import torch
 
 from tests import forked
 from tests.conftest import ROOT, run
+from tests.processes import until
 from tmass_dist.training.checkpoint import saved_steps, weights_of
 
 TIMEOUT_S = 12
@@ -144,8 +145,10 @@ def terminated(ranks: Ranks, step: int, number: int) -> None:
 
 
 def torn_checkpoint(ranks: Ranks, step: int, number: int) -> None:
-    killed(ranks, max(step, 35), number)  # there are two checkpoints by then
     checkpoints = ranks.run_dir / "checkpoints"
+    ranks.until(step)
+    until(lambda: len(saved_steps(checkpoints)) > 1, "second checkpoint")
+    killed(ranks, step, number)
     newest, before = saved_steps(checkpoints)[:2]
     part = checkpoints / f"step-{newest:08d}" / f"part-{number:05d}.safetensors"
     part.write_bytes(part.read_bytes()[:-100])

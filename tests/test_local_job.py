@@ -7,13 +7,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT, run
+from tests.processes import until
 
 COMMAND = ["launch/submit.py", "--cluster", "local", "--config", "demo.yaml", "--procs", "2"]
 
@@ -29,20 +29,13 @@ def started(data: list[str], tmp_path: Path) -> Iterator[tuple[subprocess.Popen[
         )
     try:
         log = run_dir / "train.log"
-        _until(lambda: log.is_file() and "step 2/" in log.read_text(), 180, "step 2")
+        until(lambda: log.is_file() and "step 2/" in log.read_text(), "step 2", 180)
         yield process, run_dir
     finally:
         process.kill()
         for pid in _processes_of(run_dir):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def _until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what} after {seconds:.0f} s"
-        time.sleep(0.1)
 
 
 def _processes_of(run_dir: Path) -> list[int]:
@@ -53,6 +46,16 @@ def _processes_of(run_dir: Path) -> list[int]:
             if f"{run_dir}/jobs".encode() in (entry / "cmdline").read_bytes():
                 pids.append(int(entry.name))
     return pids
+
+
+def _shared_memory_of(pids: list[int]) -> set[Path]:
+    """Files in ``/dev/shm`` that these processes have mapped."""
+    paths = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+            paths |= {Path(line.split(maxsplit=5)[-1]) for line in lines if " /dev/shm/" in line}
+    return {path for path in paths if path.exists()}
 
 
 @pytest.mark.parametrize(
@@ -66,14 +69,16 @@ def _processes_of(run_dir: Path) -> list[int]:
 def test_no_rank_outlives_the_command(started: tuple[subprocess.Popen[str], Path], number: int) -> None:
     """However the command ends, its ranks save and leave, and nothing is left in memory or beside the run."""
     process, run_dir = started
-    before = {path.name for path in Path("/dev/shm").iterdir()}
-    assert len(_processes_of(run_dir)) >= 2
+    ranks = _processes_of(run_dir)
+    shared = _shared_memory_of(ranks)
+    assert len(ranks) >= 2
     process.send_signal(number)
-    _until(lambda: not _processes_of(run_dir), 60, "end of the ranks")
-    assert process.wait(10) == (-9 if number == signal.SIGKILL else 128 + number)
+    until(lambda: not _processes_of(run_dir), "end of the ranks")
+    assert process.wait(60) == (-9 if number == signal.SIGKILL else 128 + number)
     assert list((run_dir / "checkpoints").glob("step-*")), "they saved"
     assert not list(run_dir.rglob("*.tmp"))
-    assert {path.name for path in Path("/dev/shm").iterdir()} <= before
+    left = [path for path in Path("/dev/shm").iterdir() if any(f"_{pid}_" in path.name for pid in ranks)]
+    assert not left and not [path for path in shared if path.exists()]
     state = run("launch/status.py", str(run_dir)).stdout
     assert ("killed?" if number == signal.SIGKILL else "STOPPED: the same command resumes") in state
 
@@ -83,9 +88,9 @@ def test_a_second_signal_ends_the_ranks_at_once(started: tuple[subprocess.Popen[
     for pid in _processes_of(run_dir):
         os.kill(pid, signal.SIGSTOP)  # they cannot answer the first
     process.send_signal(signal.SIGINT)
-    _until(lambda: "again: they end at once" in (run_dir.parent / "console").read_text(), 30, "answer")
+    until(lambda: "again: they end at once" in (run_dir.parent / "console").read_text(), "answer")
     process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 128 + signal.SIGINT and not _processes_of(run_dir)
+    assert process.wait(60) == 128 + signal.SIGINT and not _processes_of(run_dir)
 
 
 def test_a_killed_rank_ends_the_run_with_one_line(started: tuple[subprocess.Popen[str], Path]) -> None:

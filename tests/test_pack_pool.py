@@ -49,7 +49,7 @@ def _rows(videos: Path, number: int) -> list[Row]:
 FAILURES = {
     "SIGSEGV": "its process was ended by SIGSEGV",
     "SIGKILL": "its process was ended by SIGKILL (out of memory?)",
-    "hang": "it takes longer than --time-limit-s 3",
+    "hang": "it takes longer than --time-limit-s 8",
     "memory": "it needs more memory than --memory-limit-gb",
 }
 
@@ -58,7 +58,7 @@ FAILURES = {
 def test_one_video_is_lost_and_named(tmp_path: Path, failure: str) -> None:
     rows = _rows(tmp_path, 5)
     recipe = _FatalFor(image_size=32, fatal_id="v2", failure=failure)
-    limits = Limits(seconds=3, memory_gb=1)
+    limits = Limits(seconds=8 if failure == "hang" else 600, memory_gb=1)
     results: list[Packed] = list(pack_all([Job(row, tmp_path, recipe) for row in rows], 2, limits))
     assert [result.row["id"] for result in results] == ["v0", "v1", "v2", "v3", "v4"]
     assert [result.members is not None for result in results] == [True, True, False, True, True]

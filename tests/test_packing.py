@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import av
 import numpy as np
-import psutil
 
 from shards.demo_data import generate
-from tests.conftest import ROOT
 from tests.packing import SIZES, pack
+from tests.processes import processes_with, run_and_be_killed, until
 from tests.videos import write_greys
 from tmass_dist.data.index import load_index
 from tmass_dist.data.samples import read_into, read_sample, safe_key
@@ -177,21 +173,32 @@ def test_files_that_are_no_videos_are_passed_over_with_a_count(tmp_path: Path) -
     assert "passed over: 2 files that are no videos (2 .json), 1 videos without a .txt, 1 .txt files" in done.stdout
 
 
+KILL_PACKING = """
+import os, runpy, signal, sys
+from shards.shard_writer import ShardWriter
+
+close = ShardWriter.close
+
+def close_or_kill(self):
+    if self.path.name == "shard-000001.tar":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return close(self)
+
+ShardWriter.close = close_or_kill
+sys.argv[0] = "shards/make_shards.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Packs until the second shard is written, but not complete."""
+
+
 def test_kill_9_loses_the_unfinished_shard_only(demo_videos: Path, demo_shards: Path, tmp_path: Path) -> None:
     """Killed after its first shard, and run again: the other shards are packed, with the same bytes."""
-    command = [sys.executable, "shards/make_shards.py", "--source", "manifest", "--image-size", "32"]
-    command += ["--annotations", str(demo_videos / "manifest.jsonl"), "--videos", str(demo_videos), "--split", "train"]
-    command += ["--out", str(tmp_path), "--shard-size", "4", "--workers", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["--source", "manifest", "--image-size", "32", "--annotations", str(demo_videos / "manifest.jsonl")]
+    command += ["--videos", str(demo_videos), "--split", "train", "--out", str(tmp_path), "--shard-size", "4"]
+    run_and_be_killed(KILL_PACKING, [*command, "--workers", "1"], tmp_path, MARK_OF_TEST=str(tmp_path))
+    until(lambda: not processes_with("MARK_OF_TEST", str(tmp_path)), "end of its workers")
+    (tmp_path / "stderr").unlink()
     first = tmp_path / "parts" / "shard-000000.tar.json"
-    deadline = time.monotonic() + 60
-    while not first.is_file():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.001)
-    workers = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.wait()
-    assert not psutil.wait_procs(workers, timeout=20)[1]  # no worker is left behind
     assert not (tmp_path / "index.safetensors").exists()
     whole = first.stat().st_mtime_ns
     assert pack(demo_videos, tmp_path).returncode == 0

@@ -34,8 +34,8 @@ def before(function, seconds):
         return function(*arguments, **options)
     return run
 
-Towers.encode_frames = delayed(Towers.encode_frames, 0.1, 0.5)
-Towers.encode_text = delayed(Towers.encode_text, 0.1, 0.3)
+Towers.encode_frames = delayed(Towers.encode_frames, 0.1, 2.5)
+Towers.encode_text = delayed(Towers.encode_text, 0.1, 2.3)
 AuthorsAdamW._update = before(AuthorsAdamW._update, 0.2)
 distributed.dist.all_gather_into_tensor = before(distributed.dist.all_gather_into_tensor, 0.3)
 HEAD
@@ -49,10 +49,10 @@ TextMass.radius = delayed(TextMass.radius, 0.2, 0.4)
 
 
 def test_each_phase_holds_its_own_delay(data: list[str], tmp_path: Path) -> None:
-    """The image tower's backward pass (0.5 s) was once part of the head, whose own delays are 0.2 and 0.4 s."""
+    """The image tower's backward pass (2.5 s) was once part of the head, whose own delays are 0.2 and 0.4 s."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    overrides = [*data, "max_steps=2", "eval_every=2", "data.num_workers=1", "engine.timeout_s=100"]
+    overrides = [*data, "max_steps=1", "eval_every=1", "data.num_workers=1", "engine.timeout_s=100"]
     ranks = start(overrides, tmp_path / "run", fault=DELAYS.replace("HEAD", HEAD))
     for rank in (0, 1):
         assert ranks.ends(rank, 120) == 0, ranks.words(rank)
@@ -60,6 +60,6 @@ def test_each_phase_holds_its_own_delay(data: list[str], tmp_path: Path) -> None
     phases = ("encode", "head", "communication", "optimizer")
     seconds = {name: events.Scalars(f"speed/{name}_s")[-1].value for name in phases}
     print(seconds)
-    for name, delay in (("encode", 1.0), ("head", 0.6), ("communication", 0.3), ("optimizer", 0.2)):
+    for name, delay in (("encode", 5.0), ("head", 0.6), ("communication", 0.3), ("optimizer", 0.2)):
         assert seconds[name] >= delay - 0.01, seconds
-    assert seconds["head"] < 0.6 + 0.5, seconds  # the smallest delay of another phase that could be counted here
+    assert seconds["head"] < 0.6 + 2.3, seconds  # the smaller delay of the towers' backward passes

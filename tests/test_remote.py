@@ -85,7 +85,7 @@ def test_a_store_that_keeps_failing_is_a_failure_of_a_machine(
     began = time.monotonic()
     with pytest.raises(DownloadError, match=r"big\.bin cannot be downloaded, tried for \d+ s: \w+Error") as caught:
         fetch(url, str(tmp_path / "cache"), size, checksum, retry_s=2)
-    assert not isinstance(caught.value, UserError) and time.monotonic() - began < 8
+    assert not isinstance(caught.value, UserError) and time.monotonic() - began < 60
     assert server.requests["big.bin"] >= 2 and not list((tmp_path / "cache").rglob("*.tmp"))
 
 

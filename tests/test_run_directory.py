@@ -1,17 +1,16 @@
 """The run directory: one writer, a failed start that claims nothing, files that may be damaged."""
 
-import contextlib
 import json
 import logging
 import os
 import signal
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 from tests.conftest import run
+from tests.processes import processes_with, until
 from tests.ranks import on_ranks
 from tests.small_model import batch_of, config_of, own_rows, small_objective
 from tmass_dist.cli import read_json
@@ -58,14 +57,9 @@ def test_a_start_that_failed_leaves_the_directory_to_other_settings(data: list[s
 def test_a_start_that_failed_leaves_no_process(data: list[str], tmp_path: Path) -> None:
     """The decoding processes began before the start failed."""
     command = ["-m", "tmass_dist.train", "--config", "demo.yaml", *data, f"run_dir={tmp_path}", "data.num_workers=2"]
-    failed = run(*command, "optim.frozen=[no.such.parameter]", timeout_s=90, MARK_OF_TEST=str(tmp_path))
+    failed = run(*command, "optim.frozen=[no.such.parameter]", MARK_OF_TEST=str(tmp_path))
     assert failed.returncode == 2 and "no.such.parameter" in failed.stderr
-    left = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get("MARK_OF_TEST") == str(tmp_path):
-                left.append(process)
-    assert left == []
+    until(lambda: not processes_with("MARK_OF_TEST", str(tmp_path)), "end of its processes")
 
 
 def test_more_frames_than_the_shards_hold_are_refused_with_both_remedies(data: list[str], tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -20,6 +19,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT, run
+from tests.processes import until
 from tmass_dist import TMass
 from tmass_dist.config import load_config
 from tmass_dist.models.tmass import build_model
@@ -60,15 +60,11 @@ class Server:
 
     def wait(self) -> None:
         """Until the model is loaded."""
-        for _ in range(600):
-            if self.json("/api/state")[1]["state"] != "loading":
-                return
-            time.sleep(0.1)
-        raise AssertionError("the model did not load")
+        until(lambda: self.json("/api/state")[1]["state"] != "loading", "model")
 
     def stop(self) -> str:
         self.process.send_signal(signal.SIGINT)
-        return self.process.communicate(timeout=30)[0]
+        return self.process.communicate(timeout=60)[0]
 
 
 @pytest.fixture(scope="module")

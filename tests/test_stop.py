@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import until
 from tests.test_faults import Ranks, start
 from tmass_dist.training.checkpoint import saved_steps
 
@@ -87,11 +88,12 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(overrides: list[str], tmp_
 
     ranks = start(more, run_dir, fault=SLOW_SAVE)
     ranks.until(saved + 2)
-    for _ in range(2):
-        for rank in (0, 1):
-            _signal(ranks, rank, signal.SIGINT)
-        time.sleep(2)
     for rank in (0, 1):
-        assert ranks.ends(rank, 10) == 130, ranks.words(rank)
+        _signal(ranks, rank, signal.SIGINT)
+    until(lambda: all("interrupted: saving" in ranks.words(rank) for rank in (0, 1)), "answer to the first signal")
+    for rank in (0, 1):
+        _signal(ranks, rank, signal.SIGINT)
+    for rank in (0, 1):
+        assert ranks.ends(rank, 60) == 130, ranks.words(rank)
         assert "leaving without saving" in ranks.words(rank)
     assert saved_steps(run_dir / "checkpoints") == [saved]

@@ -2,12 +2,8 @@
 
 import gzip
 import json
-import os
-import signal
 import struct
-import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, run
+from tests.conftest import run
+from tests.processes import train_and_be_killed
 from tmass_dist.config import load_config
 from tmass_dist.errors import UserError
 from tmass_dist.loggers import MetricsFile, check_loggers, read_metrics
@@ -42,20 +39,12 @@ def undisturbed(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def resumed(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Killed at step 10, so resumed from step 8, which is no validation; with every logger and option."""
+    """Killed after step 10, so resumed from step 8, which is no validation; with every logger and option."""
     folder = tmp_path_factory.mktemp("resumed")
     run_dir = folder / "run"
     command = _train(run_dir, data, *OPTIONS, "log.to=[tensorboard,wandb,trackio]")
-    environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio"), "PYTHONPATH": str(ROOT)}
-    with (folder / "stderr").open("wb") as stderr:
-        environ = os.environ | environment
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environ, stderr=stderr)
-        deadline = time.monotonic() + 200
-        while not any(line["step"] >= KILLED_AT for line in read_metrics(run_dir / "metrics.jsonl")):
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "stderr").read_text()
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    environment = {"WANDB_MODE": "offline", "TRACKIO_DIR": str(folder / "trackio")}
+    train_and_be_killed(KILLED_AT, command[2:], folder, **environment)
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "loss/tot')  # as a kill in the middle of a write leaves it
     done = run(*command, **environment)

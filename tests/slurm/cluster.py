@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = Path(__file__).with_name("mini_cluster.sh")
 PATIENCE_S = 600
@@ -25,16 +29,17 @@ class NoClusterError(Exception):
     """No cluster can be started on this machine; the message says why."""
 
 
-def until(condition: Callable[[], object], seconds: float, what: str, poll_s: float = 0.05) -> None:
-    """Wait until ``condition()`` is true.
+def until(condition: Callable[[], T], seconds: float, what: str, poll_s: float = 0.05) -> T:
+    """What ``condition()`` returns, once that is true.
 
     Raises:
         AssertionError: it was not within ``seconds``.
     """
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < deadline, f"after {seconds:.0f} s there is no {what}"
         time.sleep(poll_s)
+    return found
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,14 @@ class Job:
             if wanted <= set(environment) and b"submitit.core._submit" in command:
                 pids.append(int(entry.name))
         return pids
+
+    def kill(self, rank: int) -> None:
+        """Kill a rank (SIGKILL), and what it has started."""
+        first, *others = self.pids(rank)
+        os.kill(first, signal.SIGKILL)
+        for pid in others:  # they may have ended with the first
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def metrics(self) -> dict:
         return json.loads((self.run_dir / "evaluation" / "metrics.json").read_text())

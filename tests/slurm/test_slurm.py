@@ -138,7 +138,8 @@ def test_preemption(cluster: Cluster, settings: list[str], undisturbed: Job, tmp
 def test_power_cut_of_a_node(
     cluster: Cluster, settings: list[str], undisturbed: Job, tmp_path: Path, moment: str
 ) -> None:
-    job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings)
+    often = ["engine.save_every=3"] if moment == "save" else []  # so that some save is under way when it looks
+    job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings, *often)
     job.until_step(25)
     lost = job.nodes()[1]
     if moment == "save":
@@ -160,10 +161,7 @@ def test_killed_rank(cluster: Cluster, settings: list[str], undisturbed: Job, tm
     job = cluster.submit(tmp_path / "run", "--nodes", "2", *settings)
     job.until_step(25)
     began = time.monotonic()
-    pids = job.pids(rank=1)
-    assert pids
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    job.kill(rank=1)
     job.until_completed()
     _report("kill -9 of a rank", time.monotonic() - began, job)
     assert "restart 1" in _restarted(job)
@@ -175,10 +173,7 @@ def test_no_more_than_the_restarts_that_are_allowed(cluster: Cluster, settings: 
     job = cluster.submit(tmp_path / "run", "--nodes", "2", "--requeues", "1", *settings)
     for restarts in (0, 1):
         until(lambda n=restarts: _starts(job) > n, PATIENCE_S, f"start {restarts + 1} of job {job.id}")
-        pids = job.pids(rank=1)
-        assert pids
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
+        job.kill(rank=1)
     job.until_failed()
     assert _restarted(job).count("restart") == 1 and "restart 1 of at most 1" in job.status()
 
@@ -191,12 +186,13 @@ def _starts(job: Job) -> int:
 
 def test_side_by_side_in_use_and_cancelled(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
     """Two runs at once do not disturb each other; a directory in use is refused; a cancelled job is not requeued."""
-    both = [cluster.submit(tmp_path / name, "--nodes", "2", *settings) for name in ("one", "two")]
+    long = [*settings, "max_steps=5000", "epochs=5000"]
+    both = [cluster.submit(tmp_path / name, "--nodes", "2", *long) for name in ("one", "two")]
     for job in both:
         job.until_step(5)
         status = job.status()
         assert f"RUNNING {job.squeue('%N')}" in status and ", loss " in status and " left" in status, status
-    again = [sys.executable, "launch/submit.py", "--config", "demo.yaml", *ON_CPUS, "--nodes", "2", *settings]
+    again = [sys.executable, "launch/submit.py", "--config", "demo.yaml", *ON_CPUS, "--nodes", "2", *long]
     refused = cluster.run(*again, f"run_dir={both[0].run_dir}")
     assert refused.returncode == 2 and f"in use by job {both[0].id}" in refused.stderr
     for job in both:
@@ -215,8 +211,9 @@ def test_all_trains_scores_by_an_array_and_reports(
     job = cluster.submit(tmp_path / "run", "--nodes", "2", "--job", "all", "--tasks", "3", *settings)
     array, report = job.following("score"), job.following("report")
     job.until_completed()
-    until(lambda: array.task_pid(1), PATIENCE_S, "task 1 of the array")
-    os.kill(array.task_pid(1), signal.SIGKILL)
+    pid = until(lambda: array.task_pid(1), PATIENCE_S, "task 1 of the array")
+    assert pid
+    os.kill(pid, signal.SIGKILL)
     report.until_completed()
     _same_end(job, undisturbed)
     attempts = [line.split("|")[0] for line in array.history_of_tasks().splitlines()]
