@@ -1,5 +1,6 @@
 """The engine: any number of ranks, ZeRO stage and micro-batch gives the steps of one plain torch process."""
 
+import shutil
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -149,3 +150,19 @@ def test_bfloat16_is_near_and_recomputed_activations_are_equal(tmp_path: Path) -
     [[plain, recomputed, bf16]] = on_ranks(1, _losses_of, [config_of(*more) for more in options], tmp_path=tmp_path)
     assert recomputed == pytest.approx(plain, rel=1e-6)
     assert bf16 == pytest.approx(plain, rel=3e-2) and bf16[0] != plain[0]
+
+
+def _compiled_run() -> tuple[list[float], int]:
+    """The losses, and how many graphs were compiled."""
+    from torch._dynamo.utils import counters
+
+    [losses] = _losses_of([config_of("engine.compile=true")])
+    return losses, counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_a_compiled_tower_trains_the_same(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    [[plain]] = on_ranks(1, _losses_of, [config_of()], tmp_path=tmp_path / "plain")
+    [(compiled, num_graphs)] = on_ranks(1, _compiled_run, tmp_path=tmp_path)
+    assert num_graphs >= 1 and compiled == pytest.approx(plain, rel=1e-5)
