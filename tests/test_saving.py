@@ -1,5 +1,6 @@
 """What a save writes and what a resume reads, on two ranks: manifest, parts, failures, other layouts."""
 
+import errno
 import json
 import logging
 import shutil
@@ -235,3 +236,34 @@ def _other_layouts(directory: str) -> None:
 
 def test_checkpoints_of_other_ranks_and_of_version_0_1_are_read(tmp_path: Path) -> None:
     on_ranks(2, _other_layouts, str(tmp_path / "c"), tmp_path=tmp_path)
+
+
+def _resumed_from_a_stale_server(directory: str) -> list[Any]:
+    """Steps resumed from: with the newest checkpoint unreadable, with none readable (the error), with all readable."""
+    folder, engine = Path(directory), _engine()
+    saver = checkpoint.Saver(engine, folder, keep=2)
+    for step in (1, 2):
+        _train(engine, range(step - 1, step))
+        saver.begin(step)
+        saver.finish()
+    found: list[Any] = []
+    for unreadable in ("step-00000002", "step-", "nothing"):
+
+        def stale(path: Path, unreadable: str = unreadable) -> str:
+            if unreadable in str(path):
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+            return sha256_of(path)
+
+        checkpoint.sha256_of = stale
+        try:
+            found.append(checkpoint.resume(engine, folder))
+        except MachineError as error:
+            found.append(str(error))
+    return found
+
+
+def test_a_file_server_that_does_not_answer_is_no_user_error(tmp_path: Path) -> None:
+    """Nobody is told to remove checkpoints that are there: the job is queued again."""
+    for before, message, after in on_ranks(2, _resumed_from_a_stale_server, str(tmp_path / "c"), tmp_path=tmp_path):
+        assert (before, after) == (1, 2)
+        assert "step-00000001 cannot be read (" in message and "Stale file handle" in message

@@ -186,7 +186,7 @@ def _starts(job: Job) -> int:
 
 def test_side_by_side_in_use_and_cancelled(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
     """Two runs at once do not disturb each other; a directory in use is refused; a cancelled job is not requeued."""
-    long = [*settings, "max_steps=5000", "epochs=5000"]
+    long = [*settings, "max_steps=1000", "epochs=1000"]
     both = [cluster.submit(tmp_path / name, "--nodes", "2", *long) for name in ("one", "two")]
     for job in both:
         job.until_step(5)

@@ -24,7 +24,7 @@ from tmass_dist.data.node_cache import NodeCache
 from tmass_dist.data.remote import DownloadError
 from tmass_dist.data.samples import DamagedError, read_into
 from tmass_dist.data.streaming import StreamingOrder
-from tmass_dist.errors import PeerLostError, UserError
+from tmass_dist.errors import MachineError, PeerLostError, UserError
 from tmass_dist.noise import text_key
 
 Tokenize = Callable[[list[str]], Tensor]
@@ -149,6 +149,27 @@ def prepare_worker(_: int) -> None:
     # SLURM and Ctrl-C signal every process; only the training process may act on it.
     for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+def raised_in_worker(error: Exception) -> Exception | None:
+    """The error that a decoding process raised, without the traceback that torch puts into its message.
+
+    Returns:
+        A user error, a failed download, or a MachineError for any other kind. None if ``error`` is not a worker's, but
+        says for example that a worker was killed.
+    """
+    lines = str(error).strip().splitlines()
+    if not lines or not re.match(r"Caught \w+ in DataLoader worker", lines[0]):
+        return None
+    kind, _, message = lines[-1].partition(": ")
+    if isinstance(error, UserError | DownloadError):
+        return type(error)(message)
+    return MachineError(f"{kind.rpartition('.')[2]}: {message}")
+
+
+def was_lost(error: Exception) -> bool:
+    """Whether torch says by ``error`` that a decoding process ended or hangs."""
+    return isinstance(error, RuntimeError | EOFError | ConnectionError) and not isinstance(error, MachineError)
 
 
 def _pin(pixels: Tensor) -> None:
@@ -278,13 +299,10 @@ class TrainLoader:
     def _next(self, batches: Iterator[_WorkerBatch]) -> _WorkerBatch:
         try:
             return next(batches)
-        except (UserError, DownloadError, PeerLostError) as error:
-            # A worker's error carries its traceback; the last line is the message.
-            raise type(error)(re.sub(r"^[\w.]+Error: ", "", str(error).strip().splitlines()[-1])) from error
-        except ConnectionError as error:
-            raise PeerLostError(f"a decoding process ended{self._being_read()}: {error}") from error
-        except (RuntimeError, EOFError) as error:
-            if self._num_workers == 0:
+        except Exception as error:
+            if raised := raised_in_worker(error):
+                raise raised from error
+            if self._num_workers == 0 or not was_lost(error):
                 raise
             message = " ".join(str(error).split()) or type(error).__name__
             raise PeerLostError(f"a decoding process ended or hangs{self._being_read()}: {message}") from error

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tmass_dist.data.index import Index
-from tmass_dist.data.loader import PREFETCH, Tokenize, prepare_worker
+from tmass_dist.data.loader import PREFETCH, Tokenize, prepare_worker, raised_in_worker, was_lost
 from tmass_dist.data.samples import DamagedError, read_into
 from tmass_dist.errors import PeerLostError
 
@@ -143,8 +143,10 @@ def iterate_videos(
         for item in range(len(videos)):
             try:
                 decoded = _next(loader, timeout_s)
-            except (RuntimeError, EOFError, ConnectionError) as error:
-                if workers == 0:
+            except Exception as error:
+                if raised := raised_in_worker(error):
+                    raise raised from error
+                if workers == 0 or not was_lost(error):
                     raise
                 words = " ".join(str(error).split()) or type(error).__name__
                 raise PeerLostError(f"a process that decodes {index.directory} ended or hangs: {words}") from error

@@ -188,8 +188,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+
+
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None; each rank verifies its share of the files."""
+    """What is wrong with a checkpoint, or None; each rank verifies its share of the files.
+
+    Raises:
+        OSError: a file that exists cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -199,9 +206,17 @@ def _damage(folder: Path) -> str | None:
                 return f"{folder / name} is damaged"
             with safe_open(folder / name, "pt"):
                 pass
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (*_NOT_THERE, ValueError, TypeError, SafetensorError) as error:
         return f"{folder} is incomplete ({error})"
     return None
+
+
+def _check(folder: Path) -> tuple[str | None, bool]:
+    """What is wrong with a checkpoint, and whether it may pass: a file server may answer again."""
+    try:
+        return _damage(folder), False
+    except OSError as error:
+        return f"{folder} cannot be read ({error})", True
 
 
 def resume(engine: Engine, directory: Path, log: logging.Logger | None = None) -> int:
@@ -209,19 +224,24 @@ def resume(engine: Engine, directory: Path, log: logging.Logger | None = None) -
 
     Raises:
         UserError: there are checkpoints but none is complete, or it is of another model.
+        MachineError: none is complete, and one of them could not be read.
     """
     log = log or logging.getLogger("tmass_dist")
     # One rank lists the folders: others could see different ones while old ones are removed.
     steps = all_gather_objects(saved_steps(directory) if is_main() else [])[0]
+    unreadable = ""
     for step in steps:
         folder = directory / f"step-{step:08d}"
-        damage = next((line for line in all_gather_objects(_damage(folder)) if line), None)
-        if damage is None:
+        found = [(line, may_pass) for line, may_pass in all_gather_objects(_check(folder)) if line]
+        if not found:
             _load(engine, folder)
             # Version 0.1 did not save it. It differs from the steps if some were skipped.
             engine.optimizer.set_num_updates(_read_manifest(folder).get("num_updates", step))
             return step
-        log.warning("%s; using the checkpoint before it", damage)
+        log.warning("%s; using the checkpoint before it", found[0][0])
+        unreadable = next((line for line, may_pass in found if may_pass), unreadable)
+    if unreadable:
+        raise MachineError(f"no checkpoint in {directory} can be used: {unreadable}")
     if steps:
         raise UserError(f"no checkpoint in {directory} is complete; remove the directory to start from the beginning")
     return 0

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from tmass_dist.cli import MACHINE_FAILURE, print_error
 from tmass_dist.distributed import all_gather_objects, collectives_entered, is_main, open_store, rank, world_size
-from tmass_dist.errors import PeerLostError
+from tmass_dist.errors import MachineError, PeerLostError
 from tmass_dist.training.heartbeats import Heartbeats
 
 _COLLECTIVE_ERROR = re.compile(r"gloo|nccl|tcpstore|connection|socket|broken pipe|timed out waiting", re.IGNORECASE)
@@ -79,7 +79,8 @@ class Watchdog:
         elif isinstance(error, RuntimeError) and _COLLECTIVE_ERROR.search(str(error)):
             raise PeerLostError(self._reason("a collective failed")) from error
         else:
-            self._report(f"{type(error).__name__}: {' '.join(str(error).split())}")
+            kind = "" if isinstance(error, MachineError) else f"{type(error).__name__}: "
+            self._report(kind + " ".join(str(error).split()))
 
     def _report(self, error: str) -> None:
         """Tell the other ranks; if rank 0 does not answer, give up after a few seconds."""
