@@ -4,7 +4,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS = 1
 DEMO := build/demo
 
-.PHONY: install demo demo-data demo-towers serve test test-all test-slurm lint bench gpu-check docs fuzz mutants
+.PHONY: install demo demo-data demo-towers serve test test-all test-slurm lint bench gpu-check docs fuzz mutants lock
 install: .venv/installed
 
 .venv/installed: pyproject.toml setup.py
@@ -53,6 +53,15 @@ fuzz: install
 mutants: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[mutants]'
 	$(BIN)/python -m tests.mutation
+
+# Renews the versions that the container recipes install. TORCH limits torch, for example TORCH='torch<2.9' for CUDA 12.
+TORCH ?= torch
+lock: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lock]'
+	echo '$(TORCH)' | $(BIN)/uv pip compile pyproject.toml --constraint - --quiet --upgrade --generate-hashes --no-annotate \
+	  --extra search --extra serve --extra s3 --extra lora --extra tune --extra towers \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 --custom-compile-command 'make lock' \
+	  --output-file launch/container/requirements.lock
 
 lint: install
 	$(BIN)/ruff check .
