@@ -175,7 +175,9 @@ def test_the_steps_of_the_recipes_give_a_working_environment(tmp_path: Path) -> 
     assert all(extra in findings["packages"]["found"] for extra in _extras())
     assert "--nodes" in tmass("submit", "--help")  # launch/ is found beside the package
     python = tmp_path / "venv" / "bin" / "python"
-    code = (
+    # PyPI's torchvision beside a CPU build of torch needs the first line.
+    code = "from tmass_dist.models.library import usable_torchvision as first; first()\n"
+    code += (
         "import tmass_dist.training.loop, tmass_dist.retrieval.model, tmass_dist.web.app, s3fs, peft, optuna, usearch"
     )
     subprocess.run([str(python), "-c", code], env=keep, cwd=tmp_path, check=True)
