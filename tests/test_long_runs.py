@@ -1,12 +1,13 @@
 """The long comparison: which run is next, and results that survive a kill."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from launch.paper.long_runs import RATES, Setting, append_result, chosen_rates, hits_of, missing_runs, read_results
+from launch.paper.long_runs import Setting, append_result, chosen_rates, hits_of, missing_runs, read_results
 from launch.paper.long_table import long_table
 from tests.conftest import ROOT
 from tmass_dist.errors import UserError
@@ -20,17 +21,27 @@ def _row(system: str, seed: int, rate: float, recall: float) -> dict[str, object
     return {**setting, "system": system, "seed": seed, "rate": rate, "val_R@1": recall}
 
 
-def test_first_every_seed_at_one_rate_then_the_rates_then_every_seed_at_the_chosen_rate() -> None:
+def test_first_the_rates_of_seed_0_until_the_best_has_both_neighbours_then_every_seed_at_it() -> None:
+    best = {"xpool": 1.0, "best-frame": 10.0}
     done: list[dict[str, object]] = []
     order = []
     while run := next(missing_runs(done, SETTING, SYSTEMS, 2), None):
         order.append((run.system, run.seed, run.rate))
-        done.append(_row(*order[-1], recall=run.rate if run.system == "best-frame" else -run.rate))
-    first = [(system, seed, 1.0) for seed in (0, 1) for system in SYSTEMS]
-    rates = [(system, 0, rate) for rate in RATES[1:] for system in SYSTEMS]
-    assert chosen_rates(done, SETTING) == {"xpool": 0.3, "best-frame": 3.0}
-    assert order == [*first, *rates, ("xpool", 1, 0.3), ("best-frame", 1, 3.0)]
+        done.append(_row(*order[-1], recall=-abs(math.log(run.rate / best[run.system]))))
+    assert order == [
+        *(("xpool", 0, rate) for rate in (1.0, 0.3, 3.0)),
+        *(("best-frame", 0, rate) for rate in (1.0, 0.3, 3.0, 10.0)),
+        ("xpool", 1, 1.0),
+        ("best-frame", 1, 10.0),
+    ]
+    assert chosen_rates(done, SETTING) == best
     assert next(missing_runs(done, Setting("frozen", 400, 1200), SYSTEMS, 1)).seed == 0
+
+
+def test_a_best_rate_at_the_edge_of_those_measured_is_not_chosen() -> None:
+    done = [_row("xpool", 0, rate, recall=rate) for rate in (0.3, 1.0, 3.0)]
+    assert chosen_rates(done, SETTING) == {}
+    assert chosen_rates([*done, _row("xpool", 0, 10.0, recall=0.0)], SETTING) == {"xpool": 3.0}
 
 
 def test_an_incomplete_last_line_is_left_out_and_another_damaged_line_is_named(tmp_path: Path) -> None:

@@ -30,8 +30,10 @@ COMPARED = (
     "temperature",
 )
 """Keys of ``SYSTEMS``; the first is what the others are compared with."""
-RATES = (1.0, 0.3, 3.0)
-"""Factors of both learning rates of ``demo.yaml``; each system's own is chosen on the validation split."""
+RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Factors of both learning rates of ``demo.yaml``, ascending; each system's own is chosen on the validation split."""
+FIRST_RATE = 1.0
+"""The factor that every system starts with."""
 IMAGE_TOWERS = {"trained": ("engine.bf16=true",), "frozen": ("optim.frozen=[towers.clip.visual]",)}
 """``trained``: all weights, towers in bfloat16; ``frozen``: the image tower keeps its pretrained weights, float32."""
 
@@ -70,20 +72,18 @@ class LongRun:
 def missing_runs(done: list[dict[str, Any]], setting: Setting, systems: list[str], seeds: int) -> Iterator[LongRun]:
     """The runs that a setting still lacks, the most informative first.
 
-    First every system at the first rate, seed after seed, then the other rates of seed 0, then all seeds at the rate
-    that validation chose for each system.
+    First the rates of every system at seed 0, until one is chosen (``chosen_rates``), then all seeds at that rate.
     """
     known = {(row["system"], row["seed"], row["rate"]) for row in done if setting_of(row) == setting}
-    runs = [LongRun(setting, system, seed, RATES[0]) for seed in range(seeds) for system in systems]
-    runs += [LongRun(setting, system, 0, rate) for rate in RATES[1:] for system in systems]
-    chosen = chosen_rates(done, setting)
+    chosen, recalls = chosen_rates(done, setting), measured_rates(done, setting)
+    runs = [LongRun(setting, system, 0, rate) for system in systems for rate in next_rates(recalls.get(system, {}))]
     runs += [
         LongRun(setting, system, seed, chosen[system])
         for seed in range(seeds)
         for system in systems
         if system in chosen
     ]
-    for run in dict.fromkeys(runs):
+    for run in runs:
         if (run.system, run.seed, run.rate) not in known:
             yield run
 
@@ -93,15 +93,35 @@ def setting_of(row: dict[str, Any]) -> Setting:
     return Setting(row["image_tower"], row["videos"], row["steps"])
 
 
-def chosen_rates(done: list[dict[str, Any]], setting: Setting) -> dict[str, float]:
-    """For each system with all rates measured on seed 0, the one with the best R@1 on the validation split."""
+def measured_rates(done: list[dict[str, Any]], setting: Setting) -> dict[str, dict[float, float]]:
+    """The R@1 on the validation split of each system at each rate, with seed 0."""
     recalls: dict[str, dict[float, float]] = {}
     for row in done:
         if setting_of(row) == setting and row["seed"] == 0:
             recalls.setdefault(row["system"], {})[row["rate"]] = row["val_R@1"]
-    return {
-        name: max(RATES, key=lambda r: by_rate[r]) for name, by_rate in recalls.items() if set(RATES) <= set(by_rate)
-    }
+    return recalls
+
+
+def best_rate(recall_of: dict[float, float]) -> float:
+    """The rate with the best R@1."""
+    return max(recall_of, key=lambda rate: recall_of[rate])
+
+
+def next_rates(recall_of: dict[float, float]) -> list[float]:
+    """The rates that a system still needs: the first one, then the unmeasured neighbours of the best one."""
+    if not recall_of:
+        return [FIRST_RATE]
+    best = RATES.index(best_rate(recall_of))
+    return [rate for rate in RATES[max(0, best - 1) : best + 2] if rate not in recall_of]
+
+
+def chosen_rates(done: list[dict[str, Any]], setting: Setting) -> dict[str, float]:
+    """For each system the rate with the best R@1 on the validation split (seed 0), once its neighbours are measured.
+
+    So no system's rate is at the edge of what was measured, unless it is at the edge of ``RATES``.
+    """
+    recalls = measured_rates(done, setting)
+    return {system: best_rate(recall_of) for system, recall_of in recalls.items() if not next_rates(recall_of)}
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.paper.long_runs import COMPARED, RATES, Setting, chosen_rates, setting_of
+from launch.paper.long_runs import COMPARED, Setting, best_rate, measured_rates, next_rates, setting_of
 from launch.paper.measure import gain_interval, mean_and_deviation
 from launch.paper.systems import SYSTEMS
 
@@ -19,13 +19,13 @@ def long_table(done: list[dict[str, Any]]) -> str:
 
 
 def _table(done: list[dict[str, Any]], setting: Setting) -> str:
-    chosen = chosen_rates(done, setting)
+    by_rate = measured_rates(done, setting)
     rows = [row for row in done if setting_of(row) == setting]
-    best = {name: _seeds(rows, name, chosen.get(name, RATES[0])) for name in COMPARED}
+    best = {name: _seeds(rows, name, best_rate(by_rate[name])) if name in by_rate else {} for name in COMPARED}
     reference = best[COMPARED[0]]
     columns = [
         "system",
-        "learning rate",
+        "learning rate (factor)",
         "seeds",
         "R@1 of each seed",
         "R@1",
@@ -55,7 +55,9 @@ def _table(done: list[dict[str, Any]], setting: Setting) -> str:
             low, high = gain_interval(gain_SV, weights_V)
             each = (100 * gain_SV.sum(axis=1) / weights_V.sum()).tolist()
             gain = [_signed(each), f"{low:+.1f} to {high:+.1f}", str(len(shared))]
-        rate = f"{chosen[name]:g} (chosen)" if name in chosen else f"{RATES[0]:g} (not chosen)"
+        rate = f"{best_rate(by_rate[name]):g} of {', '.join(f'{rate:g}' for rate in sorted(by_rate[name]))}"
+        if next_rates(by_rate[name]):
+            rate += " (edge)"
         cells = [SYSTEMS[name].title, rate, str(len(recalls)), ", ".join(f"{r:.1f}" for r in recalls)]
         cells += [mean_and_deviation(recalls), *gain]
         for baseline in BASELINES:
