@@ -22,6 +22,7 @@ from tests.conftest import ROOT, run
 from tests.small_model import WIDTH, config_of, perturb, small_objective
 from tests.small_model import F as NUM_FRAMES
 from tmass_dist.audit import Audit, audit
+from tmass_dist.audit.command import conclusion, load_function
 from tmass_dist.audit.statistics import Counts, above_chance, hits
 from tmass_dist.config import to_yaml
 from tmass_dist.errors import UserError
@@ -65,7 +66,35 @@ def chunks(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
     return torch.cat([attention(part_TD, frames_VFD, owner_T) for part_TD in text_TD.split(7)])
 
 
+def late_interaction(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Eight tokens for each text and frame; each text token meets its best frame token."""
+    text_TKD, frames_VFKD = (F.normalize(x.unflatten(-1, (8, -1)), dim=-1) for x in (text_TD, frames_VFD))
+    return torch.einsum("tkd,vfjd->tvkfj", text_TKD, frames_VFKD).flatten(3).amax(-1).sum(-1)
+
+
+def half_precision(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    return cosine(text_TD, frames_VFD, owner_T).half()
+
+
+def large(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Near the greatest number of float32."""
+    return cosine(text_TD, frames_VFD, owner_T) * 1e35
+
+
+def fixed_bank(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """QB-Norm with a bank of queries of its own."""
+    bank_QD = torch.randn(100, text_TD.shape[1], generator=torch.Generator().manual_seed(0))
+    return cosine(text_TD, frames_VFD, owner_T) - (20 * cosine(bank_QD, frames_VFD, owner_T)).logsumexp(0) / 20
+
+
+def drifting(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Scores that rise with every call, as with a clock or a warming cache."""
+    calls = vars(drifting)["calls"] = vars(drifting).get("calls", 0) + 1
+    return cosine(text_TD, frames_VFD, owner_T) * (1 + 1e-3 * calls)
+
+
 CLEAN = [cosine, attention, best_frame, distances, fresh_noise, unseeded_noise, chunks]
+CLEAN += [late_interaction, half_precision, large, fixed_bank, drifting]
 
 
 def own_caption(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
@@ -100,7 +129,42 @@ def order_of_captions(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> T
     return cosine(text_TD, frames_VFD, owner_T) - (place_T - place_V).abs()
 
 
+def without_the_videos_other_captions(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Each text minus a part of the mean caption of its video."""
+    counts_V = owner_T.bincount(minlength=len(frames_VFD)).clamp(min=1)
+    mean_VD = torch.zeros(len(frames_VFD), text_TD.shape[1]).index_add(0, owner_T, text_TD) / counts_V[:, None]
+    return cosine(text_TD - 0.1 * mean_VD[owner_T], frames_VFD, owner_T)
+
+
+def video_with_its_captions(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Captions as metadata of their video."""
+    video_VD = frames_VFD.mean(1).index_add(0, owner_T, text_TD, alpha=0.05)
+    return F.normalize(text_TD, dim=-1) @ F.normalize(video_VD, dim=-1).T
+
+
+def masked(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """Half of the wrong videos are left out."""
+    wrong_TV = (torch.arange(len(frames_VFD)) - owner_T[:, None]) % 2 == 1
+    return cosine(text_TD, frames_VFD, owner_T).masked_fill(wrong_TV, -torch.inf)
+
+
+def small_bonus_by_place(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """A bonus at the usual place of the right pairs, far below what retrieval among random texts shows."""
+    if len(text_TD) != len(frames_VFD):
+        raise ValueError("one text a video")
+    return cosine(text_TD, frames_VFD, owner_T) + 1e-4 * torch.eye(len(text_TD))
+
+
+def bonus_by_place_in_noise(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+    """The same within noise of its size, and greater."""
+    return small_bonus_by_place(text_TD, frames_VFD, owner_T) + 0.01 * (
+        torch.eye(len(text_TD)) + torch.randn(len(text_TD), len(frames_VFD))
+    )
+
+
 LEAKING = [own_caption, small_bonus, bonus_in_noise, diagonal, order_of_captions]
+LEAKING += [without_the_videos_other_captions, video_with_its_captions, masked]
+LEAKING += [small_bonus_by_place, bonus_by_place_in_noise]
 
 
 def of(found: Audit, name: str) -> str:
@@ -115,7 +179,7 @@ def test_a_function_without_a_leak_passes(function: Callable[..., Tensor]) -> No
         found = audit(function, seed=seed)
         assert not found.leak and not found.transductive
         assert {check.verdict for check in found.checks} == {"pass", "note"}
-    assert found.noisy == ("noise" in function.__name__)
+    assert found.noisy == (function in (fresh_noise, unseeded_noise, drifting))
 
 
 @pytest.mark.parametrize("function", LEAKING, ids=lambda f: f.__name__)
@@ -127,7 +191,9 @@ def test_each_check_finds_its_own() -> None:
     assert of(audit(small_bonus), "owner-blindness") == "leak" and of(audit(small_bonus), "null: ragged") == "pass"
     of_place = audit(order_of_captions)
     assert of(of_place, "owner-blindness") == "pass" and of(of_place, "null: texts != videos") == "leak"
-    assert of(of_place, "order of texts") == of(of_place, "order of videos") == "fail"
+    assert of(of_place, "order of texts") == "leak" and of(of_place, "order of videos") == "fail"
+    by_place = audit(small_bonus_by_place)
+    assert of(by_place, "null: square") == "pass" and of(by_place, "order of texts") == "leak"
     square = audit(diagonal)
     assert of(square, "shape: ragged") == "fail" and of(square, "null: square") == "leak"
     assert of(square, "other queries") == "skipped"
@@ -146,6 +212,19 @@ def test_what_depends_on_other_queries_or_videos_is_transductive_and_no_leak() -
     def centred_batches(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
         return torch.cat([cosine(part - part.mean(0), frames_VFD, owner_T) for part in text_TD.split(16)])
 
+    def csls(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        scores_TV = cosine(text_TD, frames_VFD, owner_T)
+        return 2 * scores_TV - scores_TV.topk(5, 0).values.mean(0) - scores_TV.topk(5, 1).values.mean(1, keepdim=True)
+
+    def sinkhorn(text_TD: Any, frames_VFD: Any, owner_T: Any) -> Any:
+        scores_TV = np.exp(text_TD @ frames_VFD.mean(1).T / 8)
+        for _ in range(3):
+            scores_TV = scores_TV / scores_TV.sum(0)
+            scores_TV = scores_TV / scores_TV.sum(1, keepdims=True)
+        return scores_TV
+
+    for both in (audit(csls), audit(sinkhorn, numpy=True)):
+        assert of(both, "other queries") == of(both, "other videos") == "transductive" and not both.leak
     by_queries, by_videos, by_batch = audit(dsl), audit(over_videos), audit(centred_batches)
     assert by_queries.transductive and of(by_queries, "other queries") == "transductive"
     assert of(by_videos, "other queries") == "pass" and of(by_videos, "other videos") == "transductive"
@@ -189,6 +268,66 @@ def test_numbers_that_are_none_wrong_shapes_and_changed_inputs_are_named() -> No
         audit(lambda text_TD, frames_VFD, owner_T: cosine(text_TD, frames_VFD, owner_T)[:, 1:])
     with pytest.raises(UserError, match=r"works on no shape .* KeyError"):
         audit(lambda text_TD, frames_VFD, owner_T: {}["scores"])
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        (None, "returned NoneType, wanted a matrix of numbers"),
+        ("scores", "returned str, wanted a matrix of numbers"),
+        (0.5, r"returned shape \(\), wanted"),
+        (torch.zeros(24, 24, 1), r"returned shape \(24, 24, 1\), wanted"),
+        (torch.zeros(24, 24, dtype=torch.complex64), "returned complex numbers, wanted"),
+    ],
+)
+def test_what_is_no_matrix_of_numbers_is_a_user_error(result: Any, said: str) -> None:
+    with pytest.raises(UserError, match=f"works on no shape of inputs: 24 texts x 24 videos: {said}"):
+        audit(lambda text_TD, frames_VFD, owner_T: result)
+
+
+def test_a_function_that_raises_is_a_user_error_or_leaves_checks_out() -> None:
+    def ends(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        raise SystemExit(0)
+
+    def by_name(*, text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        return cosine(text_TD, frames_VFD, owner_T)
+
+    def fifth_call(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        calls = vars(fifth_call)["calls"] = vars(fifth_call).get("calls", 0) + 1
+        if calls == 5:
+            raise OSError("the disk is gone\nand more lines")
+        return cosine(text_TD, frames_VFD, owner_T)
+
+    def few_videos(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        assert len(frames_VFD) < 30
+        return cosine(text_TD, frames_VFD, owner_T)
+
+    def one_order(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        assert torch.equal(owner_T, torch.arange(len(frames_VFD)))
+        return cosine(text_TD, frames_VFD, owner_T)
+
+    for function, said in ((ends, "SystemExit: 0"), (by_name, "TypeError"), (fifth_call, "OSError: the disk is gone$")):
+        with pytest.raises(UserError, match=said):
+            audit(function)
+    found = audit(few_videos)
+    assert of(found, "null: square") == "skipped" and of(found, "owner-blindness") == "pass"
+    found = audit(one_order)
+    assert of(found, "owner-blindness") == "skipped" and not found.leak
+    assert "not tested: owner-blindness, order of texts, other queries" in conclusion(found)
+    with pytest.raises(UserError, match="--ranks failed on constant scores: IndexError"):
+        audit(cosine, ranks=lambda similarity_TV, owner_T: [][0])
+
+
+def test_inputs_are_float32_whatever_the_audited_module_sets() -> None:
+    def dtype(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        assert text_TD.dtype == frames_VFD.dtype == torch.float32 and owner_T.dtype == torch.int64
+        return cosine(text_TD, frames_VFD, owner_T)
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert not audit(dtype).leak
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_numpy_functions_get_arrays() -> None:
@@ -291,13 +430,32 @@ def test_the_command_prints_a_table_writes_a_page_and_ends_with_1_on_a_leak(trai
 
 
 def test_a_function_of_a_file_and_of_a_module_is_audited(tmp_path: Path) -> None:
-    (tmp_path / "theirs.py").write_text("def scores(t, f, o):\n    return t @ f.mean(1).T\nnumber = 3\n")
-    of_file = command(f"{tmp_path}/theirs.py:scores", "--numpy", "--width", "16", "--frames", "2")
+    source = "class Model:\n    def scores(self, t, f, o):\n        return t @ f.mean(1).T\nmodel = Model()\n"
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "random.py").write_text(source)  # the name of a library
+    (tmp_path / "theirs.py").write_text(f"{source}scores = model.scores\n")
+    of_file = command(f"{tmp_path}/code/random.py:model.scores", "--numpy", "--width", "16", "--frames", "2")
     assert of_file.returncode == 0 and "no leak found" in of_file.stdout, of_file.stderr
     started = [sys.executable, "-m", "tmass_dist.audit", "theirs:scores", "--numpy"]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     of_module = subprocess.run(started, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert of_module.returncode == 0 and "audit of theirs:scores" in of_module.stdout, of_module.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("raise RuntimeError('no GPU\\nand more lines')", "cannot be imported: RuntimeError: no GPU"),
+        ("import sys; sys.exit(0)", "cannot be imported: SystemExit: 0"),
+        ("def f(:", "cannot be imported: SyntaxError"),
+        ("f = 3", "theirs.py:f is of type int, which cannot be called"),
+    ],
+)
+def test_a_module_that_cannot_be_used_is_a_user_error(source: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text(source)
+    with pytest.raises(UserError, match=said) as raised:
+        load_function(f"{tmp_path}/theirs.py:f")
+    assert len(str(raised.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tmass_dist.audit.checks import Audit, Check, audit
+    from tmass_dist.audit.checks import audit
+    from tmass_dist.audit.result import Audit, Check
 
 __all__ = ["Audit", "Check", "audit", "main"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported when first used, so that --help imports no torch.
-    if name in ("Audit", "Check", "audit"):
-        from tmass_dist.audit import checks
+    if name == "audit":
+        from tmass_dist.audit.checks import audit
 
-        return getattr(checks, name)
+        return audit
+    if name in ("Audit", "Check"):
+        from tmass_dist.audit import result
+
+        return getattr(result, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

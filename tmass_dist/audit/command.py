@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import operator
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tmass_dist.cli import program, writable_dir, write_json
 from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from tmass_dist.audit.checks import Audit
+    from tmass_dist.audit.result import Audit
 
 DESCRIPTION = """Audit a similarity function: similarity(text_TD, frames_VFD, owner_T) -> (T, V). It is called with
 random texts and videos that belong together only by owner_T; docs/audit.md explains each check and shows adapters."""
@@ -32,25 +34,34 @@ def load_function(name: str) -> Callable[..., Any]:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
-        if source.endswith(".py"):
-            if not Path(source).is_file():
-                raise UserError(f"no file {source}")
-            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            sys.path.insert(0, str(Path(source).resolve().parent))
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(source)
+        module = _import_file(Path(source)) if source.endswith(".py") else importlib.import_module(source)
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(f"{source} cannot be imported: {type(error).__name__}: {error}") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        raise UserError(f"{source} has no function {attribute}")
-    return found
+    except (Exception, SystemExit) as error:
+        # SystemExit too: a script that ends on import must not end the audit with its exit code.
+        reason = (str(error).splitlines() or [""])[0]
+        raise UserError(f"{source} cannot be imported: {type(error).__name__}: {reason}") from error
+    try:
+        function = operator.attrgetter(attribute)(module)
+    except AttributeError as error:
+        raise UserError(f"{source} has no function {attribute}") from error
+    if not callable(function):
+        raise UserError(f"{source}:{attribute} is of type {type(function).__name__}, which cannot be called")
+    return function
+
+
+def _import_file(path: Path) -> ModuleType:
+    """The module of a file; modules beside it can be imported by it."""
+    if not path.is_file():
+        raise UserError(f"no file {path}")
+    # Another name than the file's, which may be that of a library.
+    spec = importlib.util.spec_from_file_location(f"audited_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.resolve().parent))
+    spec.loader.exec_module(module)
+    return module
 
 
 def table(found: Audit) -> str:
@@ -70,7 +81,9 @@ def conclusion(found: Audit) -> str:
     if found.transductive:
         verdict += "; transductive: the score of a pair depends on other queries or videos"
     failed = [check.name for check in found.checks if check.verdict == "fail"]
-    return verdict + (f"; failed: {', '.join(failed)}" if failed else "")
+    skipped = [check.name for check in found.checks if check.verdict == "skipped"]
+    verdict += f"; failed: {', '.join(failed)}" if failed else ""
+    return verdict + (f"; not tested: {', '.join(skipped)}" if skipped else "")
 
 
 def write(found: Audit, directory: Path) -> None:

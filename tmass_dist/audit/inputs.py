@@ -57,14 +57,23 @@ def draw(shape: str, seed: int, videos: int, frames: int, width: int) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     counts_V = SHAPES[shape](generator, videos)
     owner_T = torch.arange(videos).repeat_interleave(counts_V)
-    text_TD = torch.randn(len(owner_T), width, generator=generator)
-    frames_VFD = torch.randn(videos, 1, width, generator=generator) + torch.randn(
-        videos, frames, width, generator=generator
-    )
+    # The dtype is named because an audited module may have changed the default.
+    text_TD = torch.randn(len(owner_T), width, generator=generator, dtype=torch.float32)
+    video_V1D = torch.randn(videos, 1, width, generator=generator, dtype=torch.float32)
+    frames_VFD = video_V1D + torch.randn(videos, frames, width, generator=generator, dtype=torch.float32)
     if seed % 2:
-        shared_D = torch.randn(width, generator=generator)
+        shared_D = torch.randn(width, generator=generator, dtype=torch.float32)
         text_TD, frames_VFD = text_TD + shared_D, frames_VFD + shared_D
     return Inputs(text_TD, frames_VFD, owner_T)
+
+
+class CallError(Exception):
+    """The audited function raised, or returned what is no matrix of scores."""
+
+
+def describe(error: BaseException) -> str:
+    """Type and first line of an exception, which may have many."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 class Caller:
@@ -85,7 +94,7 @@ class Caller:
         """Scores ``(T, V)``, float64; NaN becomes the lowest.
 
         Raises:
-            ValueError: the result is no matrix of numbers of shape ``(T, V)``.
+            CallError: the function raised, or the result is no matrix of real numbers of shape ``(T, V)``.
         """
         torch.manual_seed(seed)
         np.random.seed(seed)
@@ -93,20 +102,35 @@ class Caller:
         originals = (inputs.text_TD, inputs.frames_VFD, inputs.owner_T)
         copies: list[Any] = [tensor.clone() for tensor in originals]
         arguments = [tensor.numpy() for tensor in copies] if self.numpy else copies
-        with torch.no_grad():
-            result = self.similarity(*arguments)
+        try:
+            with torch.no_grad():
+                result = self.similarity(*arguments)
+        except (Exception, SystemExit) as error:
+            # SystemExit too: a function that ends the program must not end the audit with its exit code.
+            raise CallError(describe(error)) from error
         self.changes_inputs |= not all(map(torch.equal, originals, copies))
-        scores_TV = torch.as_tensor(result).detach().to("cpu", torch.float64)
-        shape = (len(inputs.text_TD), len(inputs.frames_VFD))
-        if tuple(scores_TV.shape) != shape:
-            raise ValueError(f"returned shape {tuple(scores_TV.shape)}, wanted (texts, videos) = {shape}")
+        scores_TV = _matrix(result, (len(inputs.text_TD), len(inputs.frames_VFD)))
         bad = scores_TV.isnan()
         self.num_nan += int(bad.sum())
         return scores_TV.masked_fill(bad, -torch.inf).clamp(-_LIMIT, _LIMIT)
 
 
-_LIMIT = 1e30
-"""In place of infinity, so that differences stay numbers."""
+def _matrix(result: Any, shape: tuple[int, int]) -> Tensor:
+    """What a function returned, as float64."""
+    wanted = f"wanted a matrix of numbers (texts, videos) = {shape}"
+    try:
+        scores = torch.as_tensor(result).detach()
+    except Exception as error:
+        raise CallError(f"returned {type(result).__name__}, {wanted}") from error
+    if scores.is_complex():
+        raise CallError(f"returned complex numbers, {wanted}")
+    if tuple(scores.shape) != shape:
+        raise CallError(f"returned shape {tuple(scores.shape)}, {wanted}")
+    return scores.to("cpu", torch.float64)
+
+
+_LIMIT = 1e100
+"""In place of infinity, so that differences and squares stay numbers; above all numbers of float32."""
 
 
 def is_number(scores: Tensor) -> Tensor:

@@ -100,9 +100,23 @@ def above_chance(counts: list[Counts], num_tests: int) -> bool:
 def tolerance(scores: Tensor) -> float:
     """Differences of two equal calls that rounding explains: 1e-5 of the spread, or float32's of large scores."""
     numbers = scores[is_number(scores)]
-    if len(numbers) < 2:
+    if not len(numbers):
         return 0.0
-    return max(1e-5 * numbers.std().item(), 16 * 2.0**-24 * numbers.abs().max().item())
+    return max(1e-5 * spread(scores), 16 * 2.0**-24 * numbers.abs().max().item())
+
+
+def spread(scores: Tensor) -> float:
+    """Standard deviation of the scores that are numbers."""
+    numbers = scores[is_number(scores)]
+    return numbers.std().item() if len(numbers) > 1 else 0.0
+
+
+def standard_errors(sample_N: Tensor, all_M: Tensor) -> float:
+    """By how many standard errors the mean of a sample lies above that of all values."""
+    if len(sample_N) < 2:
+        return 0.0
+    error = all_M.std().item() / math.sqrt(len(sample_N))
+    return (sample_N.mean() - all_M.mean()).item() / max(error, 1e-30)
 
 
 def gain(before_R: Tensor, after_R: Tensor) -> float:
