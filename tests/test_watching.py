@@ -17,7 +17,7 @@ from tests.conftest import run
 from tests.processes import train_and_be_killed
 from tmass_dist.config import load_config
 from tmass_dist.errors import UserError
-from tmass_dist.loggers import MetricsFile, check_loggers, read_metrics
+from tmass_dist.loggers import MetricsFile, check_loggers, open_loggers, read_metrics
 
 SETTINGS = ["max_steps=12", "eval_every=6", "log_every=1", "engine.keep=9"]
 OPTIONS = ["engine.save_every=4", "eval_at_start=true", "engine.profile_steps=2..3"]
@@ -92,6 +92,22 @@ def test_tensorboard_holds_every_step_once_and_the_same_values(resumed: Path) ->
     assert "stochastic:" in config and "save_every: 4" in config
     assert "loss/kl" not in events.Tags()["scalars"] and "loss/support" in events.Tags()["scalars"]
     assert not [tag for tag in events.Tags()["scalars"] if tag.startswith("final")]
+
+
+def test_a_run_that_version_0_1_began_is_one_run_for_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    config = load_config("demo.yaml", [f"run_dir={tmp_path}"])
+    with SummaryWriter(str(tmp_path / "tensorboard")) as old:
+        for step in range(1, 11):
+            old.add_scalar("loss/total", 1.0, step)
+    for logger in open_loggers(config, 8, {}):
+        logger.scalars({"loss/total": 2.0}, 9)
+        logger.close(complete=False)
+    assert not (tmp_path / "tensorboard").exists()
+    points = EventAccumulator(str(tmp_path)).Reload().Scalars("loss/total")
+    assert [(point.step, point.value) for point in points] == [*((step, 1.0) for step in range(1, 9)), (9, 2.0)]
 
 
 def _wandb_records(path: Path) -> Iterator[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -147,6 +148,7 @@ class TensorBoard(Logger):
         from torch.utils.tensorboard import SummaryWriter
 
         self.run_dir = run_dir
+        _move_old_events(run_dir)
         self._writer: Any = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
         self._session_end: Any = None
         # The same in every file: TensorBoard reads them once, and a resumed run may have other optional settings.
@@ -200,6 +202,14 @@ class TensorBoard(Logger):
         if complete:
             self._writer.file_writer.add_summary(self._session_end)
         self._writer.close()
+
+
+def _move_old_events(run_dir: Path) -> None:
+    """Move the event files that version 0.1 wrote to ``tensorboard/``, which TensorBoard shows as a second run."""
+    for path in (run_dir / "tensorboard").glob("events.out.tfevents.*"):
+        path.rename(run_dir / path.name)
+    with contextlib.suppress(OSError):  # it does not exist, or holds other files
+        (run_dir / "tensorboard").rmdir()
 
 
 def _layout(scores: list[str]) -> dict[str, Any]:
