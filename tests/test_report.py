@@ -337,3 +337,20 @@ def test_a_list_of_ten_thousand_queries_is_small(tmp_path: Path) -> None:
     retrieved = Retrieved(answers, scores, own, answers, scores, own)
     name = write_queries(ranks, texts, [f"video{n}" for n in range(number)], retrieved, Media(tmp_path))
     assert (tmp_path / name).stat().st_size < 3_000_000
+
+
+def test_shards_behind_a_url_are_not_downloaded_for_thumbnails(split: Any, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from tmass_dist.data.remote import cached_path
+
+    url = "http://127.0.0.1:9/split"
+    remote = replace(split, directory=url, cache=str(tmp_path / "cache"), retry_s=0)
+    media = make_media(remote, split.ids, tmp_path / "report", thumbnails=2, videos=None)
+    assert media.sheets == [] and "cannot be read on this machine" in media.notes[0]
+    for shard in split.shards:
+        copy = cached_path(f"{url}/{shard.name}", str(tmp_path / "cache"))
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(split.directory) / shard.name, copy)
+    media = make_media(remote, split.ids, tmp_path / "report", thumbnails=2, videos=None)
+    assert media.missing == [] and len(media.sheets) == 1
