@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from tmass_dist.errors import PeerLostError, UserError
+from tmass_dist.errors import MachineError, PeerLostError, UserError
 
 STOPPED = 85
 """Exit code of a task that stopped on request and saved; the job is queued again without a pause."""
@@ -48,8 +48,9 @@ def end_task(
     message = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, UserError):
         finish_for_good(folder, job_id, f"{name}: {message}")
-    if not isinstance(error, PeerLostError):
+    if not isinstance(error, MachineError):
         message = f"{type(error).__name__}: {message}"
+    if not isinstance(error, PeerLostError):
         traceback.print_exception(error)
     fail(message, folder=folder, job_id=job_id, restarts=restarts, name=name, step=last_step(run) if run else 0)
 

@@ -71,7 +71,7 @@ def _check(frames: list[np.ndarray], facts: dict[str, Any], loss: float) -> None
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-@pytest.mark.parametrize("name", ["mpg", "ts", "mkv", "avi", "mjpeg", "flv"])
+@pytest.mark.parametrize("name", ["mpg", "ts", "mkv", "avi", "mjpeg", "mjpeg in mov", "flv"])
 def test_no_frame_is_taken_that_was_not_filmed(tmp_path: Path, name: str, damage: str) -> None:
     """The decoders of these codecs fill in what is missing, from grey or from other frames, and say nothing."""
     path = tmp_path / "video"
@@ -102,6 +102,57 @@ def test_frames_that_the_decoder_marks_are_refused(tmp_path: Path, damage: str) 
     if "lost" not in damage:
         assert facts["damaged_end"] == "File ended prematurely"
     _check(frames, facts, loss)
+
+
+def test_changed_bytes_within_a_frame_are_found_where_the_decoder_marks_it(tmp_path: Path) -> None:
+    if "libx264" not in av.codecs_available:
+        pytest.skip("this build of PyAV does not write H.264")
+    path, reasons = tmp_path / "video.mkv", []
+    encode(path, moving_pictures(NUM_FRAMES), "h264")
+    content = path.read_bytes()
+    for start in range(len(content) // 5, len(content) * 3 // 5, len(content) // 50):
+        try:
+            read_video(content[:start] + bytes(range(200, 216)) + content[start + 16 :], uniform(12), SIDE)
+        except BadVideoError as error:
+            reasons.append(str(error))
+    assert sum("the decoder marks a frame as corrupt" in reason for reason in reasons) >= 5, reasons
+
+
+@pytest.mark.parametrize("name", ["h264", "hevc", "vp9", "wmv2"])
+def test_a_part_that_was_never_written_is_found(tmp_path: Path, name: str) -> None:
+    """Zeros within one packet, as an interrupted download leaves them: these decoders take them without a word."""
+    path = tmp_path / "video"
+    encode(path, moving_pictures(NUM_FRAMES), name)
+    content = path.read_bytes()
+    with av.open(str(path)) as container:
+        packets = [bytes(packet) for packet in container.demux(container.streams.video[0]) if packet.size > 400]
+
+    def with_hole(packet: bytes) -> bytes:
+        start = content.index(packet[-300:]) + 20
+        return content[:start] + bytes(200) + content[start + 200 :]
+
+    with pytest.raises(BadVideoError, match=r"before its end, at frame .* a packet has a hole of zeros"):
+        read_video(with_hole(packets[2]), uniform(12), SIDE)
+    loss = max(_nearest(frame)[1] for frame in read_video(content, uniform(12), SIDE)[0])
+    frames, facts = read_video(with_hole(packets[-3]), uniform(12), SIDE)
+    assert facts["damaged_end"] == "a packet has a hole of zeros"
+    _check(frames, facts, loss)
+
+
+@pytest.mark.parametrize("name", ["mjpeg", "avi", "wmv2"])
+def test_a_file_that_lost_its_middle_is_refused(tmp_path: Path, name: str) -> None:
+    """Without times in the container, all later frames would come too early."""
+    path = tmp_path / "video"
+    encode(path, moving_pictures(NUM_FRAMES), name)
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 3] + whole[len(whole) // 2 :], whole[:-3000] + whole[-2500:]):
+        with pytest.raises(BadVideoError, match=f"{len(whole) - len(damaged)} of its {len(whole)} bytes are missing"):
+            read_video(damaged, uniform(12), SIDE)
+        path.write_bytes(damaged)
+        with pytest.raises(BadVideoError, match="bytes are missing"):
+            read_video(path, uniform(12), SIDE)
+    path.write_bytes(whole + bytes(100))  # more than the header says is no loss
+    assert read_video(path, uniform(12), SIDE)[1]["num_decoded_frames"] == NUM_FRAMES
 
 
 def test_a_pause_of_a_constant_rate_is_a_loss() -> None:

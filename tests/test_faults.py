@@ -1,4 +1,4 @@
-"""One run of two ranks through every fault, at random steps: each ends with a line, and the weights end the same."""
+"""A run of two ranks with faults at random steps: each is reported in one line, and the final weights are the same."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Ranks:
         """Exit code of a rank, or minus the signal that ended it."""
         self.processes[rank].join(seconds)
         code = self.processes[rank].exitcode
-        assert code is not None, f"rank {rank} goes on after {seconds} s: {self.words(rank)}"
+        assert code is not None, f"rank {rank} still runs after {seconds} s: {self.words(rank)}"
         return code
 
     def words(self, rank: int) -> str:
         return (self.run_dir / f"stderr-{rank}").read_text()
 
     def error_of(self, rank: int) -> str:
-        """The one line that a person reads."""
+        """The line of the error, which must be the only one, without a traceback."""
         lines = [line for line in self.words(rank).splitlines() if line.startswith("error: ")]
         assert len(lines) == 1 and "Traceback" not in self.words(rank), self.words(rank)
         return lines[0]
@@ -66,22 +66,29 @@ class Ranks:
 def start(
     overrides: list[str], run_dir: Path, prepare: dict[int, Callable[[], None]] | None = None, fault: str = ""
 ) -> Ranks:
-    """The command in two processes; ``fault`` is Python that each runs first, to break something inside."""
+    """Start the command in two processes.
+
+    Args:
+        overrides: of the config.
+        run_dir: of the run.
+        prepare: by rank, what its process calls first.
+        fault: Python code that each process runs first, to break something inside.
+    """
     run_dir.mkdir(exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     command = ["-m", "tmass_dist.train"]
     if fault:
         command = ["-c", f"{fault}\nfrom tmass_dist.train import main, run_command\nrun_command(main)"]
     command += ["--config", "demo.yaml", *overrides, f"run_dir={run_dir}"]
     for rank in (0, 1):
-        (run_dir / f"stderr-{rank}").write_text("")  # not the words of the start before
+        (run_dir / f"stderr-{rank}").write_text("")  # not what an earlier start wrote
     processes = [
         forked.start(
             *command,
-            environment=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            environment=os.environ | rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=ROOT,
             stdout=Path(os.devnull),
             stderr=run_dir / f"stderr-{rank}",
@@ -144,7 +151,7 @@ def terminated(ranks: Ranks, step: int, number: int) -> None:
     assert "asked to stop: saved at step" in ranks.words(0)
 
 
-def torn_checkpoint(ranks: Ranks, step: int, number: int) -> None:
+def damaged_checkpoint(ranks: Ranks, step: int, number: int) -> None:
     checkpoints = ranks.run_dir / "checkpoints"
     ranks.until(step)
     until(lambda: len(saved_steps(checkpoints)) > 1, "second checkpoint")
@@ -164,14 +171,14 @@ def corrupt_shard(ranks: Ranks, step: int, number: int) -> None:
     try:
         codes = [ranks.ends(rank, TIMEOUT_S + 20) for rank in (0, 1)]
         assert all(codes), codes
-        for rank in (0, 1):  # one reads it first, and the other says so
+        for rank in (0, 1):  # one of them reads it first, and the other repeats its message
             assert shard.name in ranks.error_of(rank) and "damaged" in ranks.error_of(rank)
     finally:
         shard.write_bytes(whole)
 
 
 def full_disk(ranks: Ranks, step: int, number: int) -> None:
-    """A rank may not write files of more than 100 kB: its share of the next checkpoint does not fit."""
+    """A rank cannot write files of more than 100 kB, so its part of the next checkpoint does not fit."""
     before = saved_steps(ranks.run_dir / "checkpoints")
     for rank in (0, 1):
         assert ranks.ends(rank, 90) == 1
@@ -184,8 +191,8 @@ def small_files() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-FAULTS = [killed, stopped, worker_killed, terminated, torn_checkpoint, corrupt_shard, full_disk]
-SOME = [worker_killed, torn_checkpoint, full_disk]  # the second kills a rank, too
+FAULTS = [killed, stopped, worker_killed, terminated, damaged_checkpoint, corrupt_shard, full_disk]
+SOME = [worker_killed, damaged_checkpoint, full_disk]  # the second kills a rank, too
 
 
 @pytest.mark.parametrize(
@@ -208,7 +215,7 @@ def test_one_run_survives_every_fault(
     table = []
     for fault in faults:
         number = 1 if fault is full_disk else chance.randrange(2)  # rank 0 also writes logs and curves
-        if fault is full_disk:  # a worker hands its batches over in shared memory, which the limit would meet first
+        if fault is full_disk:  # without workers: they write batches to shared memory, which the limit would stop first
             ranks = start([*overrides, "data.num_workers=0"], disturbed, {number: small_files})
         else:
             ranks = start(overrides, disturbed)
@@ -222,7 +229,7 @@ def test_one_run_survives_every_fault(
             for process in ranks.processes:
                 process.kill()
         expect = disturbed / "expect"
-        lines = ranks.words(1 - number).splitlines() or ["no word"]
+        lines = ranks.words(1 - number).splitlines() or ["nothing was written"]
         table.append(f"{fault.__name__} of rank {number} at step {at}: {time.monotonic() - began:.1f} s; {lines[-1]}")
         if expect.is_file():
             kept, expected = disturbed / "kept", expect.read_text().split("|")
@@ -272,7 +279,7 @@ def broken_model(config, **more):
 
 loop.step_inputs, objective.build_objective = broken_inputs, broken_model
 """
-"""Breaks one rank at one step: by ``action``, or (``pass``) by a gradient that is no number."""
+"""Breaks one rank at one step by ``action``; if that is ``pass``, by a gradient that is not a number."""
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -284,7 +291,7 @@ loop.step_inputs, objective.build_objective = broken_inputs, broken_model
     ],
     ids=["raises", "hangs"],
 )
-def test_one_rank_breaks_and_the_other_names_it(
+def test_a_rank_fails_or_hangs_and_the_other_names_it(
     overrides: list[str], tmp_path: Path, number: int, action: str, said: str
 ) -> None:
     at = random.randrange(5, 30)
@@ -301,7 +308,7 @@ def test_one_rank_breaks_and_the_other_names_it(
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_gradient_of_one_rank_that_is_no_number(overrides: list[str], tmp_path: Path, policy: str) -> None:
+def test_a_gradient_of_one_rank_that_is_not_a_number(overrides: list[str], tmp_path: Path, policy: str) -> None:
     at, number = random.randrange(5, 15), random.randrange(2)
     more = ["max_steps=20", "eval_every=20", f"engine.nonfinite={policy}"]
     fault = INSIDE.format(at=at, number=number, action="pass")
@@ -318,8 +325,8 @@ def test_a_gradient_of_one_rank_that_is_no_number(overrides: list[str], tmp_path
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_a_loss_that_is_no_number(overrides: list[str], tmp_path: Path, policy: str) -> None:
-    """A rate that throws the weights out of the numbers' range, on every rank."""
+def test_a_loss_that_is_not_a_number(overrides: list[str], tmp_path: Path, policy: str) -> None:
+    """On every rank: the learning rate is so high that the weights overflow."""
     wild = ["optim.lr=1e38", "optim.warmup=0", "max_steps=4", "eval_every=4", f"engine.nonfinite={policy}"]
     ranks = start([*overrides, *wild], tmp_path / "run")
     codes = [ranks.ends(rank, 90) for rank in (0, 1)]
@@ -333,8 +340,8 @@ def test_a_loss_that_is_no_number(overrides: list[str], tmp_path: Path, policy: 
         assert len(notes) > 1 and "; skipped" in ranks.words(0)
 
 
-def test_a_run_goes_on_with_another_number_of_ranks_and_another_stage(overrides: list[str], tmp_path: Path) -> None:
-    """Two ranks, stopped; one process under ZeRO-3 to the end; the same as one process that nothing disturbed."""
+def test_a_run_is_resumed_by_another_number_of_ranks_and_another_stage(overrides: list[str], tmp_path: Path) -> None:
+    """Two ranks are stopped, one process under ZeRO-3 finishes: the weights are those of one undisturbed process."""
     more = [*overrides, "max_steps=40"]
     ranks = start(more, tmp_path / "run")
     terminated(ranks, 12, 1)

@@ -20,6 +20,7 @@ CODECS = {  # container, codec, pixels
     "mkv": ("matroska", "mpeg4", "yuv420p"),
     "avi": ("avi", "mpeg4", "yuv420p"),
     "mjpeg": ("avi", "mjpeg", "yuvj420p"),
+    "mjpeg in mov": ("mov", "mjpeg", "yuvj420p"),
     "mp4": ("mp4", "mpeg4", "yuv420p"),
     "vp9": ("webm", "libvpx-vp9", "yuv420p"),
     "wmv2": ("asf", "wmv2", "yuv420p"),
@@ -32,7 +33,9 @@ def encode(
 ) -> None:
     """Write RGB pictures, at ``rate`` frames a second or shown at ``times`` (in units of 1 / ``rate``)."""
     kind, codec, pixels = CODECS[name]
-    with av.open(str(path), "w", format=kind) as container:
+    # With its index first, as files for the web have it: a torn one can then be decoded up to its end.
+    options = {"movflags": "faststart"} if kind in ("mov", "mp4") else {}
+    with av.open(str(path), "w", format=kind, options=options) as container:
         stream = container.add_stream(codec, rate=rate, options={"threads": "1", "x265-params": "log-level=none"})
         stream.width, stream.height, stream.pix_fmt = pictures[0].shape[1], pictures[0].shape[0], pixels
         stream.codec_context.bit_rate = 4_000_000

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from tmass_dist.data.frames import window_frame_indices
+from tmass_dist.data.missing_bytes import has_hole, missing_middle
 from tmass_dist.data.square import square_picture
 
 CONCEALING_CODECS = frozenset(
@@ -126,6 +127,8 @@ def read_video(
         raise BadVideoError("the file is missing")
     if not (source.stat().st_size if isinstance(source, Path) else len(source)):
         raise BadVideoError("the file is empty")
+    if reason := missing_middle(source):
+        raise BadVideoError(f"it is damaged before its end: {reason}")
     kept, timeline, facts = _decode(source, choose, side, end_s)
     if not len(timeline):
         raise BadVideoError(facts["damaged_end"] or "no frame decodes")
@@ -277,6 +280,8 @@ def _frames(container: Any, stream: Any, messages: list[tuple[int, str, str]]) -
     try:
         for packet in container.demux(stream):
             complaint = "the file marks a packet as corrupt" if packet.is_corrupt else ""
+            if not complaint and has_hole(bytes(packet), stream.codec_context.name):
+                complaint = "a packet has a hole of zeros"
             frames = []
             try:
                 frames = packet.decode()

@@ -95,10 +95,13 @@ class StoredSplit:
 
     def shards(self) -> Index | None:
         """The split's shards, for the frames in the report; None where they are no longer there."""
+        place = self.index.get("shards")
+        if not isinstance(place, str):
+            return None
         try:
             # A report does not wait for a server: it is complete without these frames.
-            return load_index(self.index["shards"], self.config.data.cache, 0)
-        except (KeyError, ValueError, OSError):
+            return load_index(place, self.config.data.cache, 0)
+        except (ValueError, OSError):
             return None
 
     def _configs(self, overrides: list[str], allow_env: bool) -> tuple[Config, Config]:
