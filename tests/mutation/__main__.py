@@ -38,7 +38,7 @@ CPU_LIMIT_S, MEMORY_LIMIT = 300, 8 * 2**30
 """For the tests of a stage; a mutant that exceeds a limit is killed."""
 
 ORDER = "tests/test_loader.py::test_every_pair_once_and_no_video_twice_in_a_batch"
-QUICK_LOSS = "tests/test_objective.py -k 'not ranks_and_tiles'"
+QUICK_LOSS = "tests/test_columns.py tests/test_objective.py -k 'not ranks_and_tiles'"
 TWO_RANKS = "tests/test_objective.py -k 'ranks_and_tiles and 2'"
 LOSS = "tests/test_objective.py tests/test_engine.py tests/test_placement.py"
 QUICK_SCORES = "tests/test_null.py tests/test_scoring.py tests/test_blocks.py"
