@@ -11,9 +11,10 @@ HOLE = 64
 _INSIDE = re.compile(rb"\0{%d}\0*[^\0\1]" % HOLE)
 """Zeros that something other than a start code (0 0 1) follows: packets may be filled up with zeros at their end."""
 _ANYWHERE = re.compile(rb"\0{%d}" % HOLE)
-HOLES = dict.fromkeys(("h264", "hevc", "vp8", "vp9", "av1", "libdav1d"), _INSIDE) | dict.fromkeys(
-    ("wmv1", "wmv2", "msmpeg4", "msmpeg4v1", "msmpeg4v2"), _ANYWHERE
-)
+HOLES: dict[str, re.Pattern[bytes]] = {
+    **dict.fromkeys(["h264", "hevc", "vp8", "vp9", "av1", "libdav1d"], _INSIDE),
+    **dict.fromkeys(["wmv1", "wmv2", "msmpeg4", "msmpeg4v1", "msmpeg4v2"], _ANYWHERE),
+}
 """By codec: the zeros that it does not write. H.264 and HEVC forbid three in a row; the others wrote at most 6 in a
 row, for black, white, still and noisy videos. MJPEG writes long runs."""
 
