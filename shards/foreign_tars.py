@@ -12,6 +12,7 @@ from pathlib import Path
 
 from shards.own_videos import Row
 from tmass_dist.data.foreign import captions_of, kind_of, members_of
+from tmass_dist.data.mixture import part_names
 from tmass_dist.data.remote import fetch, is_remote
 from tmass_dist.data.tars import TarSample, scan_tar
 from tmass_dist.errors import UserError
@@ -108,9 +109,11 @@ def read_tar(name: str, caption_keys: Sequence[str], cache: str | None = None) -
         DownloadError: it could not be downloaded.
     """
     samples: list[ForeignSample] = []
+    keys: set[str] = set()
 
     def visit(place: TarSample, raw: bytes) -> None:
-        samples.append(_read_sample(place, raw, caption_keys))
+        samples.append(_read_sample(place, raw, caption_keys, is_repeated=place.key in keys))
+        keys.add(place.key)
 
     directory, _, last = name.rpartition("/") if is_remote(name) else (str(Path(name).resolve().parent), "", "")
     last = last or Path(name).name
@@ -145,9 +148,11 @@ def _size_of(url: str) -> int | None:
         return None
 
 
-def _read_sample(place: TarSample, raw: bytes, caption_keys: Sequence[str]) -> ForeignSample:
+def _read_sample(place: TarSample, raw: bytes, caption_keys: Sequence[str], *, is_repeated: bool) -> ForeignSample:
     try:
         place.key.encode()
+        if is_repeated:
+            raise UserError("another sample of the file has the same key")
         kind = kind_of(place.suffixes)
         if kind is None:
             raise UserError(f"no clip and no numbered frames, only {', '.join(place.suffixes)}")
@@ -163,18 +168,13 @@ def _read_sample(place: TarSample, raw: bytes, caption_keys: Sequence[str]) -> F
 def name_samples(tars: Sequence[ForeignTar]) -> list[list[str]]:
     """The ids of the samples of each tar file: their keys, or ``TAR/KEY`` for all if a key occurs in several files.
 
-    Raises:
-        UserError: even so, two samples have the same id.
+    If files have the same name, ``TAR`` is the end of their paths that tells them apart: ``run1/00000``.
     """
     keys = Counter(sample.key for tar in tars for sample in tar.samples if sample.kind)
     if max(keys.values(), default=0) <= 1:
         return [[sample.key for sample in tar.samples] for tar in tars]
-    names = [[f"{tar.stem}/{sample.key}" for sample in tar.samples] for tar in tars]
-    used = (name for tar, row in zip(tars, names) for name, sample in zip(row, tar.samples) if sample.kind)
-    name, number = Counter(used).most_common(1)[0]
-    if number > 1:
-        raise UserError(f"the sample {name} occurs {number} times")
-    return names
+    stems = part_names([f"{tar.directory}/{tar.stem}" for tar in tars])
+    return [[f"{stem}/{sample.key}" for sample in tar.samples] for stem, tar in zip(stems, tars)]
 
 
 def common_kind(tars: Sequence[ForeignTar]) -> str:
@@ -215,6 +215,8 @@ def read_rows_of_tars(pattern: str, caption_keys: Sequence[str]) -> tuple[list[R
             row = {"id": sample_id, "path": f"{tar.directory}/{tar.name}", "captions": sample.captions}
             rows.append(row | {"tar_range": place} | ({"unusable": sample.reason} if sample.reason else {}))
     ids = Counter(row["id"] for row in rows)
-    rows = [row for row in rows if ids[row["id"]] == 1 or "unusable" not in row]
+    for row in rows:
+        if "unusable" in row and ids[row["id"]] > 1:
+            row["id"] += f" at byte {row['tar_range'][0]}"
     num_captions = sum(len(row["captions"]) for row in rows)
     return rows, f"webdataset: {len(rows)} samples, {num_captions} captions in {len(tars)} tar files"

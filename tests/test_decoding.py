@@ -10,7 +10,8 @@ import pytest
 import simplejpeg
 
 from shards.pack_video import Recipe, pack_video
-from tests.videos import CODECS, encode, set_display_matrix, write_greys
+from tests.conftest import run
+from tests.videos import CODECS, encode, moving_pictures, set_display_matrix, write_greys
 from tmass_dist.data.frames import uniform_frame_indices
 from tmass_dist.data.video import BadVideoError, Timeline, at_rate, read_video, uniform
 
@@ -131,3 +132,29 @@ def test_titles_in_another_encoding_are_ignored(tmp_path: Path) -> None:
     path.write_bytes(content.replace(b"TITLE", "Tütle".encode("latin-1")))
     (frame,), _ = read_video(path, uniform(1), 32)
     assert abs(frame[..., :3].mean() - 90) < 3
+
+
+def test_threads_decode_at_the_same_time(tmp_path: Path) -> None:
+    """As the report does for its thumbnails. In a process of its own, which crashed where threads shared a filter."""
+    paths = [tmp_path / f"{number}.mp4" for number in range(4)]
+    for number, path in enumerate(paths):
+        width, height = 64 + 16 * number, 48 + 32 * (number % 2)
+        pictures = [np.resize(picture, (height, width, 3)) for picture in moving_pictures(20)]
+        encode(path, pictures, "mp4")
+    code = f"""
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import av.logging
+import numpy as np
+from tmass_dist.data.video import read_video, uniform
+paths = [Path(path) for path in {[str(path) for path in paths]!r}] * 30
+read = lambda path: np.stack(read_video(path, uniform(8), 32)[0])
+settings = av.logging.get_level(), av.logging.get_skip_repeated()
+alone = [read(path) for path in paths[:4]]
+with ThreadPoolExecutor(6) as pool:
+    for number, frames in enumerate(pool.map(read, paths)):
+        assert np.array_equal(frames[..., :3], alone[number % 4][..., :3])
+assert (av.logging.get_level(), av.logging.get_skip_repeated()) == settings
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr

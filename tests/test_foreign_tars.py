@@ -18,6 +18,7 @@ from webdataset.tariterators import base_plus_ext
 from tests.conftest import run
 from tests.faulty_server import FaultyServer
 from tests.videos import write_greys
+from tmass_dist.data.foreign import members_of
 from tmass_dist.data.index import load_index
 from tmass_dist.data.samples import DamagedError, read_into, read_sample
 from tmass_dist.data.tars import scan_tar, split_name
@@ -162,12 +163,16 @@ def test_tars_behind_a_url(clip_tars: Path, tmp_path: Path) -> None:
         server.close()
 
 
+def _add(tar: tarfile.TarFile, name: str, content: bytes, kind: bytes = tarfile.REGTYPE) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = len(content), kind, "../../evil" if kind in b"12" else ""
+    tar.addfile(info, io.BytesIO(content))
+
+
 def _tar(path: Path, members: dict[str, bytes]) -> None:
     with tarfile.open(path, "w") as tar:
         for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+            _add(tar, name, content)
 
 
 def test_what_cannot_be_used_is_listed(clip_tars: Path, tmp_path: Path) -> None:
@@ -196,6 +201,129 @@ def test_keys_that_occur_in_several_files_get_the_names_of_the_files(clip_tars: 
     index = load_index(tmp_path / "out")
     assert index.ids == [f"{name}/00000{k:04d}" for name in "xy" for k in range(5)]
     assert read_sample(index, 7)[0]["captions"] == ["text 2, of a clip"]
+
+
+def test_files_of_the_same_name_in_several_directories_have_different_ids(clip_tars: Path, tmp_path: Path) -> None:
+    """As two runs of video2dataset leave them."""
+    for name in ("run1", "run2"):
+        (tmp_path / name).mkdir()
+        os.link(clip_tars / "00000.tar", tmp_path / name / "00000.tar")
+    assert _index(f"{tmp_path}/{{run1,run2}}/00000.tar", tmp_path / "out").returncode == 0
+    index = load_index(tmp_path / "out")
+    assert index.ids == [f"run{n}/00000/00000{k:04d}" for n in (1, 2) for k in range(5)]
+    assert read_sample(index, 7)[0]["captions"] == ["text 2, of a clip"]
+
+
+def test_a_key_that_a_file_uses_twice_is_used_once(tmp_path: Path) -> None:
+    clip = _clip(tmp_path, 100)
+    (tmp_path / "clip.mp4").unlink()
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for key, text in (("k", b"first"), ("m", b"other"), ("k", b"second")):
+            for suffix, content in (("mp4", clip), ("txt", text)):
+                _add(tar, f"{key}.{suffix}", content)
+    done = _index(f"{tmp_path}/a.tar", tmp_path / "out", "--max-bad", "1")
+    assert done.returncode == 0 and load_index(tmp_path / "out").ids == ["k", "m"], done.stderr
+    assert "another sample of the file has the same key" in (tmp_path / "out" / "quarantine.jsonl").read_text()
+    command = ["shards/make_shards.py", "--source", "webdataset", "--videos", f"{tmp_path}/a.tar", "--split", "train"]
+    done = run(*command, "--out", str(tmp_path / "packed"), "--image-size", "32", "--max-bad", "1", "--workers", "1")
+    assert done.returncode == 0 and load_index(tmp_path / "packed").ids == ["k", "m"], done.stderr
+    assert '"k at byte ' in (tmp_path / "packed" / "quarantine.jsonl").read_text()
+
+
+def _header(name: str, kind: bytes = tarfile.REGTYPE, size: int = 0, pax: dict[str, str] | None = None) -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type, info.size, info.pax_headers = kind, size, pax or {}
+    return info.tobuf(format=tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT)
+
+
+def _negative_size(header: bytes) -> bytes:
+    changed = bytearray(header)
+    changed[124:136] = b"\xff" * 11 + b"\x00"  # -256 in base 256
+    changed[148:156] = b" " * 8
+    changed[148:156] = b"%06o\0 " % sum(changed)
+    return bytes(changed)
+
+
+HOSTILE = {
+    "nothing": b"",
+    "not a tar": b"no tar at all" * 100,
+    "larger than any disk": _header("a.mp4", size=2**62),
+    "larger than an offset": _header("a.mp4", size=10, pax={"size": str(2**70)}),
+    "pax size is no number": _header("a.mp4", size=10, pax={"size": "x"}),
+    "pax header of a terabyte": _header("a", tarfile.XHDTYPE, 2**40),
+    "pax header of a megabyte": _header("a", tarfile.XHDTYPE, 2**20) + b"1" * 2**20,
+    "long name of 2^62 bytes": _header("a", tarfile.GNUTYPE_LONGNAME, 2**62),
+    "negative size": _negative_size(_header("a.mp4")),
+    "negative pax header": _negative_size(_header("a", tarfile.XHDTYPE)),
+    "negative long name": _negative_size(_header("a", tarfile.GNUTYPE_LONGNAME)),
+    "negative directory": _negative_size(_header("a", tarfile.DIRTYPE)) + _negative_size(_header("b", b"Z")),
+    "headers of headers": _header("a", tarfile.XHDTYPE, 0) * 5000,
+    "pax header that is slow to parse": _header("a", tarfile.XHDTYPE, 2**14) + b"9" * 2**14 + _header("a.mp4"),
+    "sparse": _header("a.mp4", tarfile.GNUTYPE_SPARSE, 10),
+    "sparse of pax": _header("a.mp4", pax={"GNU.sparse.size": "9" * 12, "GNU.sparse.map": "0,1"}),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_tar_is_left_out(clip_tars: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "bad.tar").write_bytes(HOSTILE[name] + bytes(10240) if HOSTILE[name] else b"")
+    os.link(clip_tars / "00000.tar", tmp_path / "good.tar")
+    done = _index(f"{tmp_path}/*.tar", tmp_path / "out", "--max-bad", "0.5")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert len(load_index(tmp_path / "out")) == 5
+    listed = [json.loads(line) for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    (entry,) = listed
+    assert (entry["id"] == "bad" and "bad.tar" in entry["reason"]) or entry["reason"] == "no caption under txt"
+    with pytest.raises(UserError, match=r"no tar members|has the member"):  # where an index points at it
+        members_of(HOSTILE[name] or b"x", "a/good")
+
+
+def test_names_and_members_of_a_hostile_tar_are_data_only(tmp_path: Path) -> None:
+    """Names are ids, never paths; links and devices belong to no sample."""
+    clip = _clip(tmp_path, 100)
+    (tmp_path / "clip.mp4").unlink()
+    names = [
+        "../../evil",
+        "/etc/passwd",
+        "日本語",
+        "emoji🎥",
+        "a b",
+        "line\nbreak",
+        "<script>alert(1)</script>",
+        "n" * 300,
+    ]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in names:
+            _add(tar, f"{name}.mp4", clip)
+            _add(tar, f"{name}.txt", b"a caption")
+            _add(tar, f"{name}.json", b"")
+        for name, kind in (
+            ("s", tarfile.SYMTYPE),
+            ("h", tarfile.LNKTYPE),
+            ("f", tarfile.FIFOTYPE),
+            ("c", tarfile.CHRTYPE),
+        ):
+            _add(tar, f"{name}.mp4", b"", kind=kind)
+            _add(tar, f"{name}.txt", b"a caption")
+        _add(tar, "no_caption.mp4", clip)
+    done = _index(f"{tmp_path}/a.tar", tmp_path / "out", "--max-bad", "1")
+    assert done.returncode == 0, done.stderr
+    index = load_index(tmp_path / "out")
+    listed = [json.loads(line)["id"] for line in (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()]
+    assert index.ids == names and sorted(listed) == ["c", "f", "h", "no_caption", "s"]
+    frames = np.zeros((12, 32, 32, 3), np.uint8)
+    for number in range(len(names)):
+        assert read_into(frames, index, number)["captions"] == ["a caption"] and abs(frames.mean() - 100) < 4
+    done = _index(f"{tmp_path}/a.tar", tmp_path / "json", "--captions", "caption")
+    assert (
+        done.returncode == 2
+        and "no sample of 1 tar files can be used" in done.stderr
+        and "its JSON is not valid" in done.stderr
+    )
+    command = ["shards/make_shards.py", "--source", "webdataset", "--videos", f"{tmp_path}/a.tar", "--split", "train"]
+    done = run(*command, "--out", str(tmp_path / "packed"), "--image-size", "32", "--max-bad", "1", "--workers", "1")
+    assert done.returncode == 0 and sorted(load_index(tmp_path / "packed").ids) == sorted(names), done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "json", "out", "packed"]
 
 
 def test_wrong_arguments_are_one_line(clip_tars: Path, tmp_path: Path) -> None:

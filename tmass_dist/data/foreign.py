@@ -48,7 +48,10 @@ def captions_of(members: Mapping[str, bytes], caption_keys: Sequence[str]) -> li
 def _fields(members: Mapping[str, bytes]) -> dict[str, Any]:
     if "json" not in members:
         return {}
-    fields = json.loads(members["json"].decode("utf-8-sig"))
+    try:
+        fields = json.loads(members["json"].decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"its JSON is not valid: {error}") from error
     if not isinstance(fields, dict):
         raise UserError("its JSON is not an object")
     return fields

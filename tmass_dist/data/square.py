@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+import threading
 from typing import Any
 
 import numpy as np
@@ -49,12 +49,17 @@ def square_jpeg(jpeg: bytes, side: int) -> np.ndarray:
     return square_picture(av.VideoFrame.from_ndarray(simplejpeg.decode_jpeg(jpeg), format="rgb24"), side)
 
 
-@cache
-def _reformatter() -> Any:
-    """One for all frames: setting up the filter takes longer than applying it."""
-    from av.video.reformatter import VideoReformatter
+_of_thread = threading.local()
 
-    return VideoReformatter()
+
+def _reformatter() -> Any:
+    """One for all frames, because setting up the filter takes longer than applying it; and one for each thread,
+    because two threads that use the same one crash the process."""
+    if not hasattr(_of_thread, "reformatter"):
+        from av.video.reformatter import VideoReformatter
+
+        _of_thread.reformatter = VideoReformatter()
+    return _of_thread.reformatter
 
 
 def _upright(square_SSC: np.ndarray, frame: Any) -> np.ndarray:

@@ -16,6 +16,11 @@ from tmass_dist.errors import UserError
 
 BLOCK = 512
 """Tar files consist of blocks of so many bytes."""
+MAX_HEADER = 2**14
+"""Most bytes of an extended header (a long name, pax records); writers use a few thousand. The time in which
+``tarfile`` reads one grows with the square of its size."""
+MAX_SAMPLE = 2**30
+"""Most bytes of a sample; it is read whole."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ def scan_tar(path: Path, visit: Callable[[TarSample, bytes], None] | None = None
         visit: called with each sample and its bytes, in the order of the file.
 
     Raises:
-        UserError: it is no tar file, is compressed, is cut off, or a sample has the same suffix twice.
+        UserError: it is no tar file, is compressed, is cut off, has a header that is not valid, or a sample has
+            the same suffix twice or more than ``MAX_SAMPLE`` bytes.
     """
     with path.open("rb") as file:
         ranges = _sample_ranges(path, file)
@@ -83,27 +89,64 @@ def scan_tar(path: Path, visit: Callable[[TarSample, bytes], None] | None = None
 def _sample_ranges(path: Path, file: BinaryIO) -> list[tuple[str, list[str], int, int]]:
     """Key, suffixes, first byte and the byte behind the last one of each sample; only headers are read."""
     ranges: list[tuple[str, list[str], int, int]] = []
+    end_of_members = 0
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                key, suffix = split_name(member.name) if member.isfile() else ("", "")
-                if not key:
-                    continue
-                end = member.offset_data + -(-member.size // BLOCK) * BLOCK
-                if not ranges or ranges[-1][0] != key:
-                    ranges.append((key, [suffix], member.offset, end))
-                    continue
-                _, suffixes, start, _ = ranges[-1]
-                if suffix in suffixes:
-                    raise UserError(f"{path}: the member {member.name!r} occurs twice")
-                ranges[-1] = (key, [*suffixes, suffix], start, end)
+        for tar, member in _members(file):
             end_of_members = tar.offset
-    except (tarfile.TarError, EOFError, UnicodeError, OverflowError) as error:
+            key, suffix = split_name(member.name) if member.isfile() else ("", "")
+            if not key:
+                continue
+            start, end, suffixes = member.offset, member.offset_data + -(-member.size // BLOCK) * BLOCK, [suffix]
+            if ranges and ranges[-1][0] == key:
+                _, others, start, _ = ranges.pop()
+                if suffix in others:
+                    raise UserError(f"{path}: the member {member.name!r} occurs twice")
+                suffixes = [*others, suffix]
+            if end - start > MAX_SAMPLE:
+                raise UserError(f"{path}: the sample {key!r} has more than {MAX_SAMPLE // 2**20} MiB")
+            ranges.append((key, suffixes, start, end))
+    except tarfile.TarError as error:
         raise UserError(f"{path} is not a whole, uncompressed tar file: {error}") from error
     file.seek(end_of_members)
     if file.read(BLOCK) != bytes(BLOCK):
         raise UserError(f"{path} is not a whole, uncompressed tar file: its end is missing")
     return ranges
+
+
+class _Bounded:
+    """A file for ``tarfile``, which trusts the numbers in headers: it would allocate or seek as far as they say."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, file.seek(0, os.SEEK_END)
+        self.tell = file.tell
+        file.seek(0)
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
+
+    def seek(self, position: int) -> int:
+        if not 0 <= position <= self._size:
+            raise tarfile.ReadError("unexpected end of data")
+        return self._file.seek(position)
+
+
+def _members(file: BinaryIO) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """Each member of a tar file, with the ``tarfile`` that reads it.
+
+    Raises:
+        tarfile.TarError: the bytes are no tar file, whatever they are.
+    """
+    try:
+        bounded: Any = _Bounded(file)
+        with tarfile.open(fileobj=bounded, mode="r:") as tar:
+            for member in tar:
+                if member.size < 0 or member.issparse():
+                    raise tarfile.ReadError(f"the member {member.name!r} is sparse or has a negative size")
+                yield tar, member
+    except (ValueError, EOFError, OverflowError, RecursionError, LookupError) as error:
+        raise tarfile.ReadError(str(error)) from error
 
 
 def _update(digest: Any, file: BinaryIO, start: int, end: int) -> None:
@@ -141,10 +184,11 @@ def any_members(raw: bytes) -> Iterator[tuple[str, bytes]]:
         UserError: the bytes are no tar members.
     """
     try:
-        with tarfile.open(fileobj=io.BytesIO(raw), mode="r:") as tar:
-            for member in tar:
-                content = tar.extractfile(member) if member.isfile() else None
-                if content is not None:
-                    yield member.name, content.read()
-    except (tarfile.TarError, EOFError, UnicodeError, OverflowError) as error:
+        for _, member in _members(io.BytesIO(raw)):
+            end = member.offset_data + member.size
+            if end > len(raw):
+                raise tarfile.ReadError("unexpected end of data")
+            if member.isfile():
+                yield member.name, raw[member.offset_data : end]
+    except tarfile.TarError as error:
         raise UserError(f"its bytes are no tar members: {error}") from error

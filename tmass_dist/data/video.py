@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -298,20 +299,43 @@ def _frames(container: Any, stream: Any, messages: list[tuple[int, str, str]]) -
         yield None, complaint
 
 
+class _LogSettings:
+    """ffmpeg's log settings, which all threads share: they are ours while any thread decodes."""
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._before = threading.Lock(), 0, (None, True)
+
+    def __enter__(self) -> None:
+        import av.logging
+
+        with self._lock:
+            self._users += 1
+            if self._users == 1:
+                self._before = av.logging.get_level(), av.logging.get_skip_repeated()
+                av.logging.set_level(av.logging.ERROR)
+                av.logging.set_skip_repeated(False)  # the same message may be about the next file
+
+    def __exit__(self, *_: object) -> None:
+        import av.logging
+
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                level, skips = self._before
+                av.logging.set_level(level)
+                av.logging.set_skip_repeated(skips)
+
+
+_LOG_SETTINGS = _LogSettings()
+
+
 @contextmanager
 def _error_messages() -> Iterator[list[tuple[int, str, str]]]:
-    """A list that receives what ffmpeg logs as errors: level, name of the component, message."""
+    """A list that receives what ffmpeg logs as errors in this thread: level, name of the component, message."""
     import av.logging
 
-    level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
-    av.logging.set_level(av.logging.ERROR)
-    av.logging.set_skip_repeated(False)  # the same message may be about the next file
-    try:
-        with av.logging.Capture() as messages:
-            yield messages
-    finally:
-        av.logging.set_level(level)
-        av.logging.set_skip_repeated(skips)
+    with _LOG_SETTINGS, av.logging.Capture() as messages:
+        yield messages
 
 
 def _damage_in(messages: list[tuple[int, str, str]], container_format: str, codec: str) -> str:
