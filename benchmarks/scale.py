@@ -2,7 +2,8 @@
 
 ``python benchmarks/scale.py [GROUP ...]`` runs all groups of lines, or those named: ``loss``, ``heartbeat``,
 ``resume``, ``plan``, ``index``, ``order``, ``start``, ``evaluation``. ``docs/scale.md`` explains which quantities are
-measured and which are simulated. Each point runs in a process of its own, on one thread.
+measured and which are simulated. Each point runs in a process of its own, on one thread; the evaluation uses two such
+processes at a time. The lines go to standard output, the progress to standard error.
 
 The loss is that of one rank of a *fake* process group: its collectives have the right shapes and return at once,
 without data, so that one process can play a rank of 1,024.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,9 +135,12 @@ def main() -> None:
     unknown = [name for name in chosen if name not in groups]
     if unknown:
         raise SystemExit(f"no group is called {', '.join(unknown)}; there are {', '.join(groups)}")
-    for name, group in groups.items():
-        if not chosen or name in chosen:
-            group()
+    began = time.perf_counter()
+    names = [name for name in groups if not chosen or name in chosen]
+    for number, name in enumerate(names):
+        print(f"{name} ({number + 1} of {len(names)}), {time.perf_counter() - began:.0f} s so far", file=sys.stderr)
+        groups[name]()
+    print(f"complete after {time.perf_counter() - began:.0f} s", file=sys.stderr)
 
 
 if __name__ == "__main__":

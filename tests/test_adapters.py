@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -165,7 +166,7 @@ def test_patience_counts_validations_without_a_new_best(
     scores: list[float], patience: int | None, window: int, exhausted: bool
 ) -> None:
     config: Config = load_config("demo.yaml", [f"patience={patience or 'null'}", f"evaluation.window={window}"])
-    validator = Validator(None, None, None, None, config, torch.device("cpu"), lambda: False)  # pyright: ignore
+    validator = Validator(cast(Any, None), None, config, torch.device("cpu"), lambda: False)
     validator.history = [{"step": 1 + number, "R@1": score} for number, score in enumerate(scores)]
     assert validator.is_exhausted() == exhausted
 

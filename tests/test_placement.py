@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FunctionType
 from typing import Any, cast
@@ -259,14 +259,14 @@ def on_device(device: torch.device) -> None:
 
 
 class Weights:
-    """In place of the engine, whose DeepSpeed knows no simulated device: the weights of a model."""
+    """In place of the engine, whose DeepSpeed knows no simulated device: it lends a model."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def state(self, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, Tensor]]:
-        for name, value in self.model.named_parameters():
-            yield kinds[0], name, value
+    @contextmanager
+    def lent_model(self) -> Iterator[Any]:
+        yield self.model
 
 
 def validation(overrides: str, shards: str, device: torch.device, begin: Callable[[], None]) -> Result:
@@ -284,7 +284,7 @@ def validation(overrides: str, shards: str, device: torch.device, begin: Callabl
         model = small_objective(config).to(device)
         on_device(device)
         tokenize, log = build_tokenizer(config.model.architecture), logging.getLogger("placement")
-        validator = Validator(model, None, load_index(shards), tokenize, config, device, lambda: False)
+        validator = Validator(load_index(shards), tokenize, config, device, lambda: False)
         monitor = Monitor(config, 0)
         begin()
         validator.validate(1, cast(Any, Weights(model)), monitor, log)

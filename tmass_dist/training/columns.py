@@ -56,7 +56,7 @@ class OwnColumns:
         self.head, self.query_ND, self.frames_BFD, self.keys = head, query_ND, frames_BFD, dropout_keys
         self.prepared = head.pooling.prepare(frames_BFD, len(query_ND))
         num_videos, num_texts = len(frames_BFD), len(query_ND)
-        self._chunks: list[tuple[Tensor, Sequence[Tensor]]] = []
+        self._rows: list[tuple[Tensor, _Rows]] = []
         self.tile_videos, self.tile_texts = num_videos, num_texts
         self.pairs: PooledPairs | None = None
         if memory_mb is not None:
@@ -121,7 +121,7 @@ class OwnColumns:
 
         Its result for a pair must depend on that pair alone. Rows of the list are tiles of videos.
         """
-        queries, *others = (self._split(values) for values in (self.query_ND, *of_texts))
+        rows = [self._rows_of(values_N) for values_N in (self.query_ND, *of_texts)]
 
         def run(videos: slice, number: int, query_nD: Tensor, *values: Tensor) -> Tensor:
             return function(self._pool(query_nD, videos, number * self.tile_texts), videos, *values)
@@ -129,13 +129,14 @@ class OwnColumns:
         results = []
         for first in range(0, len(self.frames_BFD), self.tile_videos):
             videos = slice(first, first + self.tile_videos)
-            results.append(
-                [
-                    # The dropout mask is a function of its key, so no random state needs to be restored.
+            row = []
+            for number, start in enumerate(range(0, len(self.query_ND), self.tile_texts)):
+                tensors = [values.part(slice(start, start + self.tile_texts)) for values in rows]
+                # The dropout mask is a function of its key, so no random state needs to be restored.
+                row.append(
                     checkpoint(partial(run, videos, number), *tensors, use_reentrant=False, preserve_rng_state=False)
-                    for number, tensors in enumerate(zip(queries, *others))
-                ]
-            )
+                )
+            results.append(row)
         return results
 
     def _pool(self, query_nD: Tensor, videos: slice, first_text: int) -> PooledPairs:
@@ -143,10 +144,57 @@ class OwnColumns:
         prepared: Any = self.prepared.rows(videos)
         return self.head.pooling.pool(query_nD, prepared, keys, first_text)
 
-    def _split(self, values_N: Tensor) -> Sequence[Tensor]:
-        """Rows of each tile. Split once for each tensor, so that its gradient is assembled once."""
-        for known, chunks in self._chunks:
+    def _rows_of(self, values_N: Tensor) -> _Rows:
+        """One object for each tensor, so that its gradient is one tensor."""
+        for known, rows in self._rows:
             if known is values_N:
-                return chunks
-        self._chunks.append((values_N, values_N.split(self.tile_texts)))
-        return self._chunks[-1][1]
+                return rows
+        self._rows.append((values_N, _Rows(values_N)))
+        return self._rows[-1][1]
+
+
+class _Rows:
+    """A tensor of which tiles take some rows; their gradients are added into one tensor of its size.
+
+    ``Tensor.split`` would keep the gradients of all tiles until the last one is known, and then copy them.
+    """
+
+    def __init__(self, values_N: Tensor) -> None:
+        self.total_N: Tensor | None = None
+        """The gradient so far, during a backward pass."""
+        self._values_N: Tensor = _Gradient.apply(values_N, self)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def part(self, rows: slice) -> Tensor:
+        """These rows. Autograd reaches what was recorded last first: call it just before the rows are used."""
+        return _Part.apply(self._values_N, self, rows)  # pyright: ignore[reportReturnType]
+
+
+class _Gradient(torch.autograd.Function):
+    """The identity; its backward pass comes after that of all parts and returns their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, rows: _Rows) -> Tensor:
+        ctx.rows = rows
+        ctx.set_materialize_grads(False)
+        return values_N.view_as(values_N)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, None]:
+        total_N, ctx.rows.total_N = ctx.rows.total_N, None
+        return total_N, None
+
+
+class _Part(torch.autograd.Function):
+    """Some rows; the backward pass adds their gradient to the sum and hands nothing on."""
+
+    @staticmethod
+    def forward(ctx: Any, values_N: Tensor, rows: _Rows, part: slice) -> Tensor:
+        ctx.rows, ctx.part, ctx.shape = rows, part, values_N.shape
+        return values_N[part]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        if ctx.rows.total_N is None:
+            ctx.rows.total_N = gradients[0].new_zeros(ctx.shape)
+        ctx.rows.total_N[ctx.part] += gradients[0]
+        return None, None, None

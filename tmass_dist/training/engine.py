@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -13,12 +15,14 @@ import torch
 from torch import Tensor
 
 from tmass_dist.config import Config
-from tmass_dist.distributed import all_reduce_sum, is_initialised, join_alone, world_size
+from tmass_dist.distributed import all_reduce_sum, is_initialised, join_alone, own_device, world_size
 from tmass_dist.models.pair_products import DropoutKeys
+from tmass_dist.models.tmass import RetrievalModel
 from tmass_dist.precision import use_tf32
 from tmass_dist.training.groups import parameter_groups
 from tmass_dist.training.objective import Losses, Objective
 from tmass_dist.training.optim import AuthorsAdamW, TorchAdamW
+from tmass_dist.training.sharded import allocate, shape_of, shard
 from tmass_dist.training.zero import Shards
 
 REDUCE_BUCKET = 500_000_000
@@ -62,7 +66,11 @@ class Engine:
         self.optimizer.ema = config.optim.ema
         self.base_lrs = {group["name"]: group["lr"] for group in groups}
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.device = next(model.parameters()).device
+        self.model = model
+        self.shape_only = shape_of(model)
+        """The model on ``meta``: for counting, and for whole weights at stage 3."""
+        self.stage = config.engine.zero_stage
+        self.device = own_device() if self.stage == 3 else next(model.parameters()).device
         if config.engine.checkpoint_activations:
             model.towers.clip.set_grad_checkpointing(True)
         if config.engine.compile:
@@ -73,21 +81,19 @@ class Engine:
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False)
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it
-        self.stage = config.engine.zero_stage
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=self.optimizer,
-            config={
-                "train_micro_batch_size_per_gpu": local,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": 0.0,  # the optimiser clips
-                "zero_optimization": _zero_options(self.stage, sum(p.numel() for p in self.named.values())),
-                "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,
-                "steps_per_print": 10**9,
-                "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a step
-            },
-        )
+        options = {
+            "train_micro_batch_size_per_gpu": local,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": 0.0,  # the optimiser clips
+            "zero_optimization": _zero_options(self.stage, sum(p.numel() for p in self.named.values())),
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 10**9,
+            "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice a step
+        }
+        if self.stage == 3:
+            shard(model, self.device, deepspeed, options)
+        self._engine, *_ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=options)
         if self.stage == 0 and world_size() == 1:
             # DeepSpeed would copy all gradients into one buffer and back, to exchange them with no other rank.
             self._engine.enable_backward_allreduce = False
@@ -236,6 +242,50 @@ class Engine:
                 else:
                     value = safe_get_full_optimizer_state(parameter, key)
                 yield key, name, value
+
+    @contextmanager
+    def lent_model(self) -> Iterator[RetrievalModel]:
+        """The model with whole weights on every rank, or with their running mean (``optim.ema``); no step meanwhile.
+
+        At stages 0 to 2 it is the trained model itself. The mean takes the place of the weights, which are restored
+        from the CPU (stage 0) or from the shards. At stage 3 it is a copy that exists in this context only. After an
+        exception nothing is restored: that takes all ranks.
+        """
+        if self.stage == 3:
+            yield self._whole_copy()
+            return
+        if not self.optimizer.ema:
+            yield self.model
+            return
+        weights = [p.detach().to("cpu", copy=True) for p in self.named.values()] if self.stage == 0 else []
+        with torch.no_grad():
+            for _, name, value in self.state(("ema",)):
+                self.named[name].copy_(value)
+            yield self.model
+            for parameter, weight in zip(self.named.values(), weights):
+                parameter.copy_(weight)
+        if self.stage:
+            self.shards.restore_weights()
+
+    @torch.no_grad()
+    def _whole_copy(self) -> RetrievalModel:
+        model = copy.deepcopy(self.shape_only)
+        allocate(model, self.device)
+        for buffer, own in zip(model.buffers(), self.model.buffers()):
+            buffer.copy_(own)
+        parameters = dict(model.named_parameters())
+        for _, name, value in self.state(("ema" if self.optimizer.ema else "weight",)):
+            parameters[name].copy_(value)
+        for name, value in self.untrained_weights():
+            parameters[name].copy_(value)
+        return model
+
+    def untrained_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield ``(name, whole tensor)`` of what is not trained; every rank must iterate to the end."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                with self.shards.whole(parameter):
+                    yield name, parameter.detach()
 
 
 def _zero_options(stage: int, num_trained: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import datetime
 import time
 from collections.abc import Callable, Iterator
@@ -151,11 +150,8 @@ class _TrainingRun:
             raise UserError(
                 f"engine.profile_steps is {config.engine.profile_steps!r}: the run has {self.num_steps} steps"
             )
-        # Copies are made before the engine takes the model: ZeRO-3 replaces its weights by shards.
-        spare = copy.deepcopy(self.model).cpu() if Validator.needs_spare(config) else None
-        shape_only = copy.deepcopy(self.model).to("meta")
         tokenize = build_tokenizer(config.model.architecture)
-        self.validator = Validator(self.model, spare, selection, tokenize, config, device, self._progress)
+        self.validator = Validator(selection, tokenize, config, device, self._progress)
         self.engine = Engine(self.model, config)
         self.step = checkpoint.resume(self.engine, self.run_dir / "checkpoints", log)
         self.saver = checkpoint.Saver(self.engine, self.run_dir / "checkpoints", config.engine.keep)
@@ -164,6 +160,7 @@ class _TrainingRun:
         self.monitor = Monitor(config, self.step, repeats_validation=not self.validator.has_validated(self.step))
         self.profiler = StepProfiler(self.run_dir, profiled, log) if profiled and distributed.is_main() else None
         self._pair_inputs: list[torch.Tensor] = []  # the last step's pixels and tokens
+        shape_only = self.engine.shape_only
         self.meter = Meter(
             self.monitor, log, config, self.num_steps, lambda: forward_flops(shape_only, *self._pair_inputs)
         )

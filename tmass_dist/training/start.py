@@ -16,6 +16,7 @@ from tmass_dist.models.warm_start import start_from
 from tmass_dist.training import objective
 from tmass_dist.training.checkpoint import saved_steps
 from tmass_dist.training.objective import Objective
+from tmass_dist.training.sharded import parameters_without_memory
 
 if TYPE_CHECKING:
     import logging
@@ -41,13 +42,19 @@ def untrained_weights(run_dir: str | Path) -> Path | None:
 def starting_model(config: Config, device: torch.device, log: logging.Logger) -> Objective:
     """The model on ``device``, the same on every rank; every rank calls it.
 
+    With ZeRO 3 rank 0 has it on the CPU, and the others have its shapes only, until the engine shards it.
+
     Raises:
         UserError: weights that are missing, damaged or of another architecture.
     """
     path = all_gather_objects(untrained_weights(config.run_dir) if is_main() else None)[0]
+    is_sharded = config.engine.zero_stage == 3
     model, failure = None, None
     try:
-        if path is not None:
+        if is_sharded and not is_main():
+            with parameters_without_memory():
+                model = objective.build_objective(config, without_weights=True)
+        elif path is not None:
             model = objective.build_objective(config, without_weights=True)
             _load_untrained(model, path)
         elif config.init_from:
@@ -60,9 +67,13 @@ def starting_model(config: Config, device: torch.device, log: logging.Logger) ->
         failure = error
     share_failure(failure)
     assert model is not None
-    model.to(device)
+    if is_sharded:
+        torch.manual_seed(config.seed)  # parameters without memory have drawn fewer random numbers
+    else:
+        model.to(device)
     if path is None:
-        if config.init_from:  # the other run may have written better weights while the ranks were reading
+        if config.init_from and not is_sharded:
+            # The other run may have written better weights while the ranks were reading.
             for value in model.state_dict().values():
                 broadcast_from(0, value)
         if is_main():

@@ -55,9 +55,6 @@ class Validator:
     """Scores the selection split by the trained weights or their running mean.
 
     Args:
-        model: the trained model. It is validated itself where it holds the weights whole: at ZeRO stages 0 to 2.
-        spare: a copy of the model, made before ZeRO took it, for gathered weights or the running mean. It is on the GPU
-            only during a validation. None if it is not needed.
         selection: the split that selects the checkpoint.
         tokenize: texts to token ids.
         config: of the run.
@@ -67,25 +64,18 @@ class Validator:
 
     def __init__(
         self,
-        model: RetrievalModel,
-        spare: RetrievalModel | None,
         selection: Index,
         tokenize: Any,
         config: Config,
         device: torch.device,
         on_batch: Callable[[], bool],
     ) -> None:
-        self.model, self.spare, self.selection, self.tokenize = model, spare, selection, tokenize
+        self.selection, self.tokenize = selection, tokenize
         self.config, self.device, self.on_batch = config, device, on_batch
         self.directory = Path(config.run_dir) / "checkpoints"
         self.history: list[dict[str, float]] = []
         self.last_metrics: dict[str, float] = {}
         """Of the last validation: text to video."""
-
-    @staticmethod
-    def needs_spare(config: Config) -> bool:
-        """Whether the trained model does not hold what is validated."""
-        return config.engine.zero_stage == 3 or config.optim.ema > 0
 
     def resume(self, step: int) -> None:
         """Load the history up to ``step``; later validations will be repeated."""
@@ -111,34 +101,24 @@ class Validator:
         Returns:
             False if ``on_batch`` of any rank asked to stop; the validation then counts as not done.
         """
-        model = self._model_with_weights(engine)
-        model.eval()
-        try:
-            features = self._encode(model)
-            if features is None:
-                return False
-            ranks = ranks_of(model.head, features, self.config)
-            t2v, v2t = metrics(ranks.t2v_T), metrics(ranks.v2t_V)
-            self._log(step, t2v, v2t, monitor, log)
-            if is_main():
-                monitor.image("validation/queries", self._queries(model, features), step)
-            if step:
-                self._record(step, t2v, features, model)
-            return True
-        finally:
-            if self.spare is not None:
-                self.spare.cpu()
-            else:
-                model.train()
+        with engine.lent_model() as model:
+            model.eval()
+            is_complete = self._score(model, step, monitor, log)
+            model.train()
+        return is_complete
 
-    def _model_with_weights(self, engine: Engine) -> RetrievalModel:
-        if self.spare is None:
-            return self.model
-        parameters = dict(self.spare.to(self.device).named_parameters())
-        with torch.no_grad():
-            for _, name, value in engine.state(("ema" if self.config.optim.ema else "weight",)):
-                parameters[name].copy_(value)
-        return self.spare
+    def _score(self, model: RetrievalModel, step: int, monitor: Monitor, log: logging.Logger) -> bool:
+        features = self._encode(model)
+        if features is None:
+            return False
+        ranks = ranks_of(model.head, features, self.config)
+        t2v, v2t = metrics(ranks.t2v_T), metrics(ranks.v2t_V)
+        self._log(step, t2v, v2t, monitor, log)
+        if is_main():
+            monitor.image("validation/queries", self._queries(model, features), step)
+        if step:
+            self._record(step, t2v, features, model)
+        return True
 
     def _encode(self, model: RetrievalModel) -> Features | None:
         """The features of the whole split; None if a rank was asked to stop."""

@@ -148,7 +148,22 @@ class Shards:
             for parameter in self.named.values():
                 parameter.ds_tensor.data.copy_(safe_get_local_fp32_param(parameter))  # pyright: ignore
         else:
-            self.zero.update_lp_params()
+            self.restore_weights()
+
+    def restore_weights(self) -> None:
+        """Set the weights of stages 1 and 2 to those of the shards; every rank calls it."""
+        self.zero.update_lp_params()
+
+    @contextmanager
+    def whole(self, parameter: nn.Parameter) -> Iterator[None]:
+        """Gather a parameter that stage 3 has sharded; every rank calls it."""
+        if self.stage < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            yield
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a whole parameter."""
