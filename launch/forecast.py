@@ -33,6 +33,8 @@ class StepCost:
 
     num_parameters: int
     num_trainable: int
+    num_groups: int
+    """Parameter groups; from ZeRO 1 on the ranks sum the squared gradient norm of each."""
     image_size: int
     weights: int
     peak: int
@@ -80,7 +82,7 @@ def zero_state(cost: StepCost, stage: int, num_ranks: int, *, ema: bool, overlap
 
     Source: Rajbhandari et al., "ZeRO", SC 2020, for float32 weights. DeepSpeed keeps a second copy of a rank's share of
     the weights from stage 1 on, which its optimiser updates. At stage 3 it keeps up to 10^9 gathered weights from the
-    forward to the backward pass. Measured against DeepSpeed: docs/cluster.md.
+    forward to the backward pass. Measured against DeepSpeed: docs/scale.md.
     """
     numbers, share = cost.num_trainable, math.ceil(cost.num_trainable / num_ranks)
     moments = 3 if ema else 2
@@ -195,12 +197,14 @@ class Forecast:
 
 
 def gradient_exchanges(cost: StepCost, stage: int) -> dict[str, int]:
-    """Numbers of a step that ZeRO exchanges; DeepSpeed pads them to whole shares. Measured: docs/cluster.md."""
+    """Numbers of a step that ZeRO exchanges; DeepSpeed pads them to whole shares. Measured: docs/scale.md."""
     numbers = cost.num_trainable
-    if stage == 3:
-        gathers = 1 if numbers <= LIVE_WEIGHTS else 2
-        return {"gradients, reduce_scatter": numbers, "weights, allgather": gathers * numbers}
-    return {"gradients, allreduce": numbers} | ({"weights, allgather": numbers} if stage else {})
+    if stage == 0:
+        return {"gradients, allreduce": numbers}
+    gathers = 2 if stage == 3 and numbers > LIVE_WEIGHTS else 1
+    kind = "reduce_scatter" if stage == 3 else "allreduce"
+    norms = {"gradient norms, allreduce": cost.num_groups}
+    return {f"gradients, {kind}": numbers, "weights, allgather": gathers * numbers} | norms
 
 
 def forecast(config: Config, gpu: Gpu, resources: Resources, steps_per_epoch: int | None) -> Forecast:

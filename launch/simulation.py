@@ -31,6 +31,7 @@ from torch.utils.flop_counter import flop_registry
 from launch.forecast import StepCost
 from tmass_dist.config import Config, load_config
 from tmass_dist.models.pair_products import TILE_NUMBERS
+from tmass_dist.training.groups import parameter_groups
 from tmass_dist.training.objective import Objective, build_objective
 
 
@@ -142,6 +143,7 @@ def step_cost(config: Config, num_ranks: int, *, num_tokens: int | None = None) 
     return StepCost(
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_groups=len(parameter_groups(model, config.optim)),
         image_size=model.towers.image_size,
         weights=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
         peak=meter.peak,
