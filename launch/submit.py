@@ -64,10 +64,12 @@ def submit(arguments: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for note in folder.glob(f"{FINAL_ERROR}-*.txt"):
         note.unlink()
+    # TensorBoard names a run by its path below this directory.
+    curves = base if arguments.sweep else base.parent
     if resources.cluster == "local":
-        _submit_locally(plan, folder, base)
+        _submit_locally(plan, folder, base, curves)
     else:
-        _submit_to_slurm(plan, folder, base, name, wait=arguments.wait)
+        _submit_to_slurm(plan, folder, base, curves, name, wait=arguments.wait)
 
 
 def _tune(arguments: argparse.Namespace, page: str, config: Config, resources: Resources) -> None:
@@ -148,7 +150,7 @@ def _copy_code(run_dir: Path) -> Path:
     return copy
 
 
-def _submit_to_slurm(plan: list[steps.Step], folder: Path, base: Path, name: str, *, wait: bool) -> None:
+def _submit_to_slurm(plan: list[steps.Step], folder: Path, base: Path, curves: Path, name: str, *, wait: bool) -> None:
     """Submit a job for each step, and print how to follow them.
 
     Raises:
@@ -169,7 +171,7 @@ def _submit_to_slurm(plan: list[steps.Step], folder: Path, base: Path, name: str
     for job in jobs[1:]:
         print(f"then {job['step']}: job {job['id']}, {job['tasks']} tasks")
     print(f"log: {folder}/{jobs[0]['id']}_0_log.err")
-    print(f"watch: tensorboard --logdir {base}")
+    print(f"watch: tensorboard --logdir {curves}")
     print(f"status: python launch/status.py {base}")
     print(f"cancel: python launch/cancel.py {base}", flush=True)
     if wait:
@@ -180,7 +182,7 @@ def _submit_to_slurm(plan: list[steps.Step], folder: Path, base: Path, name: str
             raise UserError(f"job {jobs[-1]['id']} ended {state}; its logs are in {folder}")
 
 
-def _submit_locally(plan: list[steps.Step], folder: Path, base: Path) -> None:
+def _submit_locally(plan: list[steps.Step], folder: Path, base: Path, curves: Path) -> None:
     """Run every task of every step here, one after the other."""
     from launch.local import run_local
 
@@ -191,7 +193,7 @@ def _submit_locally(plan: list[steps.Step], folder: Path, base: Path) -> None:
         print(f"{step.name}: job {job_id} in {base}, log {folder}/{job_id}_0_log.err", flush=True)
         run_local(task, step.resources, folder, ROOT, job_id, base)
     print(f"\nresults: {base}")
-    print(f"curves: {Path(sys.executable).parent}/tensorboard --logdir {base}")
+    print(f"curves: {Path(sys.executable).parent}/tensorboard --logdir {curves}")
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import run
+from tmass_dist import __version__
 
 
 def _submit(data: list[str], run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -24,6 +25,7 @@ def whole(data: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = _submit(data, run_dir)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "chance" in done.stdout and "query_conditioned" in done.stdout
+    assert done.stdout.endswith(f"tensorboard --logdir {run_dir.parent}\n")  # which names the run after its directory
     return run_dir
 
 
@@ -36,6 +38,8 @@ def test_run_directory_holds_a_labelled_result(whole: Path) -> None:
         assert {"R@1", "R@5", "R@10", "MdR", "MnR"} <= set(result[direction])
     best = json.loads((whole / "checkpoints" / "best.json").read_text())
     assert (best["selected_on"], best["protocol"], best["num_trials"]) == ("val", "query_conditioned", 20)
+    assert best["code"].startswith(__version__)
+    assert f"<dd>{best['code']}</dd>" in (whole / "evaluation" / "report.html").read_text()
     tau = best["query_scoring_tau"]
     assert f"query scoring of these towers (tau {tau}, chosen on validation)" in result["baselines"]
     assert (whole / "config.yaml").is_file() and "step 6/6" in (whole / "train.log").read_text()
