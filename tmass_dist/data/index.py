@@ -301,7 +301,8 @@ def _no_index(directory: Path) -> str:
     if (directory / "index.json").is_file():
         return f"{directory} was packed by an older version; pack it again with shards/make_shards.py"
     nearest = next((parent for parent in (directory, *directory.parents) if parent.is_dir()), Path("."))
-    content = ", ".join(sorted(entry.name for entry in nearest.iterdir())[:8]) or "nothing"
+    names = sorted(entry.name for entry in nearest.iterdir() if not entry.name.startswith("."))
+    content = ", ".join(names[:8]) or "nothing"
     return f"no shards in {directory}: {NAME} is missing; {nearest} holds {content}. Pack with shards/make_shards.py"
 
 
