@@ -95,12 +95,12 @@ def test_any_truth_is_used_or_refused(truth: Any, change: Change) -> None:
         path, ids = Path(directory) / "s.npy", Path(directory) / "truth.json"
         np.save(path, MATRIX)
         ids.write_bytes(content)
-        found = result_or_error("truth of a matrix (JSON)", lambda: _ranks(path, ids))
+        found = result_or_error("truth of a matrix (JSON)", lambda: _ranks(path, ids), "truth.json")
         if found is not None:
             expected = [int((row >= row[owner]).sum()) for row, owner in zip(MATRIX, truth)]
             assert found == expected
         ids.write_bytes(change(content))
-        result_or_error("truth, damaged", lambda: _ranks(path, ids))
+        result_or_error("truth, damaged", lambda: _ranks(path, ids), "truth.json")
 
 
 @given(
@@ -113,7 +113,7 @@ def test_a_damaged_store_is_refused(store: Path, change: Change, name: str) -> N
         (copy / name).write_bytes(change((store / name).read_bytes()))
         if (copy / name).read_bytes() == (store / name).read_bytes():
             return
-        assert result_or_error("stored features, damaged", lambda: len(load_features(copy).captions), copy.name) is None
+        assert result_or_error("stored features, damaged", lambda: len(load_features(copy).captions), name) is None
 
 
 @given(change=CHANGES, name=st.sampled_from(["frames.npy", "texts.npy", "captions.jsonl", "head.safetensors"]))
@@ -129,7 +129,7 @@ def test_a_store_of_others_with_right_checksums_is_scored_or_refused(store: Path
             ranking.check_numbers(block_TV, 0)  # as every evaluation does
             return bool(torch.isfinite(block_TV).all())
 
-        assert result_or_error("stored features of others", work) in (None, True)
+        assert result_or_error("stored features of others", work, copy.name) in (None, True)
 
 
 @given(
@@ -191,7 +191,7 @@ def test_a_damaged_export_is_loaded_alike_or_refused(export: Path, change: Chang
             model = TMass.from_pretrained(copy)
             return all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
 
-        found = result_or_error(f"export, {name}", work)
+        found = result_or_error(f"export, {name}", work, name)
         assert found in ((True,) if same else (None, True))
 
 
@@ -201,7 +201,7 @@ def test_a_config_of_an_export_of_others_is_read_or_refused(export: Path, sectio
     with _copy(export, "config.json") as copy:
         content = json.loads((export / "config.json").read_text()) | {section: value}
         (copy / "config.json").write_text(json.dumps(content))
-        result_or_error("export of others, config.json", lambda: bool(TMass.from_pretrained(copy)))
+        result_or_error("export of others, config.json", lambda: bool(TMass.from_pretrained(copy)), "config.json")
 
 
 FILES = ["gallery.json", "part.json", "frames.npy", "times.npy", "jpegs"]

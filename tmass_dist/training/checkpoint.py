@@ -188,9 +188,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-_NOT_THERE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-
-
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None; each rank verifies its share of the files.
 
@@ -206,7 +203,7 @@ def _damage(folder: Path) -> str | None:
                 return f"{folder / name} is damaged"
             with safe_open(folder / name, "pt"):
                 pass
-    except (*_NOT_THERE, ValueError, TypeError, SafetensorError) as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, SafetensorError) as error:
         return f"{folder} is incomplete ({error})"
     return None
 
