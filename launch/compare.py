@@ -21,11 +21,10 @@ sys.path.insert(0, str(ROOT))
 from tmass_dist.cli import program, run_command, writable_dir  # noqa: E402
 from tmass_dist.config import flat, load_config  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
+from tmass_dist.score_labels import label_words  # noqa: E402
 
-LABELS = ("protocol", "num_trials", "selected_on", "post_processing", "precision", "feature_precision")
-"""Labels of a result; it has a precision only where that is not float32."""
-PAIRED = ("protocol", "post_processing", "precision", "feature_precision")
-"""Labels in which results must agree for a paired difference."""
+PAIRED = {"protocol": None, "post_processing": "none", "precision": "float32", "feature_precision": "float32"}
+"""Labels in which results must agree for a paired difference, and what a result without the label means."""
 METRICS = ("R@1", "R@5", "R@10", "MdR", "MnR")
 DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
 MIN_NAME, MAX_NAME = 12, 32
@@ -85,7 +84,7 @@ def _read_result(row: Row) -> None:
     result = _result(row.run)
     if result is None:
         return
-    row.labels = ", ".join(str(result[key]) for key in LABELS if result.get(key) is not None)
+    row.labels = ", ".join(label_words(result))
     for direction in DIRECTIONS:
         for name in METRICS:
             row.scores[direction, name] = f"{result[direction][name]:.1f}"
@@ -124,7 +123,7 @@ def _not_comparable(first: Path, second: Path) -> str | None:
         if result is None:
             return f"{run.name} is not evaluated"
         results.append(result)
-    differing = [key for key in PAIRED if results[0].get(key) != results[1].get(key)]
+    differing = [key for key, other in PAIRED.items() if results[0].get(key, other) != results[1].get(key, other)]
     return f"{', '.join(differing)} differs" if differing else None
 
 
@@ -145,7 +144,7 @@ def terminal(rows: list[Row], width: int) -> str:
     lines += [f"{row.name}: not compared: {row.not_compared}" for row in rows if row.not_compared]
     labels = {row.labels for row in rows}
     said = [f"all: {labels.pop()}"] if len(labels) == 1 else [f"{row.name}: {row.labels}" for row in rows]
-    lines += ["protocol, M, selected on, post-processing", *_wrapped([f"  {one}" for one in said], width)]
+    lines += ["labels of the results", *_wrapped([f"  {one}" for one in said], width)]
     for key in rows[0].settings:
         lines.append(key)
         lines += _wrapped([f"  {names[id(row)]:<{space}}  {row.settings[key]}" for row in rows], width)
@@ -170,7 +169,7 @@ def tables(rows: list[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
     for row in rows:
         numbers = [_with_interval(row, column) for column in columns]
         results.append([row.name, *(str(row.settings[key]) for key in keys), *numbers, row.labels])
-    found = [("Results", ["run", *keys, *heads, "protocol, M, selected on, post-processing"], results)]
+    found = [("Results", ["run", *keys, *heads, "labels"], results)]
     if len(rows) > 1:
         title = f"Differences from {rows[0].name} (95 % interval: paired bootstrap over videos)"
         differences = [

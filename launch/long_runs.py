@@ -26,6 +26,7 @@ from launch.paper.long_runs import (  # noqa: E402
 from launch.paper.long_table import long_table  # noqa: E402
 from tmass_dist.cli import program, run_command, writable_dir  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
+from tmass_dist.score_labels import label_words  # noqa: E402
 
 
 def main() -> None:
@@ -67,9 +68,8 @@ def main() -> None:
                 row = run_one(run, out)
                 append_result(arguments.results, row)
                 count += 1
-                print(
-                    f"  R@1 {row['t2v']['R@1']:.1f}, validation {row['val_R@1']:.1f}, {row['minutes']} min", flush=True
-                )
+                recalls = f"R@1 {row['t2v']['R@1']:.1f}, validation {row['val_R@1']:.1f}"
+                print(f"  {recalls} ({', '.join(label_words(row))}), {row['minutes']} min", flush=True)
     except Timeout:
         raise UserError(f"another process works in {out}") from None
     print(f"{count} runs done: {arguments.results}")

@@ -17,6 +17,7 @@ from launch.failures import FINAL_ERROR  # noqa: E402
 from launch.submitted import jobs_of, local_state  # noqa: E402
 from tmass_dist.cli import program, run_command  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
+from tmass_dist.score_labels import label_words  # noqa: E402
 
 _STEP = re.compile(r"step (\d+)/(\d+) loss ([\d.nan]+), ([\d.]+) videos/s(?:.*, ETA (\S+))?")
 
@@ -48,18 +49,13 @@ def describe(run: Path) -> str:
     best = run / "checkpoints" / "best.json"
     if best.is_file():
         chosen = json.loads(best.read_text(encoding="utf-8"))
-        protocol = chosen.get("protocol", "protocol unknown")
-        lines.append(
-            f"  best {chosen['selected_on']} t2v R@1 {chosen['R@1']:.1f} ({protocol}) at step {chosen['step']}"
-        )
+        labels = ", ".join(label_words({"protocol": "unknown", **chosen, "selected_on": None}))
+        lines.append(f"  best {chosen['selected_on']} t2v R@1 {chosen['R@1']:.1f} ({labels}) at step {chosen['step']}")
     metrics = run / "evaluation" / "metrics.json"
     if metrics.is_file():
         result = json.loads(metrics.read_text(encoding="utf-8"))
         numbers = ", ".join(f"{name} {value:.1f}" for name, value in result["t2v"].items())
-        labels = (
-            f"{result['protocol']}, selected on {result['selected_on']}, post-processing {result['post_processing']}"
-        )
-        lines.append(f"  {result.get('split', 'test')} t2v ({labels}): {numbers}")
+        lines.append(f"  {result.get('split', 'test')} t2v ({', '.join(label_words(result))}): {numbers}")
     errors = [] if local else sorted((run / "jobs").glob(f"{FINAL_ERROR}-*.txt"))
     for note in (run / "jobs" / "restarts.log", *errors):
         if note.is_file():

@@ -28,6 +28,7 @@ from launch.submitted import jobs_of
 from tmass_dist.cli import read_json, writable_dir, write_json
 from tmass_dist.config import Config, differing_keys, load_config, make_config, to_yaml
 from tmass_dist.errors import UserError
+from tmass_dist.score_labels import label_words, scoring_labels
 
 ROOT = Path(__file__).resolve().parents[1]
 JOURNAL = "study.journal"
@@ -349,7 +350,8 @@ class Tuner:
             self.running.remove(running)
         best = max((scores for scores in _frozen(running.trial).intermediate_values.values()), default=float("nan"))
         words = "complete" if state is None else state.name.lower()
-        print(f"trial {running.trial.number} {words}: val t2v R@1 {best:.1f}", flush=True)
+        protocol = self.config.evaluation.protocol
+        print(f"trial {running.trial.number} {words}: val t2v R@1 {best:.1f} ({protocol})", flush=True)
 
     def _fail(self, running: Running, reason: str) -> None:
         running.trial.set_user_attr("failure", reason)
@@ -380,8 +382,8 @@ class Tuner:
         print(f"\n{len(self.study.trials)} trials: {counted}")
         if not trials:
             raise UserError(f"no trial of the study in {self.base} is complete")
-        protocol = self.config.evaluation.protocol
-        print(f"best by validation (t2v R@1, {protocol}):")
+        labels = label_words(scoring_labels(self.config, None))
+        print(f"best by validation (t2v R@1, {', '.join(labels)}):")
         for trial in trials[:5]:
             print(f"  {trial.value:5.1f}  trial-{trial.number:04d}  {' '.join(as_overrides(trial.params))}")
         best = self.base / f"trial-{trials[0].number:04d}"

@@ -33,7 +33,8 @@ def test_differences_are_paired_and_those_of_the_metrics(runs: Path, tmp_path: P
     done = run("launch/compare.py", str(runs), "--out", str(tmp_path / "out"), "--html", str(page))
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "query_conditioned, 20, val, none" in text and "Differences from a (95 %" in text
+    labels = "protocol query_conditioned, M = 20, checkpoint selected on val, post-processing none, precision float32"
+    assert labels in text and "Differences from a (95 %" in text
     [row] = re.findall(r"\| b \| ([-+].*) \|", text)
     (a, ids), (b, _) = (read_ranks(runs / name / "evaluation") for name in "ab")
     assert ids[0][1] == 0 and len(ids) == len(a.t2v_T)
@@ -47,7 +48,7 @@ def test_differences_are_paired_and_those_of_the_metrics(runs: Path, tmp_path: P
     assert row.split(" | ")[0] in html and "not compared: c is not evaluated" in html
     shown = re.findall(r"^b +[\d.]+ \([\d.]+ to [\d.]+\) +([-+][\d.]+) \(", done.stdout, re.MULTILINE)
     assert [float(one) for one in shown] == pytest.approx([expected[0], expected[5]], abs=0.05)
-    assert "c: not compared: c is not evaluated" in done.stdout and "b: query_conditioned, 20, val, none" in done.stdout
+    assert "c: not compared: c is not evaluated" in done.stdout and f"b: {labels}" in " ".join(done.stdout.split())
 
 
 def test_lines_fit_a_terminal_and_names_stay_apart() -> None:

@@ -38,6 +38,7 @@ ORDER = (
         "tmass_dist.phase_timer",
         "tmass_dist.network",
         "tmass_dist.loggers",
+        "tmass_dist.score_labels",
         "tmass_dist.precision",
         "tmass_dist.revision",
     },

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -37,9 +38,17 @@ def test_run_directory_holds_a_labelled_result(whole: Path) -> None:
     for direction in ("t2v", "v2t"):
         assert {"R@1", "R@5", "R@10", "MdR", "MnR"} <= set(result[direction])
     best = json.loads((whole / "checkpoints" / "best.json").read_text())
-    assert (best["selected_on"], best["protocol"], best["num_trials"]) == ("val", "query_conditioned", 20)
     assert best["code"].startswith(__version__)
     assert f"<dd>{best['code']}</dd>" in (whole / "evaluation" / "report.html").read_text()
+    labels = {"selected_on": "val", "protocol": "query_conditioned", "num_trials": 20, "post_processing": "none"}
+    assert (labels | {"precision": "float32"}).items() <= best.items()
+    words = "protocol query_conditioned, M = 20, post-processing none, precision float32"
+    log = (whole / "train.log").read_text()
+    assert re.search(rf"step 6: val R@1: t2v [\d.]+, v2t [\d.]+ \({words}\)", log)
+    status = run("launch/status.py", str(whole)).stdout
+    for text in (log, status):
+        assert re.search(rf"best val t2v R@1 [\d.]+ \({words}\) at step", text)
+    assert f"test t2v ({words.replace('post', 'checkpoint selected on val, post')})" in status
     tau = best["query_scoring_tau"]
     assert f"query scoring of these towers (tau {tau}, chosen on validation)" in result["baselines"]
     assert (whole / "config.yaml").is_file() and "step 6/6" in (whole / "train.log").read_text()

@@ -21,7 +21,17 @@ METRICS_FILE = "metrics.jsonl"
 """In the run directory: one JSON object a line, with ``step``, ``time`` (Unix seconds) and the values by tag."""
 SCORES = "metrics/"
 """Prefix of the tags of validation and test results."""
-ALWAYS_LISTED = ("seed", "data.batch_size", "optim.lr", "optim.clip_lr", "stochastic.support_weight")
+ALWAYS_LISTED = (
+    "seed",
+    "data.batch_size",
+    "optim.lr",
+    "optim.clip_lr",
+    "stochastic.support_weight",
+    "stochastic.num_trials",
+    "evaluation.protocol",
+    "evaluation.post_processing",
+    "evaluation.precision",
+)
 """Settings that TensorBoard's table of runs lists even if they have their default."""
 
 

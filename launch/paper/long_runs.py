@@ -18,6 +18,7 @@ import numpy as np
 from launch.paper.runs import ROOT, prepare_data, pretrain_towers
 from launch.paper.systems import PUBLISHED_NOISE, SYSTEMS
 from tmass_dist.errors import UserError
+from tmass_dist.score_labels import LABELS
 
 COMPARED = (
     "xpool",
@@ -205,9 +206,7 @@ def result_of(run: LongRun, directory: Path) -> dict[str, Any]:
         "seed": run.seed,
         "rate": run.rate,
         "version": __version__,
-        "protocol": metrics["protocol"],
-        "num_trials": metrics["num_trials"],
-        "selected_on": metrics["selected_on"],
+        **{key: metrics[key] for key in LABELS if metrics.get(key) is not None},
         "selected_step": best["step"],
         "val_R@1": best["R@1"],
         "t2v": metrics["t2v"],

@@ -63,7 +63,7 @@ def evaluate_store(stored: StoredSplit, out: Path, *, bank: Path | None = None) 
     blocks.compute(0, 1)
     post = config.evaluation.post_processing
     ranks = ranking.rank(blocks.blocks, stored.features.owner_T, stored.num_videos, post, query_bank)
-    result = labels(config, stored.features, stored.index)
+    result = labels(config, stored.features, stored.index, stored.scorer.head.tau)
     if query_bank is not None:
         result["bank"] = str(bank)
     result |= summary(ranks)

@@ -26,6 +26,7 @@ from tmass_dist.evaluation.query_list import remove_others, write_queries
 from tmass_dist.evaluation.ranking import Ranks, chance, metrics
 from tmass_dist.evaluation.retrieved import Retrieved
 from tmass_dist.pages import inline_script, render_page
+from tmass_dist.score_labels import LABELS, label_words, scoring_labels
 
 if TYPE_CHECKING:
     from tmass_dist.config import Config
@@ -54,28 +55,23 @@ def markdown(rows: dict[str, dict[str, float]], title: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def labels(config: Config, features: Features, index: dict[str, Any]) -> dict[str, Any]:
-    """What every result states: protocol, samples, selection split, post-processing, precisions, sizes, checkpoint.
+def labels(config: Config, features: Features, index: dict[str, Any], tau: float | None) -> dict[str, Any]:
+    """What every result states: how it was scored, selection split, sizes, checkpoint.
 
     Args:
         config: with the scoring settings.
         features: that were scored.
         index: of their store.
+        tau: of the head that scored them (``RetrievalHead.tau``).
     """
-    evaluation = config.evaluation
-    found: dict[str, Any] = {
-        "protocol": evaluation.protocol,
+    found: dict[str, Any] = scoring_labels(config, tau) | {
         "num_texts": len(features.caption_ids),
         "num_videos": len(features.video_ids),
-        "num_trials": config.stochastic.num_trials if config.model.draws_samples else None,
         "split": index.get("split", "unknown"),
         "selected_on": str(selection_of(index).get("selected_on", "unknown")),
         "checkpoint": index["checkpoint"],
         "weights_sha256": index["weights_sha256"],
-        "post_processing": evaluation.post_processing,
     }
-    if evaluation.precision != "float32":
-        found["precision"] = evaluation.precision
     if features.frames_VFD.dtype != torch.float32:
         found["feature_precision"] = str(features.frames_VFD.dtype).removeprefix("torch.")
     return found
@@ -83,18 +79,7 @@ def labels(config: Config, features: Features, index: dict[str, Any]) -> dict[st
 
 def label(result: dict[str, Any]) -> str:
     """The labels of a result in one line, to be read with every number of it."""
-    return ", ".join([*_scoring_words(result), f"{result['num_texts']} texts x {result['num_videos']} videos"])
-
-
-def _scoring_words(result: dict[str, Any]) -> list[str]:
-    transductive = " (transductive)" if result["post_processing"] != "none" else ""
-    words = [f"protocol {result['protocol']}"]
-    if result.get("num_trials"):
-        words.append(f"M = {result['num_trials']}")
-    words.append(f"checkpoint selected on {result['selected_on']}")
-    words.append(f"post-processing {result['post_processing']}{transductive}")
-    words += [f"{key.replace('_', ' ')} {result[key]}" for key in ("precision", "feature_precision") if key in result]
-    return words
+    return ", ".join([*label_words(result), f"{result['num_texts']} texts x {result['num_videos']} videos"])
 
 
 def summary(ranks: Ranks) -> dict[str, Any]:
@@ -207,8 +192,7 @@ class Report:
         """The ranks of one direction, with the labels in every row."""
         out = io.StringIO(newline="")
         writer = csv.writer(out)
-        keys = ("protocol", "post_processing", "num_trials", "precision", "feature_precision")
-        labels = {key: self.result[key] for key in keys if self.result.get(key) is not None}
+        labels = {key: self.result[key] for key in LABELS if self.result.get(key) is not None}
         writer.writerow([*columns, *labels])
         writer.writerows([*row, *labels.values()] for row in rows)
         return out.getvalue()
@@ -235,7 +219,7 @@ class Report:
             queries: name of the list of all queries in ``PAGE_FILES``; None for a page without it.
         """
         # A picture may be copied without its page, so it carries the labels too.
-        words = textwrap.fill(", ".join(_scoring_words(self.result)), 60)
+        words = textwrap.fill(", ".join(label_words(self.result)), 60)
         pictures = {
             "Recall": [recall_curve(self.ranks, words)],
             "Ranks of the correct answer": [

@@ -53,7 +53,8 @@ def search_store(stored: StoredSplit, out: Path, num_candidates: int, *, compare
         UserError: settings that the search does not have, or more candidates than videos.
     """
     check_request(stored.config, stored.num_videos, bank=None, num_candidates=num_candidates)
-    result = labels(stored.config, stored.features, stored.index) | {"num_candidates": num_candidates}
+    result = labels(stored.config, stored.features, stored.index, stored.scorer.head.tau)
+    result["num_candidates"] = num_candidates
     exact = ranking.metrics(evaluate_store(stored, out).t2v_T) if compare_exact else None
     with torch.inference_mode():
         found = ranking.metrics(search_ranks(stored.scorer, num_candidates))

@@ -25,6 +25,12 @@ class RetrievalHead(nn.Module):
         """Whether scores are those of samples of the mass."""
         return self.mass is not None and self.mass.scoring == "samples"
 
+    @property
+    def tau(self) -> float | None:
+        """The learnt temperature of query scoring; None with another pooling."""
+        pooling = self.pooling
+        return pooling.tau.item() if isinstance(pooling, FramePool) and pooling.kind == "query_scored" else None
+
 
 def build_head(config: ModelConfig, embed_dim: int) -> RetrievalHead:
     """A head with its initial weights (by default those of the authors), for embeddings of width ``embed_dim``."""

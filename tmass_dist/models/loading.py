@@ -100,7 +100,12 @@ def settings_of(weights: dict[str, Tensor]) -> list[str]:
             if (vision["width"], vision["patch_size"], config["embed_dim"]) == (width, patch, embed_dim):
                 settings.append(f"model.architecture={name}")
     if any(name.startswith("head.") for name in shapes):
-        settings.append(f"model.pooling={'xpool' if 'head.pooling.query.weight' in shapes else 'mean'}")
+        pooling = "mean or best_frame"  # neither has weights
+        if "head.pooling.log_relative_tau" in shapes:
+            pooling = "query_scored"
+        elif "head.pooling.query.weight" in shapes:
+            pooling = "xpool_best_frame" if "head.pooling.log_relative_weight" in shapes else "xpool"
+        settings.append(f"model.pooling={pooling}")
         radius = shapes.get("head.mass.linear.weight")
         if "head.mass.scale" in shapes:
             settings.append("model.radius=scaled_exp_mean")

@@ -24,6 +24,7 @@ from tmass_dist.errors import UserError
 from tmass_dist.models.backbone import build_tokenizer
 from tmass_dist.phase_timer import PHASE_TIMER
 from tmass_dist.precision import uses_bf16
+from tmass_dist.score_labels import label_words
 from tmass_dist.training import checkpoint
 from tmass_dist.training.checks import check_and_load, check_model, validation_steps
 from tmass_dist.training.engine import Engine
@@ -357,5 +358,6 @@ class _TrainingRun:
         best = read_json(self.run_dir / "checkpoints" / "best.json", dict) or {}
         score = "no best.json"
         if best:
-            score = f"best {best['selected_on']} t2v R@1 {best['R@1']:.1f} ({best['protocol']}) at step {best['step']}"
+            labels = ", ".join(label_words({**best, "selected_on": None}))
+            score = f"best {best['selected_on']} t2v R@1 {best['R@1']:.1f} ({labels}) at step {best['step']}"
         return f"this start took {elapsed}, {self.monitor.used_hours():.3g} {unit} in all starts, {score}"

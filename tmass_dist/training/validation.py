@@ -29,6 +29,7 @@ from tmass_dist.models.adapters import plain_weights
 from tmass_dist.models.tmass import RetrievalModel
 from tmass_dist.pictures import sheet
 from tmass_dist.revision import revision
+from tmass_dist.score_labels import label_words, scoring_labels
 from tmass_dist.training.engine import Engine
 from tmass_dist.training.monitor import Monitor
 
@@ -113,11 +114,12 @@ class Validator:
             return False
         ranks = ranks_of(model.head, features, self.config)
         t2v, v2t = metrics(ranks.t2v_T), metrics(ranks.v2t_V)
-        self._log(step, t2v, v2t, monitor, log)
+        labels = {"selected_on": self.config.evaluation.selected_on, **scoring_labels(self.config, model.head.tau)}
+        self._log(step, t2v, v2t, labels, monitor, log)
         if is_main():
             monitor.image("validation/queries", self._queries(model, features), step)
         if step:
-            self._record(step, t2v, features, model)
+            self._record(step, t2v, labels, features, model)
         return True
 
     def _encode(self, model: RetrievalModel) -> Features | None:
@@ -136,16 +138,23 @@ class Validator:
             raise _StopError
 
     def _log(
-        self, step: int, t2v: dict[str, float], v2t: dict[str, float], monitor: Monitor, log: logging.Logger
+        self,
+        step: int,
+        t2v: dict[str, float],
+        v2t: dict[str, float],
+        labels: dict[str, Any],
+        monitor: Monitor,
+        log: logging.Logger,
     ) -> None:
-        evaluation = self.config.evaluation
-        labels = {"protocol": evaluation.protocol, "post_processing": evaluation.post_processing}
-        monitor.scalars(score_tags(evaluation.selected_on, labels, t2v=t2v, v2t=v2t), step)
-        words = (step, evaluation.selected_on, t2v["R@1"], v2t["R@1"], evaluation.protocol)
-        log.info("step %d: %s R@1: t2v %.1f, v2t %.1f (%s)", *words)
+        split = labels["selected_on"]
+        monitor.scalars(score_tags(split, labels, t2v=t2v, v2t=v2t), step)
+        words = label_words({**labels, "selected_on": None})
+        log.info("step %d: %s R@1: t2v %.1f, v2t %.1f (%s)", step, split, t2v["R@1"], v2t["R@1"], ", ".join(words))
         self.last_metrics = t2v
 
-    def _record(self, step: int, t2v: dict[str, float], features: Features, model: RetrievalModel) -> None:
+    def _record(
+        self, step: int, t2v: dict[str, float], labels: dict[str, Any], features: Features, model: RetrievalModel
+    ) -> None:
         from safetensors.torch import save_file
 
         self.history.append({"step": step, "R@1": t2v["R@1"]})
@@ -156,23 +165,10 @@ class Validator:
             temporary = self.directory / "best.safetensors.tmp"
             save_file(weights, temporary)
             os.replace(temporary, self.directory / "best.safetensors")
-            write_json(self.directory / "best.json", self._selection(step, t2v["R@1"], features))
+            # What selected the checkpoint, and what else the selection split chooses; evaluations state it.
+            chosen = {"query_scoring_tau": choose_tau(features), "code": revision()}
+            write_json(self.directory / "best.json", {"step": step, "R@1": t2v["R@1"], **labels, **chosen})
         write_json(self.directory / "validation.json", self.history)
-
-    def _selection(self, step: int, recall: float, features: Features) -> dict[str, Any]:
-        """What selected the checkpoint, and what else the selection split chooses; evaluations state it."""
-        evaluation = self.config.evaluation
-        sampled = self.config.model.draws_samples
-        return {
-            "step": step,
-            "selected_on": evaluation.selected_on,
-            "R@1": recall,
-            "protocol": evaluation.protocol,
-            "post_processing": evaluation.post_processing,
-            "num_trials": self.config.stochastic.num_trials if sampled else None,
-            "query_scoring_tau": choose_tau(features),
-            "code": revision(),
-        }
 
     def _queries(self, model: RetrievalModel, features: Features) -> Any:
         """The same few texts at each validation: the correct video, and below it the top-ranked one."""
