@@ -8,7 +8,8 @@ import torch
 from tests.conftest import ROOT
 from tmass_dist.config import load_config
 from tmass_dist.models.backbone import build_tokenizer, build_towers
-from tmass_dist.models.loading import load_weights
+from tmass_dist.models.head import build_head
+from tmass_dist.models.loading import load_weights, settings_of
 from tmass_dist.models.tmass import build_model
 
 
@@ -72,6 +73,14 @@ def test_a_checkpoint_of_another_architecture_names_the_differences_and_the_sett
     clip = build_towers("ViT-B-32-quickgelu", None).clip.state_dict()
     with pytest.raises(ValueError, match=r"model\.architecture=ViT-B-32-quickgelu"):
         load_weights(build_towers("towers/demo.json", None).clip, clip, "file.pt")
+
+
+@pytest.mark.parametrize("pooling", ["xpool", "xpool_best_frame", "query_scored", "best_frame", "mean"])
+def test_the_pooling_of_weights_is_named(pooling: str) -> None:
+    made = build_head(load_config("demo.yaml", [f"model.pooling={pooling}"]).model, 96)
+    settings = settings_of({f"head.{name}": value for name, value in made.state_dict().items()})
+    expected = pooling if pooling not in ("best_frame", "mean") else "mean or best_frame"
+    assert settings[0] == f"model.pooling={expected}"
 
 
 def test_bad_towers_are_one_line(tmp_path: Path) -> None:
