@@ -53,3 +53,12 @@ def test_settings_of_others_read_no_environment(value: str, monkeypatch: pytest.
     with pytest.raises(UserError) as error:
         make_config({"run_dir": "env", "data": {"train": value}}, [], "config.json", allow_env=False)
     assert "config.json reads the environment" in str(error.value) and "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "override", ["optim.lr=abc", "data.batch_size=1.5", "model.radius=circle", "log.to=5", "seed=null"]
+)
+def test_a_value_of_the_wrong_type_is_named_by_its_key(override: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("demo.yaml", [override])
+    assert str(caught.value).startswith(f"{override.partition('=')[0]}: ")

@@ -91,7 +91,8 @@ def _merge(settings: Any, overrides: list[str]) -> Config:
         merged = OmegaConf.merge(OmegaConf.structured(Config), changes)
         return _require_config(OmegaConf.to_object(merged))
     except (OmegaConfBaseException, TypeError, RecursionError) as error:
-        raise UserError(str(error).partition("\n")[0]) from error
+        line, key = str(error).partition("\n")[0], getattr(error, "full_key", None)
+        raise UserError(f"{key}: {line}" if key and str(key) not in line else line) from error
     except (YAMLError, UnicodeEncodeError) as error:
         raise UserError(f"an override is not valid YAML: {' '.join(str(error).split())}") from error
 
