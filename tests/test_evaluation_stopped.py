@@ -52,7 +52,7 @@ def _stop_in(slow: str, arguments: list[str], folder: Path, number: int) -> int 
     until(lambda: mark.exists() or not process.is_alive(), "slow part")
     assert process.is_alive() and process.pid, error.read_text()
     os.kill(process.pid, number)
-    process.join(60)
+    process.join(180)
     assert "Traceback" not in error.read_text()
     return process.exitcode
 

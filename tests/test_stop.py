@@ -43,7 +43,7 @@ def overrides(data: list[str]) -> list[str]:
     return [*data, "max_steps=10", "eval_every=5", "eval_at_start=false", "engine.timeout_s=60", "data.num_workers=1"]
 
 
-def _wait_for(path: Path, ranks: Ranks, seconds: float = 120) -> None:
+def _wait_for(path: Path, ranks: Ranks, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline and ranks.processes[0].is_alive(), ranks.words(0)
@@ -63,13 +63,13 @@ def test_a_signal_in_a_validation_leaves_it_and_the_next_start_repeats_it(overri
     assert list((run_dir / "checkpoints").glob("*step-00000005")), "saving begins before validating"
     _signal(ranks, 1, signal.SIGTERM)
     for rank in (0, 1):
-        assert ranks.ends(rank, 60) == 0, ranks.words(rank)
+        assert ranks.ends(rank, 180) == 0, ranks.words(rank)
     assert "asked to stop: saved at step 5 of 10" in ranks.words(0)
     assert saved_steps(run_dir / "checkpoints") == [5]
     assert not (run_dir / "checkpoints" / "validation.json").exists()
     again = start(overrides, run_dir)
     for rank in (0, 1):
-        assert again.ends(rank, 120) == 0, again.words(rank)
+        assert again.ends(rank, 240) == 0, again.words(rank)
     history = json.loads((run_dir / "checkpoints" / "validation.json").read_text())
     assert [point["step"] for point in history] == [5, 10]
 
@@ -82,7 +82,7 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(overrides: list[str], tmp_
     for rank in (0, 1):
         _signal(ranks, rank, signal.SIGINT)
     for rank in (0, 1):
-        assert ranks.ends(rank, 60) == 130, ranks.words(rank)
+        assert ranks.ends(rank, 180) == 130, ranks.words(rank)
         assert "interrupted: saving" in ranks.words(rank)
     [saved] = saved_steps(run_dir / "checkpoints")
     assert saved >= 3 and f"saved at step {saved} of 1000" in ranks.words(0)
@@ -95,6 +95,6 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(overrides: list[str], tmp_
     for rank in (0, 1):
         _signal(ranks, rank, signal.SIGINT)
     for rank in (0, 1):
-        assert ranks.ends(rank, 60) == 130, ranks.words(rank)
+        assert ranks.ends(rank, 180) == 130, ranks.words(rank)
         assert "leaving without saving" in ranks.words(rank)
     assert saved_steps(run_dir / "checkpoints") == [saved]

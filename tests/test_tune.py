@@ -55,7 +55,7 @@ def test_killed_driver_and_killed_trial_lose_and_double_nothing(data: list[str],
     holder = base / "trial-0002" / "lock.json"
     until(lambda: read_json(holder, dict), f"start of the third trial; see {log}", 200)
     os.kill(json.loads(holder.read_text())["process"], signal.SIGKILL)  # long before its first step
-    assert driver.wait(timeout=200) == 0, log.read_text()
+    assert driver.wait(timeout=400) == 0, log.read_text()
 
     trials = _trials(base)
     assert [(trial.number, trial.state.name) for trial in trials] == [(n, "COMPLETE") for n in range(3)]
