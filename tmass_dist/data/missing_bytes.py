@@ -18,6 +18,8 @@ HOLES: dict[str, re.Pattern[bytes]] = {
 """By codec: the zeros that it does not write. H.264 and HEVC forbid three in a row; the others wrote at most 6 in a
 row, for black, white, still and noisy videos. MJPEG writes long runs."""
 
+SLACK = 64
+"""Bytes by which a header may claim too much: some programs count the header of the file twice."""
 _ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
@@ -47,7 +49,7 @@ def missing_middle(source: Path | bytes) -> str:
         if 0 <= position <= len(head) - 92:
             is_live = head[position + 88] & 1  # the sizes of a live recording are unknown
             claimed = 0 if is_live else struct.unpack_from("<Q", head, position + 40)[0]
-    return f"{claimed - size} of its {claimed} bytes are missing" if claimed > size + 1 else ""
+    return f"{claimed - size} of its {claimed} bytes are missing" if claimed > size + SLACK else ""
 
 
 def _ends_with_index(source: Path | bytes, size: int) -> bool:
