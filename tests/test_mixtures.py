@@ -1,8 +1,11 @@
 """Mixtures of splits: exact counts, the same batches for every world size, resume at any step."""
 
 import json
+import os
 import re
+import shutil
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import run
+from tests.faulty_server import FaultyServer
 from tests.loaders import global_batches, make_loaders
+from tests.processes import train_and_be_killed
 from tests.ranks import on_ranks
 from tests.resharded import reshard
 from tmass_dist.config import DataConfig, TrainPart, load_config, to_yaml
-from tmass_dist.data.cache import CachePlan, needed_bytes, node_uses
+from tmass_dist.data.cache import GB, CachePlan, needed_bytes, node_uses
 from tmass_dist.data.index import Index, Shard, load_index
 from tmass_dist.data.mixed_order import OneSetStreamingOrder, make_order
 from tmass_dist.data.mixture import Mixture, make_mixture, part_names
@@ -237,6 +242,10 @@ def test_captions_of_a_model_go_to_the_part_that_has_the_ids(parts: list[str], t
         ("[{path: a, weight: 0.5}, b]", "the weight of a in data.train is 0.5"),
         ("[{path: a, weight: .nan}, b]", "the weight of a in data.train is nan"),
         ("[{path: a, weight: true}, b]", "the weight of a in data.train is True"),
+        ("[{path: a, weight: two}, b]", "the weight of a in data.train is 'two'"),
+        ("[{path: a, weight: 1001}, b]", "the weight of a in data.train is 1001: it is how many times an epoch reads"),
+        ("[{path: a, weight: .inf}, b]", "the weight of a in data.train is inf"),
+        ("[{path: a, weight: null}, b]", "the weight of a in data.train is None"),
         ("[{path: a, wieght: 2}, b]", "an entry of data.train is {'path': 'a', 'wieght': 2}"),
         ("[{weight: 2}, b]", "an entry of data.train is {'weight': 2}"),
         ("[[a], b]", "an entry of data.train is ['a']"),
@@ -344,3 +353,77 @@ def test_a_run_on_a_mixture_logs_its_parts_and_resumes_on_two_ranks(
     done = run("-m", "tmass_dist.train", "--config", "demo.yaml", *changed, *resumed)
     assert done.returncode == 2 and "holds a run with another config (data.train: saved" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def server(parts: list[str]) -> Iterator[FaultyServer]:
+    server = FaultyServer(Path(parts[0]).parents[1])
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def damaged(parts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The second split with a byte of each sample changed in every other shard."""
+    out = tmp_path_factory.mktemp("damaged") / "two" / "train"
+    shutil.copytree(parts[1], out)
+    index = load_index(out)
+    for sample in map(index.sample, range(len(index))):
+        if sample.shard % 2:
+            with (out / index.shards[sample.shard].name).open("r+b") as shard:
+                shard.seek(sample.offset + sample.size // 2)
+                byte = shard.read(1)[0]
+                shard.seek(-1, os.SEEK_CUR)
+                shard.write(bytes([byte ^ 0xFF]))
+    return out
+
+
+@pytest.mark.parametrize("batch_from", ["mixed", "one"])
+def test_a_mixture_through_a_small_cache_has_the_batches_of_local_shards(
+    parts: list[str], damaged: Path, server: FaultyServer, tmp_path: Path, batch_from: str
+) -> None:
+    """One part is behind a URL; shards of the other are damaged."""
+    own = [load_index(parts[0]), load_index(damaged)]
+    remote = make_mixture([load_index(f"{server.url}/one/train", str(tmp_path / "cache")), own[1]], [2, 1])
+    options = {"order": "streaming", "lanes": 2, "batch_size": 8, "batch_from": batch_from}
+    options["train"] = [part.directory for part in own]
+    expected = _content(make_mixture(own, [2, 1]), 1, 0, 12, **options)
+    cache = {"cache": str(tmp_path / "cache"), "val": "x"}
+    with pytest.raises(UserError, match=r"data\.cache_gb=1e-06 is too small: the 2 lanes of this node need ") as raised:
+        make_loaders(remote, 2, **options, **cache, cache_gb=1e-6)
+    sufficient = float(re.findall(r"need ([\d.]+)", str(raised.value))[0])
+    assert sufficient * 1e9 < sum(shard.bytes for shard in own[0].shards) / 2
+    through = _content(remote, 2, 0, 12, num_workers=1, **options, **cache, cache_gb=sufficient)
+    for (pairs, pixels), (expected_pairs, expected_pixels) in zip(through, expected, strict=True):
+        assert pairs == expected_pairs and torch.equal(pixels, expected_pixels)
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.tar")) <= sufficient * 1e9
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_mixture_with_damaged_shards_is_killed_and_resumed_on_two_ranks(
+    data: list[str], parts: list[str], damaged: Path, server: FaultyServer, tmp_path: Path
+) -> None:
+    """From a URL through a small cache, with the losses of local shards on one rank."""
+    common = [*data, "max_steps=8", "eval_every=4", "log_every=1", "data.num_workers=1", "data.max_bad=0.9"]
+    common += ["data.order=streaming", "data.lanes=4"]
+    whole = [*common, f"run_dir={tmp_path / 'whole'}", f"data.train=[{{path: {parts[0]}, weight: 2}}, {damaged}]"]
+    done = run("-m", "tmass_dist.train", "--config", "demo.yaml", *whole)
+    assert done.returncode == 0, done.stderr
+    cached = [*common, f"run_dir={tmp_path / 'cached'}", f"data.cache={tmp_path / 'cache'}"]
+    cached += [f"data.train=[{{path: {server.url}/one/train, weight: 2}}, {damaged}]"]
+    smallest = 16.1 * max(shard.bytes for shard in load_index(parts[0]).shards) / GB
+    cached += [f"data.cache_gb={smallest}"]
+    train_and_be_killed(6, ["--config", "demo.yaml", *cached], tmp_path)
+    (tmp_path / "ranks").mkdir()
+    assert on_ranks(2, _train, cached, None, tmp_path=tmp_path / "ranks") == [True, True]
+    assert "step 4 of 8, 2 ranks" in (tmp_path / "cached" / "train.log").read_text()
+    expected, curves = _curves(tmp_path / "whole"), _curves(tmp_path / "cached")
+    assert sorted(curves["loss/total"]) == [*range(1, 9)]
+    for tag in ("loss/total", "mixture/one/train/share", "mixture/two/train/loss"):
+        assert all(abs(curves[tag][step] - value) < 1e-4 for step, value in expected[tag].items())
+    quarantined = {
+        name: {json.loads(line)["id"] for line in (tmp_path / name / "quarantine.jsonl").read_text().splitlines()}
+        for name in ("whole", "cached")
+    }
+    assert quarantined["whole"] == quarantined["cached"] and all(i.startswith("two/") for i in quarantined["whole"])
+    assert not [*(tmp_path / "cache").rglob("*.tmp"), *(tmp_path / "cached").rglob("*.tmp")]

@@ -198,6 +198,8 @@ def test_the_first_start_chooses_order_and_lanes_and_later_starts_keep_them() ->
         assert choose_order(replace(remote, cache_gb=1.0), world_size, chosen) == replace(chosen, cache_gb=1.0)
     with pytest.raises(UserError, match=r"lanes=8 is not divisible by 16 ranks; use one of \[1, 2, 4, 8\] ranks"):
         choose_order(remote, 16, chosen)
+    with pytest.raises(UserError, match=r"lanes=4 is not divisible by 3 ranks; use one of \[1, 2, 4\] ranks"):
+        choose_order(replace(remote, lanes=4), 3, None)
     with pytest.raises(UserError, match=r"lanes=5 does not divide data\.batch_size=32; use one of \[1, 2, 4"):
         choose_order(replace(remote, lanes=5), 1, None)
     # A run of an older version has the global order, whatever its path.

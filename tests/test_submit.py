@@ -43,6 +43,11 @@ def test_without_gpus_and_slurm_one_line_asks_for_gpus() -> None:
     assert "give --gpus N (--gpus 0: train on CPUs)" in _refused("--nodes", "4")
 
 
+def test_lanes_that_the_ranks_do_not_divide_are_refused() -> None:
+    options = ["--gpus", "3", "data.order=streaming", "data.lanes=4", "data.batch_size=12"]
+    assert "data.lanes=4 is not divisible by 3 ranks; use one of [1, 2, 4] ranks" in _refused(*options)
+
+
 def test_dry_run_with_gpus_prints_the_exact_script(tmp_path: Path) -> None:
     options = ["--nodes", "4", "--time", "1-02:30:00", "--partition", "gpu", "--qos", "high", "--mem", "8G"]
     printed = _dry_run(*options, "--gpus", "8", "data.num_workers=5", f"run_dir={tmp_path / 'run'}")

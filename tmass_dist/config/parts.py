@@ -7,6 +7,9 @@ from typing import Any
 
 from tmass_dist.config.ranges import require
 
+MAX_WEIGHT = 1000
+"""The order of an epoch is planned in memory, for each pair as often as it is read."""
+
 
 @dataclass(frozen=True)
 class TrainPart:
@@ -36,11 +39,11 @@ def train_parts(value: object) -> tuple[TrainPart, ...]:
         path, weight = keys["path"], keys.get("weight", 1)
         require(isinstance(path, str) and path.strip("/ ") != "", "a path of data.train", path, "it must be a path")
         require(
-            type(weight) is int and weight >= 1,
+            type(weight) is int and 1 <= weight <= MAX_WEIGHT,
             f"the weight of {path} in data.train",
             weight,
-            "it is how many times an epoch reads each pair of the split, a whole number of at least 1; to read a split "
-            "less often than another, raise the weight of the other",
+            f"it is how many times an epoch reads each pair of the split, a whole number from 1 to {MAX_WEIGHT}; to "
+            "read a split less often than another, raise the weight of the other",
         )
         parts.append(TrainPart(path, weight))
     paths = [part.path.rstrip("/") for part in parts]

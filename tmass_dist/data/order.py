@@ -94,6 +94,20 @@ def choose_order(config: DataConfig, world_size: int, saved: DataConfig | None) 
     if lanes is None:
         fitting = [n for n in divisors if n % world_size == 0]
         lanes = next((n for n in fitting if n >= 8), max(fitting, default=world_size))
+    chosen = replace(config, order="streaming", lanes=lanes)
+    check_lanes(chosen, world_size)
+    return chosen
+
+
+def check_lanes(config: DataConfig, world_size: int) -> None:
+    """Check that ``data.lanes``, if it is set, divides the global batch and is a multiple of the ranks.
+
+    Raises:
+        UserError: it does not.
+    """
+    lanes, divisors = config.lanes, [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+    if lanes is None:
+        return
     if lanes not in divisors:
         raise UserError(
             f"data.lanes={lanes} does not divide data.batch_size={config.batch_size}; use one of {divisors}"
@@ -101,7 +115,6 @@ def choose_order(config: DataConfig, world_size: int, saved: DataConfig | None) 
     if lanes % world_size:
         usable = [n for n in divisors if lanes % n == 0]
         raise UserError(f"data.lanes={lanes} is not divisible by {world_size} ranks; use one of {usable} ranks")
-    return replace(config, order="streaming", lanes=lanes)
 
 
 def rounds(num_captions: np.ndarray, *, seed: int, epoch: int) -> Iterator[np.ndarray]:

@@ -20,16 +20,19 @@ if TYPE_CHECKING:
 
 
 def check_batch(config: Config, world: int) -> None:
-    """Check that the global batch divides by the ranks.
+    """Check that the global batch divides by the ranks, and so do the lanes if they are set.
 
     Raises:
-        UserError: it does not; the numbers of ranks that fit are listed.
+        UserError: one does not; the numbers of ranks that fit are listed.
     """
+    from tmass_dist.data.order import check_lanes
+
     if config.data.batch_size % world:
         divisors = [n for n in range(1, config.data.batch_size + 1) if config.data.batch_size % n == 0]
         raise UserError(
             f"data.batch_size={config.data.batch_size} is not divisible by {world} ranks; use one of {divisors} ranks"
         )
+    check_lanes(config.data, world)
 
 
 def usable_ranks(config: Config, num_ranks: int) -> int:
