@@ -13,6 +13,7 @@ from tmass_dist.config import Config
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation import baselines, ranking
 from tmass_dist.evaluation.bootstrap import paired_differences
+from tmass_dist.evaluation.calibration import calibration
 from tmass_dist.evaluation.features import selection_of
 from tmass_dist.evaluation.report import COLUMNS, Report, labels, summary
 from tmass_dist.evaluation.retrieved import best_answers
@@ -77,6 +78,7 @@ def evaluate_store(stored: StoredSplit, out: Path, *, bank: Path | None = None) 
     }
     retrieved = best_answers(blocks.blocks, stored.features.owner_T, stored.num_videos, post, query_bank)
     features = stored.features
+    result["calibration"] = calibration(ranks, retrieved, features, stored.scorer.head.mass)
     report = Report(result, ranks, features.captions, features.caption_ids, stored, blocks.scores_of, retrieved)
     report.facts = {
         "run": Path(config.run_dir).name,

@@ -129,7 +129,7 @@ class Report:
         tables = "\n".join(
             "\n".join(
                 [markdown(self.rows(direction), f"{name} ({label(self.result)})")]
-                + [f"- {line}\n" for line in self.gains(direction)]
+                + [f"- {line}\n" for line in self.remarks(direction)]
             )
             for direction, name in names.items()
         )
@@ -197,19 +197,23 @@ class Report:
         writer.writerows([*row, *labels.values()] for row in rows)
         return out.getvalue()
 
-    def gains(self, direction: str) -> list[str]:
-        """One line for each baseline of the same features: what this result adds to its R@1, with its interval."""
+    def remarks(self, direction: str) -> list[str]:
+        """What this result adds to the R@1 of each baseline, and how well its signals tell which texts succeed."""
         lines = []
         for name, found in self.result.get("gain_over_baselines", {}).items():
             value, low, high = found[direction]["R@1"]
             lines.append(f"R@1 {value:+.1f} over {name}; 95 % interval {low:+.1f} to {high:+.1f}")
+        for name, found in self.result.get("calibration", {}).items() if direction == "t2v" else ():
+            low, high = found["interval_95"]
+            interval = f"95 % interval {low:.2f} to {high:.2f}"
+            lines.append(f"{name} tells success at rank 1 with AUROC {found['auroc']:.2f}; {interval}; chance is 0.50")
         return lines
 
     def show(self) -> None:
-        """Print both tables, and the gains over the baselines."""
+        """Print both tables, each with its remarks."""
         for direction, name in (("t2v", "text to video"), ("v2t", "video to text")):
             print(table(self.rows(direction), f"\n{name} ({label(self.result)})"))
-            for line in self.gains(direction):
+            for line in self.remarks(direction):
                 print(line)
 
     def html(self, queries: str | None = None) -> str:
@@ -242,7 +246,7 @@ class Report:
                 name: {
                     "rows": self.rows(direction),
                     "intervals": intervals.get(direction),
-                    "gains": self.gains(direction),
+                    "remarks": self.remarks(direction),
                 }
                 for direction, name in names.items()
             },
