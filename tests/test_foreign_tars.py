@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 import webdataset as wds
 from webdataset.tariterators import base_plus_ext
 
 from tests.conftest import run
 from tests.faulty_server import FaultyServer
+from tests.loaders import global_batches, make_loaders
 from tests.videos import write_greys
 from tmass_dist.data.foreign import members_of
 from tmass_dist.data.index import load_index
+from tmass_dist.data.mixture import make_mixture
 from tmass_dist.data.samples import DamagedError, read_into, read_sample
 from tmass_dist.data.tars import scan_tar, split_name
 from tmass_dist.errors import UserError
@@ -110,6 +113,21 @@ def test_foreign_tars_train_in_two_commands(clip_tars: Path, data: list[str], tm
     done = run(*command, f"run_dir={tmp_path / 'run'}", "max_steps=2", "eval_every=2", "data.batch_size=4")
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "run" / "quarantine.jsonl").exists()
+
+
+def test_own_shards_and_foreign_clips_in_one_mixture(clip_tars: Path, data: list[str], tmp_path: Path) -> None:
+    assert _index(f"{clip_tars}/*.tar", tmp_path / "foreign" / "train").returncode == 0
+    own = next(o for o in data if o.startswith("data.train=")).removeprefix("data.train=")
+    paths = [own, str(tmp_path / "foreign" / "train")]
+    mixture = make_mixture([load_index(path) for path in paths], [1, 4])
+    steps = [
+        global_batches(make_loaders(mixture, ranks, train=paths, order="streaming", lanes=2, batch_size=4), 0, 6)
+        for ranks in (1, 2)
+    ]
+    for (one,), two in zip(*steps):
+        assert one.video_ids == two[0].video_ids + two[1].video_ids and set(one.parts) <= {0, 1}
+        assert torch.equal(one.pixels_BFHWC, torch.cat([batch.pixels_BFHWC for batch in two]))
+    assert {part for (batch,) in steps[0] for part in batch.parts} == {0, 1}
 
 
 @pytest.mark.parametrize("kind", ["clip", "jpeg"])

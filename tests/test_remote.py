@@ -13,7 +13,7 @@ from tests.faulty_server import FaultyServer
 from tests.loaders import global_batches, make_loaders
 from tests.resharded import reshard
 from tmass_dist.data.index import load_index
-from tmass_dist.data.remote import DownloadError, fetch, sha256_of
+from tmass_dist.data.remote import DownloadError, cached_path, fetch, sha256_of
 from tmass_dist.data.samples import DamagedError, read_sample
 from tmass_dist.errors import UserError
 
@@ -117,6 +117,15 @@ def test_an_endless_download_stops_near_the_size_that_the_index_knows(
 def _fetch_quietly(url: str, size: int, checksum: str, cache: Path) -> None:
     with pytest.raises(UserError):
         fetch(url, str(cache), size, checksum, retry_s=30)
+
+
+def test_what_a_killed_download_left_is_removed_by_the_next_one(file: tuple[str, int, str], tmp_path: Path) -> None:
+    path = cached_path(file[0], str(tmp_path))
+    path.parent.mkdir()
+    path.with_name("big.bin.99999999.tmp").write_bytes(b"half")
+    path.with_name("other.bin.99999999.tmp").write_bytes(b"of another file")
+    assert fetch(file[0], str(tmp_path), *file[1:]) == path
+    assert [left.name for left in path.parent.glob("*.tmp")] == ["other.bin.99999999.tmp"]
 
 
 def test_nothing_there_is_one_line_at_once(server: FaultyServer, tmp_path: Path) -> None:

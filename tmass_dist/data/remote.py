@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 import os
@@ -78,6 +79,8 @@ def fetch(
     with filelock.FileLock(f"{path}.lock"):
         if _is_complete(path, size) and not (verify and sha256_of(path) != sha256):
             return path  # another process has just downloaded it
+        for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):  # of a killed process: we have the lock
+            unfinished.unlink(missing_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             download(url, temporary, size, sha256, max(0.0, deadline - time.monotonic()))
