@@ -45,7 +45,7 @@ def test_killed_driver_and_killed_trial_lose_and_double_nothing(data: list[str],
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
 
     driver = start()
-    until(lambda: read_metrics(base / "trial-0000" / "metrics.jsonl"), f"first step; see {log}", 200)
+    until(lambda: read_metrics(base / "trial-0000" / "metrics.jsonl"), f"first step; see {log}", 400)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     before = {trial.number: trial.params for trial in _trials(base)}
@@ -53,7 +53,7 @@ def test_killed_driver_and_killed_trial_lose_and_double_nothing(data: list[str],
 
     driver = start()  # at once: the trials of the first driver may still be saving
     holder = base / "trial-0002" / "lock.json"
-    until(lambda: read_json(holder, dict), f"start of the third trial; see {log}", 200)
+    until(lambda: read_json(holder, dict), f"start of the third trial; see {log}", 400)
     os.kill(json.loads(holder.read_text())["process"], signal.SIGKILL)  # long before its first step
     assert driver.wait(timeout=400) == 0, log.read_text()
 
