@@ -60,8 +60,10 @@ class _Videos(Dataset):
         side = index.image_size
         num_buffers = PREFETCH * workers + 2
         self.shape = (num_buffers, min(batch_size, len(index)), num_frames, side, side, 3)
-        self.memory = os.memfd_create("videos")  # unlike /dev/shm it may use all memory
-        os.truncate(self.memory, int(np.prod(self.shape)))
+        self.memory = -1  # anonymous memory, which forked workers share
+        if workers and _start_method() != "fork":
+            self.memory = os.memfd_create("videos")  # unlike /dev/shm it may use all memory
+            os.truncate(self.memory, int(np.prod(self.shape)))  # a limit of the size of files counts here
         self.pixels = self._map()
 
     def _map(self) -> np.ndarray:
@@ -162,7 +164,8 @@ def iterate_videos(
     finally:
         # Workers ignore SIGTERM, and would outlive an exit that does not wait for them.
         getattr(loader, "_shutdown_workers", lambda: None)()
-        os.close(videos.memory)
+        if videos.memory >= 0:
+            os.close(videos.memory)
 
 
 def _next(loader: Iterator[_Decoded], timeout_s: float) -> _Decoded:
