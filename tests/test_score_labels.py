@@ -17,6 +17,7 @@ def test_protocol_samples_precision_and_a_transductive_step_are_named() -> None:
         "post-processing dsl (transductive)",
         "precision bfloat16",
         "feature precision float16",
+        "noise keyed by seed 0, caption text and trial",
     ]
 
 

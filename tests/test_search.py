@@ -105,11 +105,14 @@ def test_the_command_prints_lines_of_json(gallery: Path, tmp_path: Path) -> None
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert [line["query"] for line in lines] == [QUERIES[1], QUERIES[2], QUERIES[0]]
     for line in lines:
-        assert len(line["results"]) == 3
+        assert len(line["results"]) == 3 and line["absent"] == 0
+        assert line["labels"]["noise"] == "seed 0, caption text and trial" and line["labels"]["num_trials"] == 20
+        assert line["labels"]["feature_precision"] == "float16" and line["labels"]["post_processing"] == "none"
         assert all(set(result) == {"id", "score", "time_s", "path"} for result in line["results"])
         assert all(Path(result["path"]).is_file() for result in line["results"])
     shown = run("-m", "tmass_dist.search", str(gallery), QUERIES[0], "--name", "TREE").stdout
     assert "more/tree.avi" in shown and "test0" not in shown
+    assert "noise keyed by seed 0, caption text and trial" in shown.splitlines()[-1]
 
 
 def test_adding_changing_and_removing_leaves_the_rest_as_it_was(export: Path, videos: Path, tmp_path: Path) -> None:

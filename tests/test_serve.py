@@ -103,6 +103,8 @@ def test_a_search_over_http_is_that_of_the_command(server: Server, gallery: Path
     status, answer = server.json("/api/search", q="a face", k=3)
     expected = open_searcher(gallery).search(["a face"], k=3)[0]
     assert status == 200 and answer["query"] == "a face" and answer["videos"] == 4
+    assert answer["labels"]["noise"] == "seed 0, caption text and trial"
+    assert "noise keyed by seed 0, caption text and trial" in answer["label"]
     assert [(r["id"], r["row"], r["frame"]) for r in answer["results"]] == [(r.id, r.row, r.frame) for r in expected]
     for result in answer["results"]:
         assert len(result["thumbnails"]) == len(result["attention"]) == len(result["times_s"]) == 12

@@ -43,6 +43,7 @@ def test_run_directory_holds_a_labelled_result(whole: Path) -> None:
     labels = {"selected_on": "val", "protocol": "query_conditioned", "num_trials": 20, "post_processing": "none"}
     assert (labels | {"precision": "float32"}).items() <= best.items()
     words = "protocol query_conditioned, M = 20, post-processing none, precision float32"
+    words += ", noise keyed by seed 0, caption text and trial"
     log = (whole / "train.log").read_text()
     assert re.search(rf"step 6: val R@1: t2v [\d.]+, v2t [\d.]+ \({words}\)", log)
     status = run("launch/status.py", str(whole)).stdout

@@ -6,7 +6,7 @@ from typing import Any
 
 from tmass_dist.config import Config
 
-LABELS = ("protocol", "num_trials", "tau", "selected_on", "post_processing", "precision", "feature_precision")
+LABELS = ("protocol", "num_trials", "tau", "selected_on", "post_processing", "precision", "feature_precision", "noise")
 """Keys of the labels of a result, in the order in which they are shown; those that do not apply are absent or None."""
 
 
@@ -24,6 +24,7 @@ def scoring_labels(config: Config, tau: float | None) -> dict[str, Any]:
         "tau": None if tau is None else round(tau, 5),
         "post_processing": evaluation.post_processing,
         "precision": evaluation.precision,
+        "noise": f"seed {config.seed}, caption text and trial" if config.model.draws_samples else None,
     }
 
 
@@ -44,6 +45,7 @@ def label_words(result: dict[str, Any]) -> list[str]:
             "selected_on": "checkpoint selected on",
             "post_processing": "post-processing",
             "feature_precision": "feature precision",
+            "noise": "noise keyed by",
         }.get(key, key)
         transductive = " (transductive)" if key == "post_processing" and value != "none" else ""
         words.append(f"{name} {value}{transductive}")

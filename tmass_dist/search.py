@@ -39,6 +39,7 @@ def main() -> None:
     if not queries:
         raise UserError('there is no query; write one, as tmass search GALLERY "a dog in a lake", or use --file')
     from tmass_dist.retrieval.searcher import check_query, open_searcher
+    from tmass_dist.score_labels import label_words
 
     queries = [check_query(query) for query in queries]
     searcher = open_searcher(arguments.gallery, arguments.model, arguments.candidates)
@@ -47,9 +48,12 @@ def main() -> None:
         for query, results in zip(some, searcher.search(some, arguments.k, name=arguments.name)):
             if arguments.json:
                 line = {"query": query, "results": [result.as_json() for result in results]}
+                line |= {"absent": sum(result.absent for result in results), "labels": searcher.labels()}
                 print(json.dumps(line, ensure_ascii=False), flush=True)
             else:
                 _show(query, results, len(searcher.gallery))
+    if not arguments.json:
+        print(f"scores: {', '.join(label_words(searcher.labels()))}")
 
 
 def _show(query: str, results: list[Result], size: int) -> None:

@@ -18,6 +18,7 @@ from tmass_dist.errors import UserError
 from tmass_dist.retrieval.gallery import VideoGallery
 from tmass_dist.retrieval.model import TMass
 from tmass_dist.retrieval.text_scorer import TextScorer
+from tmass_dist.score_labels import scoring_labels
 
 CANDIDATES = 1000
 """Videos that get the exact score, unless a call says otherwise; ``benchmarks/search.py`` measures what fewer lose."""
@@ -138,6 +139,20 @@ class Searcher:
         score_K, attention_KF = self._scorer.score(text, text_D, self.gallery.half_frames(rows))
         order = score_K.topk(min(k, len(rows))).indices.tolist()
         return [self._result(rows[place], float(score_K[place]), attention_KF[place].numpy()) for place in order]
+
+    def labels(self) -> dict[str, Any]:
+        """What the scores of :meth:`search` state, with the keys of :data:`tmass_dist.score_labels.LABELS`.
+
+        A search has one protocol, no post-processing and float32 arithmetic, whatever the run's evaluation was set to.
+        """
+        labels = scoring_labels(self.model.config, self.model.head.tau) | {
+            "protocol": "query_conditioned",
+            "post_processing": "none",
+            "precision": "float32",
+            "selected_on": self.model.trained.get("selected_on", "unknown"),
+            "feature_precision": "float16",
+        }
+        return {key: value for key, value in labels.items() if value is not None}
 
     def similar(self, row: int, k: int = 10) -> list[Result]:
         """Videos like one of the gallery, best first, without itself.

@@ -12,6 +12,7 @@ import anyio.to_thread
 from tmass_dist.errors import UserError
 from tmass_dist.pages import PLAYABLE
 from tmass_dist.retrieval.searcher import Result, Searcher, check_query
+from tmass_dist.score_labels import label_words
 from tmass_dist.web.text_batches import TextBatches
 
 Value = TypeVar("Value")
@@ -99,7 +100,13 @@ class Service:
         searcher, text = self.searcher, check_query(query)
         assert self._texts is not None
         [results] = searcher.search_encoded([text], self._texts.encode(text)[None], k, name=name or None)
-        return {"query": query, **self._answer(results)}
+        labels = searcher.labels()
+        return {
+            "query": query,
+            "labels": labels,
+            "label": ", ".join(label_words(labels)),
+            **self._answer(results),
+        }
 
     def similar(self, row: int, k: int) -> dict[str, Any]:
         """Answer of ``/api/similar``."""

@@ -29,6 +29,7 @@ async function ask(url, describe) {
 function show(answer, title) {
   const absent = answer.absent ? `; ${answer.absent} of these files no longer exist` : "";
   say(`${title}: ${answer.results.length} of ${answer.videos} videos${absent}`);
+  by("labels").textContent = answer.label ? `Scores: ${answer.label}.` : "";
   results.replaceChildren(...answer.results.map(card));
 }
 
