@@ -1,7 +1,9 @@
 """Search in large galleries: recall, latency, memory and the time to build the index, as JSON lines.
 
-``python benchmarks/search.py`` (about half an hour on 2 cores, 3 GB of disk), or ``--videos 10000``.
-The demo's lines need its gallery (``make serve``).
+``python benchmarks/search.py`` (about half an hour on 2 cores, 3 GB of disk), or ``--videos 10000``. In pieces, with
+``--gallery DIR``, which keeps the galleries and uses them again: ``build`` (the index of 10,000 videos took 35 s, of
+100,000 505 s), ``recall`` (``--queries 60`` shortens it), ``api``, and ``demo``, which needs the demo's gallery
+(``make serve``).
 
 The large gallery is generated. Random vectors would not do: in 512 dimensions all of them are equally far apart, which
 no graph index can search and no encoder produces. Here a scene is a cluster centre plus its own part, both with a
@@ -32,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 FRAMES, WIDTH, QUERIES, CLIENTS = 12, 512, 200, 8
+PIECES = ("demo", "build", "recall", "api")
 # Cosines of the demo (`tmass index runs/demo`, 200 test videos and their captions): mean or median, and deviation.
 DEMO = {"frames_of_two_videos_std": 0.34, "neighbouring_frames_median": 0.986, "text_with_its_best_frame": 0.916}
 CLUSTERS, SHARED, DECAY, FRAME_NOISE, TEXT_NOISE = 2000, 0.6, 0.735, 0.118, 0.44
@@ -222,7 +225,7 @@ def through_the_page(gallery: Path, queries_of_each: int = 25) -> dict[str, Any]
         server.wait()
 
 
-def demo(folder: Path) -> None:
+def demo() -> None:
     """Recall on the demo: the captions of its test videos, searched in all of its videos."""
     from tmass_dist.retrieval.searcher import open_searcher
 
@@ -241,44 +244,82 @@ def demo(folder: Path) -> None:
         line("search-demo", videos=len(searcher.gallery), queries=len(texts), candidates=candidates, **found)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--videos", type=int, nargs="+", default=[10_000, 100_000], help="sizes of the generated gallery"
-    )
-    parser.add_argument("--folder", type=Path, help="where to make it (default: a temporary directory)")
-    arguments = parser.parse_args()
+def prepare(folder: Path, size: int, model: Path) -> Path:
+    """The gallery of ``size`` videos in ``folder``; a finished one is used again."""
+    from tmass_dist import TMass
+    from tmass_dist.retrieval.gallery import VideoGallery
+
+    out, texts = folder / f"gallery-{size}", folder / f"texts-{size}.npy"
+    if texts.is_file():  # written last: the gallery is finished
+        return out
+    shutil.rmtree(out, ignore_errors=True)
+    text_TD, seconds = make_gallery(out, size, TMass.from_pretrained(model).fingerprint(), model)
+    gallery = VideoGallery(out)
+    on_disk = {
+        "frames_gb": round(sum(p.stat().st_size for p in out.glob("*.frames.npy")) / 2**30, 3),
+        "index_gb": round(gallery.about["index"]["bytes"] / 2**30, 3),
+    }
+    line("search-build", videos=size, indexed_frames=len(gallery.index), seconds=round(seconds, 1), **on_disk)
+    np.save(texts, text_TD)
+    return out
+
+
+def recall(out: Path, size: int, model: Path, queries: int, candidates: list[int]) -> None:
+    """Recall and latency of single queries, for each number of candidates."""
     import torch
 
     from tmass_dist import TMass
     from tmass_dist.retrieval.gallery import VideoGallery
     from tmass_dist.retrieval.searcher import Searcher
 
+    text_TD = torch.from_numpy(np.load(out.parent / f"texts-{size}.npy"))
+    # Texts are grouped by the part that their video is in, so a smaller number takes them from all parts.
+    text_TD = text_TD[torch.linspace(0, len(text_TD) - 1, min(queries, len(text_TD))).long()]
+    texts = [f"query {n}" for n in range(len(text_TD))]
+    searcher = Searcher(TMass.from_pretrained(model), VideoGallery(out))
+    exact_TK, by_frame_TV = exhaustive(searcher.model, searcher.gallery, texts, text_TD)
+    for number in candidates:
+        searcher.num_candidates = number
+        found = measure(searcher, text_TD, texts, exact_TK, by_frame_TV)
+        line("search", videos=size, candidates=number, queries=len(texts), **found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pieces", nargs="*", metavar="PIECE", help=f"{', '.join(PIECES)} (default: all)")
+    parser.add_argument(
+        "--videos", type=int, nargs="+", default=[10_000, 100_000], help="sizes of the generated gallery"
+    )
+    parser.add_argument("--gallery", type=Path, help="where galleries are kept and used again (default: temporary)")
+    parser.add_argument("--queries", type=int, default=QUERIES, help=f"queries of recall, 6 to {QUERIES}")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[100, 300, 1000], help="of recall")
+    arguments = parser.parse_args()
+    pieces = arguments.pieces or list(PIECES)
+    if unknown := set(pieces) - set(PIECES):
+        parser.error(f"no such piece: {', '.join(sorted(unknown))}; there are {', '.join(PIECES)}")
+    if not 6 <= arguments.queries <= QUERIES:
+        parser.error(f"--queries is {arguments.queries}; 6 to {QUERIES}")
+    import torch
+
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
-        folder = Path(name)
-        demo(folder)
-        make_model(folder / "model")
-        fingerprint = TMass.from_pretrained(folder / "model").fingerprint()
+    with tempfile.TemporaryDirectory() as name:
+        folder = (arguments.gallery or Path(name)).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        if "demo" in pieces:
+            demo()
+        if pieces == ["demo"]:
+            return
+        model = folder / "model"
+        if not model.exists():
+            make_model(model)
         for size in arguments.videos:
-            out = folder / f"gallery-{size}"
-            texts_TD, seconds = make_gallery(out, size, fingerprint, folder / "model")
-            gallery = VideoGallery(out)
-            on_disk = {
-                "frames_gb": round(sum(p.stat().st_size for p in out.glob("*.frames.npy")) / 2**30, 3),
-                "index_gb": round(gallery.about["index"]["bytes"] / 2**30, 3),
-            }
-            frames = len(gallery.index)
-            line("search-build", videos=size, indexed_frames=frames, seconds=round(seconds, 1), **on_disk)
-            text_TD, texts = torch.from_numpy(texts_TD), [f"query {n}" for n in range(len(texts_TD))]
-            searcher = Searcher(TMass.from_pretrained(folder / "model"), gallery)
-            exact_TK, by_frame_TV = exhaustive(searcher.model, gallery, texts, text_TD)
-            for candidates in (100, 300, 1000):
-                searcher.num_candidates = candidates
-                found = measure(searcher, text_TD, texts, exact_TK, by_frame_TV)
-                line("search", videos=size, candidates=candidates, queries=len(texts), **found)
-            line("search-api", videos=size, **through_the_page(out))
-            shutil.rmtree(out)
+            out = prepare(folder, size, model)
+            if "recall" in pieces:
+                recall(out, size, model, arguments.queries, arguments.candidates)
+            if "api" in pieces:
+                line("search-api", videos=size, **through_the_page(out))
+            if arguments.gallery is None:
+                shutil.rmtree(out)
 
 
 if __name__ == "__main__":
