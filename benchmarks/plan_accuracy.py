@@ -20,7 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from launch.forecast import gradient_exchanges, planned_peak, simulate, zero_state  # noqa: E402
+from launch.forecast import gradient_exchanges, held_between_steps, planned_peak, simulate  # noqa: E402
 from tmass_dist.config import Config, load_config  # noqa: E402
 
 VITB32 = ["model.architecture=ViT-B-32-quickgelu"]
@@ -141,12 +141,9 @@ def compare(case: str) -> list[dict[str, Any]]:
     config, num_ranks = config_of(case)
     stage = config.engine.zero_stage
     cost, real = simulate(config, num_ranks, num_tokens=TOKENS), measure(config, num_ranks)
-    held = zero_state(cost, stage, num_ranks, ema=False)
-    # Between two steps: at stage 3 DeepSpeed keeps the buffers, too.
-    parts = ("weights", "optimiser", *(("gradients", "buffers") if stage == 3 else ()))
     values = {
         "peak": (planned_peak(cost, stage, num_ranks, ema=False), real["peak"], "bytes"),
-        "state": (sum(held[part] for part in parts), real["state"], "bytes"),
+        "state": (held_between_steps(cost, stage, num_ranks, ema=False), real["state"], "bytes"),
     }
     planned = Counter(cost.exchanged) + Counter()
     if num_ranks > 1:

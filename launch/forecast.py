@@ -23,6 +23,8 @@ USABLE = 0.92
 """Part of a GPU's memory that tensors can use; the rest is for the CUDA context, NCCL and fragmentation."""
 BUCKET = 500_000_000
 """Most numbers of a buffer for the reduction of gradients; ``REDUCE_BUCKET`` of :mod:`tmass_dist.training.engine`."""
+PERSISTENT_NUMBERS = 100_000
+"""Numbers of the largest parameter that ZeRO 3 does not shard, DeepSpeed's ``stage3_param_persistence_threshold``."""
 LIVE_WEIGHTS = 1_000_000_000
 """Gathered weights that ZeRO 3 keeps at most, DeepSpeed's default ``stage3_max_live_parameters``."""
 
@@ -35,6 +37,8 @@ class StepCost:
     num_trainable: int
     num_groups: int
     """Parameter groups; from ZeRO 1 on the ranks sum the squared gradient norm of each."""
+    persistent: int
+    """Weights that ZeRO 3 keeps whole on each rank, because they are small."""
     image_size: int
     weights: int
     peak: int
@@ -102,6 +106,15 @@ def planned_peak(cost: StepCost, stage: int, num_ranks: int, *, ema: bool, overl
     backward = state["weights"] + state["optimiser"] + state["buffers"] + step
     backward += state["gradients"] if sharded else 0
     return max(backward, _update_peak(state, stage))
+
+
+def held_between_steps(cost: StepCost, stage: int, num_ranks: int, *, ema: bool) -> int:
+    """Bytes that a rank holds between two steps; at stage 3 gradients and buffers stay, gathered weights do not."""
+    state = zero_state(cost, stage, num_ranks, ema=ema)
+    if stage < 3:
+        return state["weights"] + state["optimiser"]
+    share = 4 * math.ceil(cost.num_trainable / num_ranks)
+    return cost.persistent + share + state["optimiser"] + state["gradients"] + state["buffers"]
 
 
 def _update_peak(state: dict[str, int], stage: int) -> int:

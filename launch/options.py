@@ -135,6 +135,11 @@ def _refuse_options_without_effect(arguments: argparse.Namespace) -> None:
     for name in ("gpu", "gpu_memory_gb", "peak_tflops", "mfu"):
         if getattr(arguments, name) is not None and arguments.job not in _JOBS_OF["plan"]:
             raise UserError(f"--{name.replace('_', '-')} is for --job train or all, and the job is {arguments.job}")
+    for name in ("dry_run", "force", "sweep"):
+        if arguments.plan and getattr(arguments, name):
+            raise UserError(f"--{name.replace('_', '-')} is not for --plan, which plans one run and submits nothing")
+    if arguments.mfu is not None and not arguments.plan:
+        raise UserError("--mfu is for --plan: without it only the memory is checked")
     if arguments.cluster == "local":
         for name in sorted(_SLURM_ONLY):
             if getattr(arguments, name) not in (None, False):
@@ -164,7 +169,7 @@ def _check_tune(arguments: argparse.Namespace) -> None:
 def forwarded_options(arguments: argparse.Namespace) -> list[str]:
     """The options that say what a job asks for, as words of a command line."""
     names = ["cluster", "site", "nodes", "min_nodes", "gpus", "procs", "cpus", "time", *FLAGS, "task_mem", "requeues"]
-    names += ["requeue_pause", "save_before", "gpu", "gpu_memory_gb", "peak_tflops", "mfu"]
+    names += ["requeue_pause", "save_before", "gpu", "gpu_memory_gb", "peak_tflops"]
     words = ["--force"] if arguments.force else []
     for name in names:
         if getattr(arguments, name) is not None:

@@ -12,7 +12,7 @@ from launch.nodes import Node
 from launch.resources import Resources
 from tmass_dist.config import Config
 from tmass_dist.errors import UserError
-from tmass_dist.training.checks import usable_ranks
+from tmass_dist.training.checks import check_batch, usable_ranks
 
 
 def show_plan(arguments: argparse.Namespace, config: Config, resources: Resources, nodes: list[Node]) -> None:
@@ -23,6 +23,7 @@ def show_plan(arguments: argparse.Namespace, config: Config, resources: Resource
     """
     if not resources.gpus:
         raise UserError("--plan is for GPUs; give --gpus N and --gpu NAME")
+    check_batch(config, resources.ranks)  # --min-nodes leaves it to the start of the job; this plan is for all nodes
     plan, cached = _forecast(arguments, config, resources, _gpu(arguments, nodes))
     print(forecast.describe(plan, cached))
     if not plan.fits:
@@ -38,6 +39,8 @@ def refuse_what_cannot_fit(
         UserError: it does not fit; settings that fit are named.
     """
     named = arguments.gpu or arguments.gpu_memory_gb
+    if named and not resources.gpus:
+        raise UserError("--gpu and --gpu-memory-gb are for runs on GPUs, and this one has --gpus 0; leave them out")
     if not resources.gpus or not (named or any(node.gpu_type for node in nodes)):
         return
     try:

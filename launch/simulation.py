@@ -28,7 +28,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from launch.forecast import StepCost
+from launch.forecast import PERSISTENT_NUMBERS, StepCost
 from tmass_dist.config import Config, load_config
 from tmass_dist.models.pair_products import TILE_NUMBERS
 from tmass_dist.training.groups import parameter_groups
@@ -144,6 +144,7 @@ def step_cost(config: Config, num_ranks: int, *, num_tokens: int | None = None) 
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_groups=len(parameter_groups(model, config.optim)),
+        persistent=sum(4 * p.numel() for p in model.parameters() if p.numel() <= PERSISTENT_NUMBERS),
         image_size=model.towers.image_size,
         weights=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
         peak=meter.peak,

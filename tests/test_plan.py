@@ -113,6 +113,32 @@ def test_a_submission_that_does_not_fit_is_refused(data: list[str], tmp_path: Pa
     refuse_what_cannot_fit(parse(["--config", "demo.yaml"]), config, Resources(gpus=2), [])  # the GPU is not known
 
 
+def test_options_of_a_plan_are_refused_where_they_have_no_effect(data: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--mfu is for --plan"):
+        parse(["--config", "demo.yaml", "--gpu", "h100", "--mfu", "0.5"])
+    config = load_config("demo.yaml", [*data, f"run_dir={tmp_path}"])
+    with pytest.raises(UserError, match="for runs on GPUs, and this one has --gpus 0"):
+        refuse_what_cannot_fit(parse(["--config", "demo.yaml", "--gpu", "h100"]), config, Resources(), [])
+
+
+def test_what_cannot_fit_is_not_submitted_without_force(data: list[str], tmp_path: Path) -> None:
+    """The command, with an ``sbatch`` that only records that it was called."""
+    commands, record = tmp_path / "bin", tmp_path / "called"
+    commands.mkdir()
+    for name, answer in (("sbatch", "Submitted batch job 7"), ("squeue", ""), ("sacct", "")):
+        program = commands / name
+        program.write_text(f'#!/bin/sh\necho {name} >> {record}\necho "{answer}"\n')
+        program.chmod(0o755)
+    command = ["launch/submit.py", "--config", "demo.yaml", "--gpus", "2", "--gpu-memory-gb", "0.001", *data]
+    command += ["--peak-tflops", "1", f"run_dir={tmp_path / 'run'}"]
+    refused = run(*command, PATH=str(commands))
+    assert refused.returncode == 2 and "cannot fit into 0.001 GB: the least is" in refused.stderr, refused.stderr
+    assert "sbatch" not in (record.read_text().splitlines() if record.exists() else [])
+    forced = run(*command, "--force", PATH=str(commands))
+    assert forced.returncode == 0 and "job 7" in forced.stdout, forced.stderr
+    assert "sbatch" in record.read_text().splitlines()
+
+
 def test_the_command_prints_the_plan(data: list[str]) -> None:
     command = ["launch/submit.py", "--config", "demo.yaml", "--plan", "--gpus", "2", "--gpu", "a100", *data]
     done = run(*command, "max_steps=null", PATH="/nowhere")
@@ -131,7 +157,11 @@ def test_the_command_prints_the_plan(data: list[str]) -> None:
         (["--gpus", "2", "--gpu", "h100", "--gpu-memory-gb", "-1"], "--gpu-memory-gb is -1.0"),
         (["--gpus", "0", "--gpu", "h100"], "--plan is for GPUs"),
         (["--gpus", "3", "--gpu", "h100"], "not divisible by 3 ranks"),
+        (["--gpus", "3", "--nodes", "2", "--min-nodes", "1", "--gpu", "h100"], "not divisible by 6 ranks"),
         (["--gpus", "2", "--job", "evaluate"], "--plan is for --job train or all"),
+        (["--gpus", "2", "--gpu", "h100", "--dry-run"], "--dry-run is not for --plan"),
+        (["--gpus", "2", "--gpu", "h100", "--force"], "--force is not for --plan"),
+        (["--gpus", "2", "--gpu", "h100", "--sweep", "optim.lr=1,2"], "--sweep is not for --plan"),
     ],
 )
 def test_bad_input_of_a_plan_is_one_line(options: list[str], message: str) -> None:
