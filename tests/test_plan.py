@@ -121,7 +121,8 @@ def test_options_of_a_plan_are_refused_where_they_have_no_effect(data: list[str]
         refuse_what_cannot_fit(parse(["--config", "demo.yaml", "--gpu", "h100"]), config, Resources(), [])
 
 
-def test_what_cannot_fit_is_not_submitted_without_force(data: list[str], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_what_does_not_fit_is_not_submitted_without_force(data: list[str], tmp_path: Path) -> None:
     """The command, with an ``sbatch`` that only records that it was called."""
     commands, record = tmp_path / "bin", tmp_path / "called"
     commands.mkdir()
