@@ -1,9 +1,12 @@
 """Shared by several test files: commands as a user runs them, and a small generated data set."""
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +64,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         assert packed.returncode == 0, packed.stderr
         overrides.append(f"data.{split}={shards}")
     return [*overrides, "data.batch_size=8", "max_steps=6", "eval_every=3", "log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium, by playwright."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next((found for found in map(shutil.which, names) if found), None)
+    if path is None:
+        pytest.skip("no chromium here (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield started
+        started.close()

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,6 @@ from tmass_dist.evaluation.media import PER_SHEET, make_media
 from tmass_dist.evaluation.ranking import Ranks
 from tmass_dist.evaluation.report import read_ranks
 from tmass_dist.evaluation.stored import StoredSplit
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt-get install chromium)")
 
 
 def list_of(directory: Path) -> dict[str, Any]:
@@ -201,16 +197,6 @@ def test_clips_in_shards_are_copied_to_play_unless_they_are_large(
     assert media.urls == {} and "evaluation.videos=DIR" in media.notes[0]
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 def _open(browser: Any, directory: Path, **options: Any) -> tuple[Any, list[str]]:
     """The page as a file, loaded, and what its console says."""
     page, said = browser.new_page(**{"viewport": {"width": 1200, "height": 800}} | options), []
@@ -221,7 +207,6 @@ def _open(browser: Any, directory: Path, **options: Any) -> tuple[Any, list[str]
     return page, said
 
 
-@needs_chromium
 def test_markup_stays_text_in_a_browser(browser: Any, hostile: Path) -> None:
     page, said = _open(browser, hostile)
     assert page.locator("#list .query").count() == 25
@@ -233,7 +218,6 @@ def test_markup_stays_text_in_a_browser(browser: Any, hostile: Path) -> None:
     page.close()
 
 
-@needs_chromium
 def test_sorting_and_filtering(browser: Any, hostile: Path) -> None:
     page, said = _open(browser, hostile)
     content, ranks = list_of(hostile), read_ranks(hostile)[0]
@@ -270,7 +254,6 @@ def test_sorting_and_filtering(browser: Any, hostile: Path) -> None:
     page.close()
 
 
-@needs_chromium
 def test_thumbnails_load_and_a_click_plays_or_shows_the_frames(browser: Any, demo: Path) -> None:
     page, said = _open(browser, demo)
     sheet = page.locator("#list .thumbnail").first.evaluate("element => getComputedStyle(element).backgroundImage")
@@ -288,7 +271,6 @@ def test_thumbnails_load_and_a_click_plays_or_shows_the_frames(browser: Any, dem
     page.close()
 
 
-@needs_chromium
 def test_a_file_that_the_browser_can_play_is_played(browser: Any, demo: Path, tmp_path: Path) -> None:
     from tests.conftest import ROOT
 
@@ -303,7 +285,6 @@ def test_a_file_that_the_browser_can_play_is_played(browser: Any, demo: Path, tm
     page.close()
 
 
-@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_scrolls_the_page_down_only(browser: Any, demo: Path, scheme: str) -> None:
     page, said = _open(browser, demo, viewport={"width": 390, "height": 800}, color_scheme=scheme)
@@ -315,7 +296,6 @@ def test_a_phone_scrolls_the_page_down_only(browser: Any, demo: Path, scheme: st
     page.close()
 
 
-@needs_chromium
 def test_a_page_without_its_directory_says_so(browser: Any, hostile: Path, tmp_path: Path) -> None:
     shutil.copy(hostile / "report.html", tmp_path / "report.html")
     page = browser.new_page()

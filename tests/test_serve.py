@@ -29,7 +29,6 @@ from tmass_dist.retrieval.videos import files_of
 
 CLIPS = ROOT / "tests" / "clips"
 HOSTILE = '<img src=x onerror="document.title=1">.mp4'
-CHROMIUM = shutil.which("chromium")
 
 
 class Server:
@@ -256,19 +255,6 @@ def test_an_open_host_is_announced(gallery: Path) -> None:
     assert "Everyone who reaches 0.0.0.0:" in printed and "no password" in printed
 
 
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt-get install chromium)")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
 @pytest.fixture
 def page(browser: Any, server: Server) -> Iterator[Any]:
     """The page, loaded; whatever its console says is an error of the test."""
@@ -289,7 +275,6 @@ def _search(page: Any, query: str) -> None:
     page.wait_for_function("q => document.querySelector('#status').textContent.includes('“' + q + '”')", arg=query)
 
 
-@needs_chromium
 def test_typing_a_query_shows_results_and_a_click_plays_at_the_moment(page: Any, server: Server) -> None:
     _search(page, "a person speaks")
     assert page.locator(".card").count() == 4
@@ -312,7 +297,6 @@ def test_typing_a_query_shows_results_and_a_click_plays_at_the_moment(page: Any,
     page.wait_for_function("t => document.querySelector('video').currentTime < t + 3", arg=result["times_s"][0])
 
 
-@needs_chromium
 def test_a_file_that_the_browser_cannot_play_is_shown_by_its_frames(page: Any, server: Server) -> None:
     _search(page, "a tree")
     _, answer = server.json("/api/search", q="a tree")
@@ -327,7 +311,6 @@ def test_a_file_that_the_browser_cannot_play_is_shown_by_its_frames(page: Any, s
     )
 
 
-@needs_chromium
 def test_markup_in_names_and_queries_stays_text(page: Any) -> None:
     _search(page, "<b>bold</b>")
     assert HOSTILE in page.locator(".id").all_text_contents()
@@ -335,7 +318,6 @@ def test_markup_in_names_and_queries_stays_text(page: Any) -> None:
     assert page.title() == "Video search"
 
 
-@needs_chromium
 def test_the_keyboard_the_filter_and_more_like_this(page: Any) -> None:
     _search(page, "x")
     page.locator(".card").first.focus()
@@ -355,7 +337,6 @@ def test_the_keyboard_the_filter_and_more_like_this(page: Any) -> None:
     page.wait_for_function("() => document.querySelectorAll('.card').length === 1")
 
 
-@needs_chromium
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_one_column_without_scrolling_sideways(browser: Any, server: Server, scheme: str) -> None:
     page = browser.new_page(viewport={"width": 360, "height": 700}, color_scheme=scheme)
