@@ -8,29 +8,24 @@ resumes them.
 from __future__ import annotations
 
 import argparse
-import getpass
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from launch import slurm
-from launch.failures import FINAL_ERROR, STOPPED, USER_ERROR
-from launch.job import end_with_parent
 from launch.options import forwarded_options
 from launch.resources import Resources, local_gpus
 from launch.space import Dimension, as_overrides, describe_space
-from launch.submitted import jobs_of
-from tmass_dist.cli import read_json, writable_dir, write_json
+from launch.trial_run import TrialRun
+from tmass_dist.cli import read_json, writable_dir
 from tmass_dist.config import Config, differing_keys, load_config, make_config, to_yaml
 from tmass_dist.errors import UserError
 from tmass_dist.score_labels import label_words, scoring_labels
 
-ROOT = Path(__file__).resolve().parents[1]
 JOURNAL = "study.journal"
 POLL_S = {"local": 0.5, "slurm": 5.0}
 """Seconds between two looks at the trials."""
@@ -60,15 +55,11 @@ class Running:
 
     Args:
         trial: Optuna's.
-        run_dir: its run directory.
-        slot: which of the ``--parallel`` places it has; on this machine the place decides the GPUs.
+        run: its run.
     """
 
     trial: Any
-    run_dir: Path
-    slot: int
-    process: subprocess.Popen[str] | None = None
-    """The submission: on this machine it lasts as long as the run."""
+    run: TrialRun
     starts: int = 0
     not_before_s: float = 0.0
     """Not started earlier, by the monotonic clock."""
@@ -205,8 +196,10 @@ class Tuner:
         for dimension in self.space:
             dimension.suggest(trial)
         frozen = _frozen(trial)
-        slots = set(range(len(self.running) + 1)) - {running.slot for running in self.running}
-        running = Running(trial, self.base / f"trial-{trial.number:04d}", min(slots))
+        slot = min(set(range(len(self.running) + 1)) - {running.run.slot for running in self.running})
+        name = f"tune-{sha256(str(self.base).encode()).hexdigest()[:8]}-{trial.number}"
+        run = TrialRun(self.base / f"trial-{trial.number:04d}", slot, self.resources, name)
+        running = Running(trial, run)
         running.starts = int(frozen.user_attrs.get("starts", 0))
         if running.starts and not self.is_local:
             running.not_before_s = time.monotonic() + ADOPT_S
@@ -219,20 +212,22 @@ class Tuner:
         self.running.append(running)
 
     def _overrides_of(self, running: Running) -> list[str]:
-        return [*self.overrides, *as_overrides(running.trial.params), f"run_dir={running.run_dir}"]
+        return [*self.overrides, *as_overrides(running.trial.params), f"run_dir={running.run.run_dir}"]
 
     def _look_at(self, running: Running) -> None:
         """Report new validations; finish the trial if it has ended, prune it if it is hopeless, start it if need be."""
-        is_complete = (running.run_dir / "complete.json").is_file()  # before the validations are read
+        run = running.run
+        is_complete = run.is_complete()  # before the validations are read
         scores = self._report(running)
         if is_complete and scores:
-            self._end_process(running)
+            run.end_process()
             self._tell(running, max(scores.values()))
         elif "pruned" in _frozen(running.trial).user_attrs or running.is_hopeless:
             running.trial.set_user_attr("pruned", max(scores, default=0))  # known before the run is stopped
-            if self._stop_run(running):
+            run.stop()
+            if not run.is_alive(was_started=running.starts > 0):
                 self._tell(running, None, self.optuna.trial.TrialState.PRUNED)
-        elif not self._is_alive(running):
+        elif not run.is_alive(was_started=running.starts > 0):
             if reason := self._failure(running):
                 self._fail(running, reason)
             elif time.monotonic() >= running.not_before_s:
@@ -242,7 +237,7 @@ class Tuner:
         """The score at each validation: R@1, averaged over ``evaluation.window`` validations as the run itself does."""
         from tmass_dist.training.validation import window_means
 
-        points = read_json(running.run_dir / "checkpoints" / "validation.json", list) or []
+        points = read_json(running.run.run_dir / "checkpoints" / "validation.json", list) or []
         means = window_means([point["R@1"] for point in points], self.config.evaluation.window)
         scores = {point["step"]: mean for point, mean in zip(points, means)}
         for step, score in scores.items():
@@ -253,96 +248,26 @@ class Tuner:
                 running.is_hopeless |= self.arguments.prune and running.trial.should_prune()
         return scores
 
-    def _is_alive(self, running: Running) -> bool:
-        """Whether the run works or waits, also one that an earlier driver has started."""
-        if running.process is not None and running.process.poll() is None:
-            return True
-        if self.is_local:
-            return _is_locked(running.run_dir) or _has_local_process(running.run_dir)
-        self._adopt_job(running)
-        return any(slurm.is_alive(slurm.slurm_state(job["id"])) for job in jobs_of(running.run_dir))
-
     def _failure(self, running: Running) -> str | None:
         """Why the trial, whose run has ended without being complete, has failed for good; None: it is started again."""
-        process, running.process = running.process, None
-        if process is not None and process.returncode == USER_ERROR:
-            message = _last_line(self._log(running))
-            if self.is_local:
-                return message
-            raise UserError(f"trial {running.trial.number} was not submitted: {message}")
-        jobs = [] if self.is_local else jobs_of(running.run_dir)
-        if jobs:
-            for path in (running.run_dir / "jobs").glob(f"{FINAL_ERROR}-*.txt"):
-                return path.read_text(encoding="utf-8").strip().removeprefix("error: ")
-            if "CANCELLED" in {slurm.slurm_state(job["id"]) for job in jobs}:
-                return "its job was cancelled"
-        if jobs or (process is not None and process.returncode not in (0, STOPPED)):
+        run = running.run
+        reason = run.final_error()
+        if reason is None and run.has_failed():
             failures = int(_frozen(running.trial).user_attrs.get("failures", 0)) + 1
             running.trial.set_user_attr("failures", failures)
             if failures > self.resources.requeues:
-                return f"it failed {failures} times, at last with: {_last_line(self._log(running))}"
-        return None
-
-    def _log(self, running: Running) -> Path:
-        return running.run_dir.with_suffix(".log")
+                reason = f"it failed {failures} times, at last with: {run.last_line()}"
+        run.process = None
+        return reason
 
     def _start(self, running: Running) -> None:
         """Submit the trial, or resume it."""
         running.starts += 1
         running.trial.set_user_attr("starts", running.starts)
         options = [*forwarded_options(self.arguments), "--train-only"]
-        if not self.is_local:
-            options += ["--name", self._job_name(running)]
-        command = [sys.executable, str(ROOT / "launch" / "submit.py"), "--config", self.page, *options]
-        environment = dict(os.environ)
-        if self.is_local and self.resources.gpus:
-            first = running.slot * self.resources.gpus
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(local_gpus()[first : first + self.resources.gpus])
-        with self._log(running).open("a", encoding="utf-8") as log:
-            running.process = subprocess.Popen(
-                [*command, *self._overrides_of(running)],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-                # A local run saves and ends with its driver. A SLURM job goes on, and the next driver finds it.
-                preexec_fn=end_with_parent(signal.SIGTERM if self.is_local else signal.SIGKILL),
-            )
+        running.run.start(["--config", self.page, *options, *self._overrides_of(running)])
         verb = "started" if running.starts == 1 else "resumed"
         print(f"trial {running.trial.number} {verb}: {' '.join(as_overrides(running.trial.params))}", flush=True)
-
-    def _job_name(self, running: Running) -> str:
-        """A name by which the trial's job is found if the driver dies before it has the job's number."""
-        from hashlib import sha256
-
-        return f"tune-{sha256(str(self.base).encode()).hexdigest()[:8]}-{running.trial.number}"
-
-    def _adopt_job(self, running: Running) -> None:
-        """Record the trial's job if SLURM has one that ``jobs.json`` lacks."""
-        if jobs_of(running.run_dir) or running.starts == 0:
-            return
-        command = ["squeue", "--noheader", "--user", getpass.getuser(), "--name", self._job_name(running)]
-        answer = subprocess.run([*command, "--format=%A"], capture_output=True, text=True, timeout=60)
-        ids = answer.stdout.split()
-        if ids:
-            job = {"step": "train", "id": ids[0], "tasks": "1"}
-            write_json(running.run_dir / "jobs" / "jobs.json", {"name": self._job_name(running), "jobs": [job]})
-
-    def _stop_run(self, running: Running) -> bool:
-        """Ask the run to stop; returns whether it has ended."""
-        if self.is_local:
-            self._end_process(running)
-        elif self._is_alive(running):
-            subprocess.run(["scancel", *(job["id"] for job in jobs_of(running.run_dir))], capture_output=True)
-        return not self._is_alive(running)
-
-    def _end_process(self, running: Running) -> None:
-        if running.process is not None and running.process.poll() is None:
-            if not (running.run_dir / "complete.json").is_file():
-                running.process.terminate()
-            running.process.wait()
 
     def _tell(self, running: Running, value: float | None, state: Any = None) -> None:
         self.study.tell(running.trial, value, state=state)
@@ -365,12 +290,11 @@ class Tuner:
 
     def _leave(self) -> None:
         """Local runs save and end with the driver; SLURM jobs go on."""
-        processes = [running.process for running in self.running if running.process is not None and self.is_local]
-        for process in processes:
-            if process.poll() is None:
-                process.terminate()
-        for process in processes:
-            process.wait()
+        for running in self.running:
+            running.run.terminate()
+        for running in self.running:
+            if running.run.process is not None and self.is_local:
+                running.run.process.wait()
 
     def _show_result(self) -> None:
         complete = self.optuna.trial.TrialState.COMPLETE
@@ -410,32 +334,3 @@ def _cut_incomplete_line(journal: Path) -> None:
     content = journal.read_bytes()
     if content and not content.endswith(b"\n"):
         os.truncate(journal, content.rfind(b"\n") + 1)
-
-
-def _is_locked(run_dir: Path) -> bool:
-    """Whether a process trains in the directory."""
-    from filelock import FileLock, Timeout
-
-    if not (run_dir / ".lock").exists():
-        return False
-    try:
-        with FileLock(run_dir / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-def _has_local_process(run_dir: Path) -> bool:
-    """Whether the process of the last local submission lives."""
-    state = read_json(run_dir / "jobs" / "local.json", dict) or {}
-    path = Path("/proc", str(state.get("pid", "none")), "cmdline")
-    try:
-        return state.get("state") == "RUNNING" and str(run_dir).encode() in path.read_bytes()
-    except OSError:
-        return False
-
-
-def _last_line(path: Path) -> str:
-    """The last line of a log, without ``error: ``."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    return next((line.removeprefix("error: ") for line in reversed(lines) if line.strip()), "it says nothing")
