@@ -61,10 +61,15 @@ class _WorkerBatch:
     damaged: list[tuple[str, str]]
 
 
-def shared_array(shape: tuple[int, ...], kind: type) -> np.ndarray:
-    """An array that this process shares with the processes it forks; unlike /dev/shm it may use all memory."""
+def shared_array(shape: tuple[int, ...], kind: type, file: int = -1) -> np.ndarray:
+    """An array that several processes share; unlike /dev/shm it may use all memory.
+
+    Args:
+        shape, kind: of the array.
+        file: descriptor of a file of its size; by default anonymous memory, shared with processes that are forked.
+    """
     size = int(np.prod(shape)) * np.dtype(kind).itemsize
-    return np.frombuffer(mmap.mmap(-1, size), dtype=kind).reshape(shape)
+    return np.frombuffer(mmap.mmap(file, size), dtype=kind).reshape(shape)
 
 
 class _RankBatches(Dataset):

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import mmap
 import multiprocessing
 import os
 import time
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tmass_dist.data.index import Index
-from tmass_dist.data.loader import PREFETCH, Tokenize, prepare_worker, raised_in_worker, was_lost
+from tmass_dist.data.loader import PREFETCH, Tokenize, prepare_worker, raised_in_worker, shared_array, was_lost
 from tmass_dist.data.samples import DamagedError, read_into
 from tmass_dist.errors import PeerLostError
 
@@ -64,10 +63,7 @@ class _Videos(Dataset):
         if workers and _start_method() != "fork":
             self.memory = os.memfd_create("videos")  # unlike /dev/shm it may use all memory
             os.truncate(self.memory, int(np.prod(self.shape)))  # a limit of the size of files counts here
-        self.pixels = self._map()
-
-    def _map(self) -> np.ndarray:
-        return np.frombuffer(mmap.mmap(self.memory, int(np.prod(self.shape))), np.uint8).reshape(self.shape)
+        self.pixels = shared_array(self.shape, np.uint8, self.memory)
 
     def __getstate__(self) -> dict[str, Any]:
         """For a worker that is not forked: it maps the same memory."""
@@ -76,7 +72,7 @@ class _Videos(Dataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.memory = state["memory"].detach()
-        self.pixels = self._map()
+        self.pixels = shared_array(self.shape, np.uint8, self.memory)
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -175,8 +171,10 @@ def _next(loader: Iterator[_Decoded], timeout_s: float) -> _Decoded:
         try:
             return next(loader)
         except RuntimeError as error:
-            if "timed out" not in str(error) or time.monotonic() > end:
+            if "timed out" not in str(error):
                 raise
+            if time.monotonic() > end:
+                raise RuntimeError(f"no batch within {timeout_s:.0f} s") from error
 
 
 def _start_method() -> str:
