@@ -285,10 +285,14 @@ class Event:
 
 
 def use_in_deepspeed() -> None:
-    """Have DeepSpeed run on the simulated accelerator, with gloo between ranks; call it before ``Engine``."""
-    from tmass_dist.training.engine import _deepspeed
+    """Have DeepSpeed run on the simulated accelerator, with gloo between ranks; call it before ``Engine``.
 
-    _deepspeed()
+    It changes this process for good: for processes of a test alone.
+    """
+    from tmass_dist.training import engine
+
+    engine._deepspeed()
+    engine.own_device = lambda: torch.device(NAME, 0)
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 

@@ -59,13 +59,17 @@ def test_pairs_that_fit_are_pooled_at_once(num_pairs: int | None) -> None:
     assert columns.pairs is not None and (columns.tile_videos, columns.tile_texts) == (4, 200)
 
 
-def test_texts_are_split_once_so_that_their_gradient_is_assembled_once() -> None:
+def test_the_gradient_of_the_texts_is_assembled_in_one_tensor() -> None:
     columns = _columns(4, 200, _memory_of(63))
-    texts_ND, others_ND = torch.randn(200, D), torch.randn(200, D)
-    chunks = columns._split(texts_ND)
-    assert columns._split(texts_ND) is chunks and columns._split(others_ND) is not chunks
-    assert [len(chunk) for chunk in chunks] == [63, 63, 63, 11] and torch.equal(torch.cat(list(chunks)), texts_ND)
-    assert torch.equal(torch.cat(list(columns._split(others_ND))), others_ND)
+    texts_ND = torch.randn(200, D).double().requires_grad_()
+    rows = columns._rows_of(texts_ND)
+    assert columns._rows_of(texts_ND) is rows and columns._rows_of(texts_ND.detach()) is not rows
+    parts = [rows.part(slice(start, start + 63)) for start in range(0, 200, 63)]
+    assert torch.equal(torch.cat(parts), texts_ND)
+    weights_N1 = torch.arange(200.0).double()[:, None]
+    sum((part * weights_n1).sum() for part, weights_n1 in zip(parts, weights_N1.split(63))).backward()
+    assert texts_ND.grad is not None and torch.equal(texts_ND.grad, weights_N1.expand(-1, D))
+    assert rows.total_N is None
 
 
 @pytest.mark.parametrize("num_pairs", [1, 7, 130, None])
