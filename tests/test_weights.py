@@ -125,11 +125,12 @@ def test_a_repository_that_gives_no_access_is_one_line(hub: tuple[str, type[_Hub
 TRAIN = "import runpy; runpy.run_module('tmass_dist.train', run_name='__main__', alter_sys=True)"
 SUBMIT = "import sys, runpy; sys.argv = ['launch/submit.py', '--cluster', 'local', '--gpus', '0', *sys.argv[1:]]\n"
 SUBMIT += "runpy.run_path('launch/submit.py', run_name='__main__')"
+WITHOUT_TORCH = "import atexit, sys\natexit.register(lambda: print('torch' in sys.modules))\n"
 
 
 @pytest.mark.parametrize(
     ("script", "offline"),
-    [(TRAIN, {"HF_HUB_OFFLINE": "1"}), (SUBMIT, {"HF_ENDPOINT": "http://127.0.0.1:9"})],
+    [(TRAIN, {"HF_HUB_OFFLINE": "1"}), (WITHOUT_TORCH + SUBMIT, {"HF_ENDPOINT": "http://127.0.0.1:9"})],
     ids=["train", "submit"],
 )
 def test_missing_weights_are_one_line_before_anything_starts(
@@ -147,7 +148,26 @@ def test_missing_weights_are_one_line_before_anything_starts(
         "set model.pretrained",
     ):
         assert part in done.stderr
+    assert done.stdout.strip() in ("", "False")  # torch takes seconds to import
     assert not run_dir.exists()
+
+
+CATALOGS = """
+import sys
+from tmass_dist.models import library
+files = library.catalog()
+assert "open_clip" not in sys.modules and "torch" not in sys.modules
+library.open_clip()
+import safetensors.torch
+assert files == library.catalog(), "the files say something else than the package"
+print(len(files.architectures), sum(map(len, files.weights.values())))
+"""
+
+
+def test_the_catalog_of_open_clips_files_is_that_of_the_package() -> None:
+    done = run("-c", CATALOGS)
+    assert done.returncode == 0, done.stderr
+    assert all(int(number) > 100 for number in done.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -167,6 +187,17 @@ def test_missing_weights_are_one_line_before_anything_starts(
 def test_what_open_clip_does_not_know_is_named(overrides: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_pretrained(load_config("demo.yaml", overrides).model)
+
+
+def test_a_file_that_is_no_towers_is_named_before_ranks_start(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"towers.clip.logit_scale": torch.ones(1), "head.mass.scale": torch.ones(1)}, path)
+    model = load_config("demo.yaml", [f"model.pretrained={path}"]).model
+    with pytest.raises(UserError, match=r"holds a whole model .* start from a whole model with init_from=PATH"):
+        check_pretrained(model)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"model\.pretrained=.*model\.safetensors is damaged"):
+        check_pretrained(model)
 
 
 def test_the_normalisation_follows_the_tag_in_the_name_of_a_fetched_file() -> None:

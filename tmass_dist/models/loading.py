@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING
 
 from tmass_dist.errors import UserError
 from tmass_dist.models import library
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def weight_names(path: Path) -> list[str]:
+    """Names of the tensors of a .safetensors file, from its header alone and without torch.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def is_whole_model(names: Iterable[str]) -> bool:
+    """Whether weights of these names are those of towers and head, as a run or an export has them."""
+    return any(name.startswith(("head.", "towers.")) for name in names)
+
+
+def whole_model_error(source: str) -> UserError:
+    """The error of a whole model where towers alone are expected."""
+    return UserError(
+        f"{source} holds a whole model (towers and head), and model.pretrained takes towers alone; start from a whole "
+        "model with init_from=PATH, where PATH is a run, an export or this file"
+    )
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"{path} is damaged, or not a file of weights: {line}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -26,12 +61,13 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"no file {path}") from None
     except Exception as error:
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged, or not a file of weights: {line}") from error
+        raise _damaged(path, error) from error
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     """Weights of a ``.pt``: a ``state_dict``, or the TorchScript archive in which OpenAI published CLIP."""
+    import torch
+
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         return content.get("state_dict", content)
@@ -73,12 +109,8 @@ def load_weights(module: nn.Module, weights: dict[str, Tensor], source: str) -> 
     differing = differences(own, weights)
     if differing:
         settings = settings_of(weights)
-        has_head = any(name.startswith(("head.", "towers.")) for name in weights)
-        if has_head and not any(name.startswith(("head.", "towers.")) for name in own):
-            raise UserError(
-                f"{source} holds a whole model (towers and head), and model.pretrained takes towers alone; start from "
-                "a whole model with init_from=PATH, where PATH is a run, an export or this file"
-            )
+        if is_whole_model(weights) and not is_whole_model(own):
+            raise whole_model_error(source)
         raise UserError(
             f"{source} is of another architecture; {len(differing)} weights differ: {'; '.join(differing[:3])}"
             + (f". Settings that fit it: {', '.join(settings)}" if settings else "")

@@ -9,6 +9,7 @@ from typing import Any
 from tmass_dist.config import CONFIG_DIR, ModelConfig
 from tmass_dist.errors import MachineError, UserError
 from tmass_dist.models import library
+from tmass_dist.models.loading import is_whole_model, weight_names, whole_model_error
 from tmass_dist.network import answers
 
 
@@ -27,7 +28,7 @@ def find_file(path: str) -> Path:
 
 def check_architecture(architecture: str) -> None:
     """Raise a UserError that lists similar names if open_clip knows no such architecture."""
-    known = library.open_clip().list_models()
+    known = list(library.catalog().architectures)
     if architecture not in known:
         near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.3) or known[:3]
         raise UserError(f"open_clip knows no architecture {architecture!r}; the nearest are {', '.join(near)}")
@@ -35,7 +36,7 @@ def check_architecture(architecture: str) -> None:
 
 def check_tag(architecture: str, tag: str) -> None:
     """Raise a UserError that lists the tags of ``architecture`` if ``tag`` is none of them."""
-    known = library.open_clip().list_pretrained_tags_by_model(architecture)
+    known = library.catalog().weights.get(architecture, {})
     if tag not in known:
         raise UserError(f"open_clip has no weights {tag!r} of {architecture}; it has {', '.join(known) or 'none'}")
 
@@ -51,11 +52,10 @@ def pretrained_cfg(architecture: str, pretrained: str | None) -> dict[str, Any]:
     A file that ``tmass weights fetch`` wrote has its tag in its name. For other files, and for None, it is the first
     tag of the architecture; empty if there is none.
     """
-    open_clip = library.open_clip()
-    known = open_clip.list_pretrained_tags_by_model(architecture)
+    known = library.catalog().weights.get(architecture, {})
     name = Path(pretrained).name if pretrained else None
-    tag = next((tag for tag in known if pretrained == tag or name == file_name(architecture, tag)), None)
-    return open_clip.get_pretrained_cfg(architecture, tag or known[0]) if known else {}
+    named = (cfg for tag, cfg in known.items() if pretrained == tag or name == file_name(architecture, tag))
+    return next(named, next(iter(known.values()), {}))
 
 
 def locate(architecture: str, tag: str) -> Path:
@@ -91,8 +91,7 @@ def refuse_unreachable(what: str, remedy: str) -> None:
 
 def _hub_files(architecture: str, tag: str) -> tuple[str, list[str]]:
     """Repository of the weights on the Hub, and the names that the file may have, in order of preference."""
-    open_clip = library.open_clip()
-    repository, _, name = open_clip.get_pretrained_cfg(architecture, tag).get("hf_hub", "").rpartition("/")
+    repository, _, name = library.catalog().weights[architecture][tag].get("hf_hub", "").rpartition("/")
     if not name:
         return repository, ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     return repository, list(dict.fromkeys([Path(name).with_suffix(".safetensors").name, name]))
@@ -135,7 +134,7 @@ def _failed_download(architecture: str, tag: str, error: Exception) -> MachineEr
 
 def tokenizer_repository(architecture: str) -> str | None:
     """Repository of the tokenizer on the Hub; None if it comes with open_clip."""
-    return library.open_clip().get_model_config(architecture)["text_cfg"].get("hf_tokenizer_name")
+    return library.catalog().architectures[architecture]["text_cfg"].get("hf_tokenizer_name")
 
 
 def _check_tokenizer(architecture: str) -> None:
@@ -178,9 +177,12 @@ def check_pretrained(model: ModelConfig, *, with_weights: bool = True) -> None:
             locate(model.architecture, model.pretrained)
     elif with_weights:
         try:
-            find_file(model.pretrained)
+            path = find_file(model.pretrained)
+            names = weight_names(path) if path.suffix == ".safetensors" else []
         except UserError as error:
             raise UserError(f"model.pretrained={model.pretrained}: {error}") from error
+        if is_whole_model(names):
+            raise whole_model_error(str(path))
 
 
 def fetch_tokenizer(architecture: str) -> Path | None:

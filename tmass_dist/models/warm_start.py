@@ -13,7 +13,7 @@ import torch
 from tmass_dist.config import Config, load_config, make_config
 from tmass_dist.errors import UserError
 from tmass_dist.models.backbone import pretrained_normalisation
-from tmass_dist.models.loading import check_finite, differences, read_weights
+from tmass_dist.models.loading import check_finite, differences, is_whole_model, read_weights, weight_names
 from tmass_dist.models.tmass import RetrievalModel
 
 EXPORTED_WEIGHTS = "model.safetensors"
@@ -41,6 +41,10 @@ def find_source(path: str | Path) -> Source:
             raise UserError(
                 f"init_from={path} is not a .safetensors file; `tmass convert {path} OUT` converts a checkpoint of the "
                 "authors' code, then set init_from=OUT"
+            )
+        if not is_whole_model(weight_names(path)):
+            raise UserError(
+                f"init_from={path} holds no whole model of this program; model.pretrained takes a file of towers alone"
             )
         return Source(path, None, None)
     run, export = path / "config.yaml", path / "config.json"
@@ -119,11 +123,6 @@ def start_from(model: RetrievalModel, config: Config) -> str:
     source = find_source(config.init_from)
     weights, own = read_weights(source.weights), model.state_dict()
     towers = {name: value for name, value in weights.items() if name.startswith("towers.")}
-    if not towers:
-        raise UserError(
-            f"init_from={config.init_from}: {source.weights} holds no whole model of this program; "
-            "model.pretrained takes a file of towers alone"
-        )
     own_towers = {name: value for name, value in own.items() if name.startswith("towers.")}
     if differing := differences(own_towers, towers):
         there = f"; model.architecture is {source.config.model.architecture} there" if source.config else ""

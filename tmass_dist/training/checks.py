@@ -25,14 +25,15 @@ def check_batch(config: Config, world: int) -> None:
     Raises:
         UserError: one does not; the numbers of ranks that fit are listed.
     """
-    from tmass_dist.data.order import check_lanes
-
     if config.data.batch_size % world:
         divisors = [n for n in range(1, config.data.batch_size + 1) if config.data.batch_size % n == 0]
         raise UserError(
             f"data.batch_size={config.data.batch_size} is not divisible by {world} ranks; use one of {divisors} ranks"
         )
-    check_lanes(config.data, world)
+    if config.data.lanes is not None:
+        from tmass_dist.data.order import check_lanes
+
+        check_lanes(config.data, world)
 
 
 def usable_ranks(config: Config, num_ranks: int) -> int:
@@ -122,13 +123,14 @@ def check_and_load(config: Config, world: int, *, look_at_files: bool = True) ->
         world: number of ranks.
         look_at_files: False if another rank of this node checks the shards and the run directory.
     """
-    from tmass_dist.data.node_cache import check_order
-    from tmass_dist.data.order import choose_order
-
     check_batch(config, world)
     check_loggers(config)
     if look_at_files:
         check_weights(config)
+    # They import torch, which takes longer than all checks above.
+    from tmass_dist.data.node_cache import check_order
+    from tmass_dist.data.order import choose_order
+
     saved = saved_config(config)
     config = replace(config, data=choose_order(config.data, world, saved.data if saved else None))
     splits = load_splits(config, check_shards=look_at_files)
@@ -161,11 +163,15 @@ def check_weights(config: Config) -> None:
         UserError: an unknown architecture or tag, a missing file, or weights that cannot be had without internet.
     """
     from tmass_dist.models.pretrained import check_pretrained
-    from tmass_dist.models.warm_start import find_source
-    from tmass_dist.training.start import untrained_weights
 
-    resumes = untrained_weights(config.run_dir) is not None
+    resumes = False
+    if Path(config.run_dir, "checkpoints").is_dir():
+        from tmass_dist.training.start import untrained_weights
+
+        resumes = untrained_weights(config.run_dir) is not None
     if config.init_from and not resumes:
+        from tmass_dist.models.warm_start import find_source
+
         find_source(config.init_from)
     check_pretrained(config.model, with_weights=not resumes and not config.init_from)
 
