@@ -197,6 +197,7 @@ def result_of(run: LongRun, directory: Path) -> dict[str, Any]:
 
     metrics = json.loads((directory / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
     best = json.loads((directory / "checkpoints" / "best.json").read_text(encoding="utf-8"))
+    validations = json.loads((directory / "checkpoints" / "validation.json").read_text(encoding="utf-8"))
     ranks, _ = read_ranks(directory / "evaluation")
     stored = StoredSplit(directory / "evaluation" / "features", [])
     baselines = frame_baselines(stored.features, stored.query_scoring_tau)
@@ -209,9 +210,11 @@ def result_of(run: LongRun, directory: Path) -> dict[str, Any]:
         **{key: metrics[key] for key in LABELS if metrics.get(key) is not None},
         "selected_step": best["step"],
         "val_R@1": best["R@1"],
+        "validations": {str(point["step"]): point["R@1"] for point in validations},
         "t2v": metrics["t2v"],
         "v2t": metrics["v2t"],
         "baselines": {name: row["t2v"]["R@1"] for name, row in metrics["baselines"].items()},
+        "calibration": metrics["calibration"],
         "hits": {name: hits_of(one.t2v_T, one.owner_T) for name, one in {"result": ranks, **baselines}.items()},
     }
 
