@@ -7,6 +7,7 @@ from torch import Tensor
 from tmass_dist.evaluation.ranking import DSL_SCALE, rank
 from tmass_dist.models.frame_pooling import FramePool
 from tmass_dist.models.head import RetrievalHead
+from tmass_dist.models.late_interaction import LateInteraction
 from tmass_dist.models.pooling import XPool
 from tmass_dist.training.losses import temperature
 
@@ -56,6 +57,9 @@ def similarities(
     for number, text_D in enumerate(text_TD):
         row = []
         for frames_FD in frames_VFD:
+            if isinstance(head.pooling, LateInteraction):
+                row.append(late_interaction(text_D.unflatten(0, (-1, frames_FD.shape[1])), frames_FD))
+                continue
             if head.mass is not None and head.mass.scoring != "samples":
                 row.append(closed_form(head, text_D, frames_FD))
                 continue
@@ -69,6 +73,12 @@ def similarities(
             row.append(max(_unit(s) @ _unit(pooled(head, q, frames_FD)) for s, q in zip(samples, queries)))
         rows.append(torch.stack(row))
     return torch.stack(rows)
+
+
+def late_interaction(tokens_LD: Tensor, frames_FD: Tensor) -> Tensor:
+    """Score of one pair: each token's cosine with its closest frame, averaged; rows of zeros are no tokens."""
+    found = [max(_unit(frames_FD) @ _unit(token_D)) for token_D in tokens_LD if token_D.any()]
+    return torch.stack(found).mean()
 
 
 def closed_form(head: RetrievalHead, text_D: Tensor, frames_FD: Tensor) -> Tensor:

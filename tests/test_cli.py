@@ -95,12 +95,19 @@ def _fails_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
         ("model.radius=round", "round"),
         ("model={radius: linear, radius_start: falling}", "it applies to exp_linear"),
         ("model={pooling: best_frame, num_heads: 2}", "model.pooling=best_frame has no attention heads"),
+        ("model.pooling=late_interaction", "its tokens have no text mass; set model.radius=none"),
         ("model={radius: none, mass_score: expected}", "model.radius=none has no mass"),
         ("model={radius: linear, mass_score: temperature}", "model.radius=linear may be negative"),
     ],
 )
 def test_bad_setting_is_one_line(override: str, said: str) -> None:
     assert said in _fails_in_one_line(run("-m", "tmass_dist.train", "--config", "demo.yaml", override))
+
+
+def test_late_interaction_has_no_published_protocol() -> None:
+    overrides = ["model={pooling: late_interaction, radius: none}", "evaluation.protocol=published_code"]
+    said = _fails_in_one_line(run("-m", "tmass_dist.train", "--config", "demo.yaml", *overrides))
+    assert "evaluation.protocol is 'published_code'" in said and "late_interaction does not pool" in said
 
 
 def test_missing_config_lists_what_is_there() -> None:

@@ -232,6 +232,21 @@ def pooling(kind: str, device: torch.device, begin: Callable[[], None]) -> Resul
     return {"pooled": [head.pooling(text_TD, frames_VFD).detach()]}
 
 
+def tokens(_: str, device: torch.device, begin: Callable[[], None]) -> Result:
+    """Late interaction: scores of texts by their tokens, and the frames that the tokens choose."""
+    from tmass_dist.config import ModelConfig
+    from tmass_dist.evaluation.scoring import score
+    from tmass_dist.models.head import build_head
+
+    head = build_head(ModelConfig(num_frames=F, pooling="late_interaction", radius="none"), WIDTH).eval().to(device)
+    generator = torch.Generator().manual_seed(2)
+    shapes = ((T, 3 * WIDTH), (V, F, WIDTH))
+    text_TW, frames_VFD = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    begin()
+    scores_TV = score(head, text_TW, frames_VFD)
+    return {"scores": [scores_TV], "frames": [head.pooling.weights(text_TW, frames_VFD)]}
+
+
 def scorings(pairs: list[tuple[str, str]]) -> dict[tuple[str, str], Counter[Wait]]:
     return {(option, head): compare(scoring, option, head) for option, head in pairs}
 
@@ -373,6 +388,7 @@ ON_THE_HOST = {"_own_captions"}
 EXERCISES: list[tuple[Callable[..., Result], str, tuple[Any, ...]]] = [
     *((step, name, ()) for name in STEPS if name != "bfloat16"),
     *((scoring, option, (head,)) for option in OPTIONS for head in SCORINGS),
+    (tokens, "", ()),
     *((pooling, kind, ()) for kind in ("xpool", "mean", "query_scored")),
 ]
 

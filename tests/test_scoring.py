@@ -36,6 +36,25 @@ def test_folded_scores_are_the_equations(
     torch.testing.assert_close(found, oracle.similarities(head, text, frames, noise, pooled_by), rtol=0, atol=1e-6)
 
 
+@torch.no_grad()
+def test_late_interaction_is_the_mean_over_tokens_of_the_closest_frames() -> None:
+    generator = torch.Generator().manual_seed(0)
+    head = build_head(ModelConfig(num_frames=F, pooling="late_interaction", radius="none"), D).eval()
+    tokens, frames = torch.randn(T, 6, D, generator=generator), torch.randn(V, F, D, generator=generator)
+    for row, tokens_LD in enumerate(tokens):
+        tokens_LD[1 + row % 6 :] = 0  # texts have 1 to 6 tokens
+    text = tokens.flatten(1)
+    expected = oracle.similarities(head, text, frames, None)
+    torch.testing.assert_close(score(head, text, frames, tile_texts=4, tile_videos=3), expected, rtol=0, atol=1e-6)
+    # With the one token of a whole text, it is the best frame.
+    best = build_head(ModelConfig(num_frames=F, pooling="best_frame", radius="none"), D).eval()
+    alone = score(head, tokens[:, 0], frames)
+    torch.testing.assert_close(alone, score(best, tokens[:, 0], frames), rtol=0, atol=1e-6)
+    # A token without a match in any frame counts: the mean is over all of them.
+    doubled = torch.cat([tokens[:1, :1], -frames[0].sum(0).expand(1, 1, D)], dim=1).flatten(1)
+    assert score(head, doubled, frames)[0, 0] < alone[0, 0]
+
+
 @pytest.mark.parametrize("mass_score", ["expected", "temperature"])
 @pytest.mark.parametrize("radius", ["exp_linear", "exp_mean", "variational"])
 @pytest.mark.parametrize("pooling", ["xpool", "best_frame"])

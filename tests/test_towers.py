@@ -1,5 +1,6 @@
 """Towers built by open_clip: architectures, every form of weights, tokens, error messages."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -109,3 +110,38 @@ def test_text_without_its_common_padding_is_the_same_text(name: str) -> None:
     with torch.inference_mode():
         trimmed, whole = towers.encode_text(tokens), towers.encode_text(full)
     assert torch.allclose(trimmed, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["towers/demo.json", "ViT-B-32-quickgelu"])
+def test_a_text_by_its_tokens_has_the_whole_text_first_and_zeros_last(name: str) -> None:
+    torch.manual_seed(0)
+    towers = build_towers(name, None).eval()
+    texts = ["a red circle", "a much longer text about a blue square moving down over a plain ground"]
+    tokens = build_tokenizer(name)(texts)
+    with torch.inference_mode():
+        whole_TD = towers.encode_text(tokens)
+        alone_TD = towers.encode_text(build_tokenizer(name)([texts[0].rpartition(" ")[0]]))
+        towers.keep_tokens()
+        vectors_TLD = towers.encode_text(tokens).unflatten(1, (-1, towers.embed_dim))
+        full = torch.zeros(2, towers.context_length, dtype=torch.int64)
+        full[:, : tokens.shape[1]] = tokens
+        full_TW = towers.encode_text(full)
+    assert full_TW.shape == (2, towers.text_width) and vectors_TLD.shape[1] == towers.context_length
+    bound = 1e-5 * float(whole_TD.abs().max())
+    torch.testing.assert_close(vectors_TLD[:, 0], whole_TD, rtol=0, atol=bound)
+    torch.testing.assert_close(full_TW, vectors_TLD.flatten(1), rtol=0, atol=bound)
+    # As many vectors as tokens up to the end token; the tower is causal, so the first ones are those of a shorter text.
+    is_token_TL = vectors_TLD.abs().amax(dim=-1) > 0
+    assert is_token_TL.sum(dim=1).tolist() == (tokens.argmax(dim=1) + 1).tolist()
+    assert is_token_TL[0].int().diff().tolist().count(-1) == 1 and is_token_TL[0, 0]
+    with torch.inference_mode():
+        shorter = towers.encode_text(build_tokenizer(name)(["a red"])).unflatten(1, (-1, towers.embed_dim))
+    num_tokens = int(is_token_TL[0].sum())
+    torch.testing.assert_close(vectors_TLD[0, 1 : num_tokens - 1], shorter[0, 1 : num_tokens - 1], rtol=0, atol=bound)
+    torch.testing.assert_close(shorter[0, 0], alone_TD[0], rtol=0, atol=bound)
+
+
+def test_towers_without_an_end_token_have_no_late_interaction() -> None:
+    config = load_config("demo.yaml", ["model.pooling=late_interaction", "model.radius=none"]).model
+    with pytest.raises(ValueError, match="late_interaction needs a text tower like CLIP's"):
+        build_model(replace(config, architecture="EVA02-B-16", pretrained=None))

@@ -27,6 +27,7 @@ COMPARED = (
     "tmass",
     "centred",
     "xpool-best-frame",
+    "late-interaction",
     "expected",
     "temperature",
 )

@@ -71,6 +71,9 @@ SYSTEMS = {
     "best-frame": System("best frame, trained", ("model.radius=none", "model.pooling=best_frame")),
     "query-scored": System("query scoring, trained, tau learnt", ("model.radius=none", "model.pooling=query_scored")),
     "xpool-best-frame": System("X-Pool plus the best frame", ("model.radius=none", "model.pooling=xpool_best_frame")),
+    "late-interaction": System(
+        "late interaction of tokens and frames", ("model.radius=none", "model.pooling=late_interaction")
+    ),
     "expected": System(
         "expected cosine of the mass, in closed form", ("model.mass_score=expected", "stochastic.support_weight=0")
     ),
@@ -111,6 +114,7 @@ PARTS = {
         "best-frame",
         "query-scored",
         "xpool-best-frame",
+        "late-interaction",
         "expected",
         "temperature",
     ),

@@ -40,6 +40,10 @@ def similarity_of(head: RetrievalHead, config: Config) -> Callable[[Tensor, Tens
             caption_ids.append((f"video {owner}", slots.setdefault(owner, 0)))
             slots[owner] += 1
         # Noise is keyed by the caption's text; here an embedding has no text, so its bytes stand for it.
+        if config.model.pooling == "late_interaction":
+            # One vector has no tokens; its rotations stand for them, and a vector of zeros for the end of the context.
+            tokens = [text_TD, text_TD.roll(1, dims=1), text_TD.roll(2, dims=1), torch.zeros_like(text_TD)]
+            text_TD = torch.cat(tokens, dim=1)
         captions = [hashlib.sha256(text_D.numpy().tobytes()).hexdigest() for text_D in text_TD]
         video_ids = [f"video {number}" for number in range(len(frames_VFD))]
         features = Features(video_ids, frames_VFD, caption_ids, captions, text_TD, owner_T)

@@ -69,7 +69,7 @@ def baseline_ranks(features: Features, scores: dict[str, Callable[[Tensor, Tenso
 
 def _blocks(features: Features, scores: dict[str, Callable[[Tensor, Tensor], Tensor]]) -> Iterator[dict[str, Tensor]]:
     """Each block's scores by name, ``(block, V)``."""
-    text_TD = F.normalize(features.text_TD.float(), dim=-1)
+    text_TD = F.normalize(features.sentences.float(), dim=-1)
     with torch.no_grad():
         for texts in split_into_blocks(features.owner_T):
             tiles: dict[str, list[Tensor]] = {name: [] for name in scores}

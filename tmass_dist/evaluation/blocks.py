@@ -20,6 +20,7 @@ from tmass_dist.distributed import own_device
 from tmass_dist.evaluation.features import Features
 from tmass_dist.evaluation.scoring import Gallery
 from tmass_dist.models.frame_pooling import FramePool
+from tmass_dist.models.late_interaction import LateInteraction
 from tmass_dist.models.pooling import XPool
 from tmass_dist.noise import keyed_noise, text_key
 
@@ -168,20 +169,21 @@ class BlockScorer:
         """Noise ``(block, M, D)`` of some texts; None for a head that draws no samples."""
         if not self.head.draws_samples:
             return None
-        return caption_noise(self.features.captions[texts], self.config, self.features.text_TD.shape[1], self.device)
+        return caption_noise(self.features.captions[texts], self.config, self.features.frames_VFD.shape[2], self.device)
 
     def _gallery_bytes(self) -> int:
         """About what the prepared gallery takes: frames and their directions, and the pooling's keys and basis."""
         num_videos, num_frames, width = self.features.frames_VFD.shape
         pool = self.head.pooling
-        vectors = num_frames if isinstance(pool, FramePool) else 1
+        vectors = num_frames if isinstance(pool, FramePool | LateInteraction) else 1
         if isinstance(pool, XPool):
             vectors = (pool.num_heads + (1 if pool.best_frame is None else 3)) * num_frames + 2
         return 4 * num_videos * width * (2 * num_frames + vectors)
 
     def _groups(self, blocks: list[slice]) -> Iterator[list[slice]]:
         """Blocks whose scores and noise together take at most ``GROUP_BYTES``; at least one."""
-        num_values = len(self.features.frames_VFD) + self.config.stochastic.num_trials * self.features.text_TD.shape[1]
+        num_videos, _, width = self.features.frames_VFD.shape
+        num_values = num_videos + self.config.stochastic.num_trials * width
         limit = GROUP_BYTES // (4 * num_values)
         group: list[slice] = []
         for texts in blocks:

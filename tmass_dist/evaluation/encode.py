@@ -53,7 +53,7 @@ def encode_batches(
     from tmass_dist.precision import tower_precision
 
     width, num_frames = model.towers.embed_dim, config.model.num_frames
-    frame_parts, text_parts = [torch.empty(0, num_frames, width)], [torch.empty(0, width)]
+    frame_parts, text_parts = [torch.empty(0, num_frames, width)], [torch.empty(0, model.towers.text_width)]
     video_ids: list[str] = []
     caption_ids: list[tuple[str, int]] = []
     captions: list[str] = []

@@ -50,6 +50,11 @@ class Features:
     owner_T: Tensor
     """Number of each text's video; non-decreasing."""
 
+    @property
+    def sentences(self) -> Tensor:
+        """One embedding of each text: ``text_TD``, or its first vector where a text has one for each token."""
+        return self.text_TD[:, : self.frames_VFD.shape[2]]
+
 
 def merge(parts: Iterable[Part], video_ids: list[str]) -> Features:
     """One ``Features`` of all parts, in the order of ``video_ids``; a video that is in two parts counts once.

@@ -189,9 +189,10 @@ def _add_scores_before_training(config: Config, index: Index, store: Path, devic
         start_from(model, config)
     model.to(device).eval()
     features = encode(model, index, build_tokenizer(config.model.architecture), config, device)
+    sentences = dataclasses.replace(features, text_TD=features.sentences)
     trials = "" if not model.head.draws_samples else f", M = {config.stochastic.num_trials}"
     rows = {
-        "mean pooling, before training": summary(ranks_of(RetrievalHead(MeanPool(), None), features, plain)),
+        "mean pooling, before training": summary(ranks_of(RetrievalHead(MeanPool(), None), sentences, plain)),
         f"before training (init_from{trials})" if config.init_from else f"zero-shot (untrained head{trials})": summary(
             ranks_of(model.head, features, plain)
         ),

@@ -206,8 +206,10 @@ class _Tile:
 
     def mean_text(self, text_TD: Tensor, target_TVD: Tensor | None) -> Tensor:
         """Similarity ``(T, V)`` without samples; ``target_TVD`` replaces the video as pooled by the text."""
-        pooled_TVD = self.videos.pooled(text_TD).transpose(0, 1) if target_TVD is None else target_TVD
-        cosine_TV = torch.einsum("td,tvd->tv", F.normalize(text_TD, dim=-1), F.normalize(pooled_TVD, dim=-1))
+        if target_TVD is None:
+            cosine_TV = self.videos.cosines(text_TD)
+        else:
+            cosine_TV = torch.einsum("td,tvd->tv", F.normalize(text_TD, dim=-1), F.normalize(target_TVD, dim=-1))
         if self.head.mass is None or self.head.draws_samples:
             return cosine_TV
         return cosine_TV * self.head.mass.cosine_factor(text_TD[:, None], self.radius(text_TD).transpose(0, 1))

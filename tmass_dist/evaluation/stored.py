@@ -124,7 +124,7 @@ class StoredSplit:
 
         from tmass_dist.models.loading import load_weights
 
-        head = build_head(self.config.model, self.features.text_TD.shape[1]).eval()
+        head = build_head(self.config.model, self.features.frames_VFD.shape[2]).eval()
         path = self.store / HEAD
         try:
             load_weights(head, load_file(path), str(path))

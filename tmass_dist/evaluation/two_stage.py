@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def search_ranks(scorer: BlockScorer, num_candidates: int) -> Tensor:
     """Text-to-video ranks ``(T,)`` of the two stages; V, the last one, where the correct video is no candidate."""
     features = scorer.features
-    candidate_TK = candidates(features.text_TD, features.frames_VFD, num_candidates)
+    candidate_TK = candidates(features.sentences, features.frames_VFD, num_candidates)
     ranks = torch.full((len(candidate_TK),), len(features.video_ids))
     for texts in scorer.blocks:
         # The candidates of any text of the block, prepared a tile at a time.

@@ -54,6 +54,7 @@ class Towers(nn.Module):
         self.image_size: int = size[0] if isinstance(size, tuple | list) else size
         self.context_length = context_length
         self.embed_dim = embed_dim
+        self.by_token = False
         if getattr(clip, "logit_bias", None) is not None:
             clip.logit_bias.requires_grad_(False)  # a parameter of SigLIP's loss; InfoNCE does not use it
         # The normalisation of the pretraining; CLIP's (Radford et al., 2021) if the weights state none.
@@ -67,18 +68,53 @@ class Towers(nn.Module):
         """Log of the temperature, shape [1] (DeepSpeed refuses 0-dim parameters)."""
         return self.clip.logit_scale
 
+    def keep_tokens(self) -> None:
+        """From now on a text is the embeddings of all its tokens; see :meth:`encode_text`.
+
+        Raises:
+            UserError: the text tower is not one of open_clip's ``CLIP``, with an end token.
+        """
+        clip = self.clip
+        plain = isinstance(clip, library.open_clip().CLIP) and clip.text_pool_type == "argmax"
+        if not plain or not isinstance(clip.text_projection, nn.Parameter):
+            raise UserError(
+                "model.pooling=late_interaction needs a text tower like CLIP's, which ends texts with a token"
+            )
+        self.by_token = True
+
+    @property
+    def text_width(self) -> int:
+        """Numbers of an encoded text."""
+        return self.embed_dim * (self.context_length if self.by_token else 1)
+
     def encode_text(self, tokens_BL: Tensor) -> Tensor:
-        """``text_BD`` of token ids, which may be trimmed to the longest text of the batch: the result is the same."""
+        """``text_BD`` of token ids, which may be trimmed to the longest text of the batch: the result is the same.
+
+        After :meth:`keep_tokens` a row holds as many vectors of width D as the context has tokens, one after the other:
+        that of the end token, which is the embedding of the text, then those of the tokens before it, then zeros.
+        """
+        if self.by_token:
+            return self._encode_tokens(tokens_BL)
         length = tokens_BL.shape[1]
         if length == self.context_length:
             return self.clip.encode_text(tokens_BL)
+        rows_B = torch.arange(len(tokens_BL), device=tokens_BL.device)
+        return self._token_features(tokens_BL)[rows_B, tokens_BL.argmax(dim=-1)] @ self.clip.text_projection
+
+    def _token_features(self, tokens_BL: Tensor) -> Tensor:
+        """The text tower's output at each token."""
         # open_clip's CLIP accepts full contexts only. In a causal tower no token attends to those after the end token.
-        clip = self.clip
+        clip, length = self.clip, tokens_BL.shape[1]
         cast = clip.transformer.get_cast_dtype()
         x_BLW = clip.token_embedding(tokens_BL).to(cast) + clip.positional_embedding[:length].to(cast)
-        x_BLW = clip.ln_final(clip.transformer(x_BLW, attn_mask=clip.attn_mask[:length, :length]))
-        rows_B = torch.arange(len(tokens_BL), device=tokens_BL.device)
-        return x_BLW[rows_B, tokens_BL.argmax(dim=-1)] @ clip.text_projection
+        return clip.ln_final(clip.transformer(x_BLW, attn_mask=clip.attn_mask[:length, :length]))
+
+    def _encode_tokens(self, tokens_BL: Tensor) -> Tensor:
+        vectors_BLD = self._token_features(tokens_BL) @ self.clip.text_projection
+        place_L, end_B1 = torch.arange(tokens_BL.shape[1], device=tokens_BL.device), tokens_BL.argmax(dim=-1)[:, None]
+        token_BL = torch.where(place_L == 0, end_B1, place_L - 1)
+        rows_BLD = vectors_BLD.gather(1, token_BL[..., None].expand_as(vectors_BLD)) * (place_L <= end_B1)[..., None]
+        return nn.functional.pad(rows_BLD, (0, 0, 0, self.context_length - tokens_BL.shape[1])).flatten(1)
 
     def encode_frames(self, pixels_BFHWC: Tensor) -> Tensor:
         """``frames_BFD`` of uint8 frames. They are normalised here, so that bytes are copied to the device."""

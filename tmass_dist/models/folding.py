@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tmass_dist.models.frame_pooling import FramePool, MeanPool
 from tmass_dist.models.head import Pooling
+from tmass_dist.models.late_interaction import LateInteraction, TokenPairs
+from tmass_dist.models.pooling import XPool
 
 
 class FoldedVideos:
@@ -27,7 +30,7 @@ class FoldedVideos:
         if isinstance(pooling, MeanPool):
             self.basis_VLD = pooling.prepare(frames_VFD).mean_VD[:, None]
             return
-        if isinstance(pooling, FramePool):
+        if isinstance(pooling, FramePool | LateInteraction):
             self.basis_VLD = pooling.prepare(frames_VFD).unit_VFD
             return
         width = frames_VFD.shape[-1]
@@ -45,7 +48,7 @@ class FoldedVideos:
 
     def queries(self, text_TD: Tensor) -> Tensor:
         """Attention queries of the texts for :meth:`coefficients`; they serve all videos folded with this pooling."""
-        if isinstance(self.pooling, MeanPool | FramePool):
+        if not isinstance(self.pooling, XPool):
             return text_TD[None]
         return self.pooling.queries(text_TD, self.prepared.in_frame_space)
 
@@ -57,6 +60,7 @@ class FoldedVideos:
             query_HTE: :meth:`queries` of it.
         """
         pooling = self.pooling
+        assert not isinstance(pooling, LateInteraction), "it does not pool"
         if isinstance(pooling, MeanPool):
             return text_TD.new_ones(len(self.basis_VLD), len(text_TD), 1)
         if isinstance(pooling, FramePool):
@@ -72,3 +76,10 @@ class FoldedVideos:
     def pooled(self, text_TD: Tensor) -> Tensor:
         """The pooled vectors ``(V, T, D)``."""
         return self.coefficients(text_TD, self.queries(text_TD)) @ self.basis_VLD
+
+    def cosines(self, text_TD: Tensor) -> Tensor:
+        """Cosine ``(T, V)`` of each text with each video as it is pooled by that text."""
+        if isinstance(self.pooling, LateInteraction):
+            return TokenPairs(self.basis_VLD).cosines(text_TD[None])[:, 0].T
+        direction_TVD = F.normalize(self.pooled(text_TD).transpose(0, 1), dim=-1)
+        return torch.einsum("td,tvd->tv", F.normalize(text_TD, dim=-1), direction_TVD)

@@ -6,10 +6,11 @@ from torch import nn
 
 from tmass_dist.config import ModelConfig
 from tmass_dist.models.frame_pooling import FramePool, MeanPool
+from tmass_dist.models.late_interaction import LateInteraction
 from tmass_dist.models.pooling import XPool
 from tmass_dist.models.stochastic import TextMass
 
-Pooling = XPool | MeanPool | FramePool
+Pooling = XPool | MeanPool | FramePool | LateInteraction
 
 
 class RetrievalHead(nn.Module):
@@ -39,6 +40,8 @@ def build_head(config: ModelConfig, embed_dim: int) -> RetrievalHead:
         pooling = FramePool(config.pooling)
     elif config.pooling == "mean":
         pooling = MeanPool()
+    elif config.pooling == "late_interaction":
+        pooling = LateInteraction()
     else:
         add_best_frame = config.pooling == "xpool_best_frame"
         pooling = XPool(embed_dim, config.num_heads, config.dropout, add_best_frame=add_best_frame)

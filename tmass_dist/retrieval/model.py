@@ -30,6 +30,7 @@ from tmass_dist.models.backbone import (
     save_open_clip,
 )
 from tmass_dist.models.frame_pooling import FramePool
+from tmass_dist.models.late_interaction import LateInteraction
 from tmass_dist.models.loading import load_weights, read_weights
 from tmass_dist.models.pooling import XPool
 from tmass_dist.models.tmass import build_model
@@ -243,7 +244,7 @@ class TMass(
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings ``(T, D)`` of texts, not normalised.
+        """Embeddings ``(T, D)`` of texts, not normalised; with ``late_interaction``, D numbers for each token.
 
         Raises:
             UserError: no texts, or one string in place of a list.
@@ -333,14 +334,14 @@ class TMass(
 
         A head that ignores the text (``model.pooling=mean``) has none; then it is the softmax of the cosines of text
         and frames, at the towers' temperature. With ``xpool_best_frame`` it is the attention alone, without the added
-        frame.
+        frame. With ``late_interaction`` it is the share of the tokens that are closest to each frame.
         """
         pool, frames_VFD = self.head.pooling, frames_VFD.to(self.device).float()
         if isinstance(pool, XPool):
             weights_VHFT = pool.attention(pool.queries(text_TD), pool.keys(pool.norm_in(frames_VFD)))
             return weights_VHFT.mean(dim=1).transpose(1, 2)
         unit_VFD = nn.functional.normalize(frames_VFD, dim=-1)
-        if isinstance(pool, FramePool):
+        if isinstance(pool, FramePool | LateInteraction):
             return pool.weights(text_TD, unit_VFD)
         cosine_VTF = nn.functional.normalize(text_TD, dim=-1) @ unit_VFD.transpose(1, 2)
         return (cosine_VTF * self.towers.logit_scale.exp()).softmax(dim=-1)

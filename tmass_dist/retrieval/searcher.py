@@ -117,8 +117,9 @@ class Searcher:
 
     def candidates(self, text_TD: Tensor, number: int, name: str | None = None) -> list[list[int]]:
         """Rows of the videos with the best single frame for each text, best first."""
+        sentence_TD = text_TD[:, : self.model.embed_dim]  # of late interaction, the embedding of the whole text
         if name is None:
-            found = self.gallery.index.candidates(text_TD.cpu().numpy(), number)
+            found = self.gallery.index.candidates(sentence_TD.cpu().numpy(), number)
             return [[int(row) for row in rows if int(row) not in self.gallery.removed] for rows in found]
         wanted = name.casefold()
         rows = sorted(row for video_id, row in self.gallery.rows.items() if wanted in video_id.casefold())
@@ -126,7 +127,7 @@ class Searcher:
             return [rows for _ in text_TD]
         best = torch.cat(
             [
-                best_frames(text_TD.cpu(), self.gallery.frames(rows[start : start + CHUNK]))
+                best_frames(sentence_TD.cpu(), self.gallery.frames(rows[start : start + CHUNK]))
                 for start in range(0, len(rows), CHUNK)
             ]
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tmass_dist.evaluation.blocks import caption_noise
 from tmass_dist.models.frame_pooling import FramePool, best_frame_weights
+from tmass_dist.models.late_interaction import LateInteraction
 from tmass_dist.models.pooling import XPool
 from tmass_dist.retrieval.model import TMass
 
@@ -65,7 +66,8 @@ class TextScorer:
             frames_VFD: the videos, raw embeddings in time order, of any floating type.
         """
         model, text_D = self.model, text_D.to(self.model.device)
-        if model.config.model.pooled_by == "sample":  # each sample has a pooled vector of its own
+        # Each sample, or each token, has frames of its own.
+        if model.config.model.pooled_by == "sample" or isinstance(self.head.pooling, LateInteraction):
             frames_VFD = frames_VFD.to(model.device).float()
             scores_V = model.similarity([text], frames_VFD, text_TD=text_D[None])[0]
             return scores_V.cpu(), model.attention(text_D[None], frames_VFD)[:, 0].cpu()

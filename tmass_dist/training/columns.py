@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tmass_dist.models.head import RetrievalHead
+from tmass_dist.models.late_interaction import LateInteraction, TokenPairs
 from tmass_dist.models.pair_products import DropoutKeys, PooledPairs
 from tmass_dist.models.stochastic import TextMass, frame_cosines
 
@@ -58,9 +59,12 @@ class OwnColumns:
         num_videos, num_texts = len(frames_BFD), len(query_ND)
         self._rows: list[tuple[Tensor, _Rows]] = []
         self.tile_videos, self.tile_texts = num_videos, num_texts
-        self.pairs: PooledPairs | None = None
+        self.pairs: PooledPairs | TokenPairs | None = None
         if memory_mb is not None:
-            pair_bytes = query_ND.shape[1] * query_ND.element_size() * copies
+            width = query_ND.shape[1]
+            if isinstance(head.pooling, LateInteraction):  # of a pair it keeps the cosines of tokens with frames
+                width = width // frames_BFD.shape[2] * frames_BFD.shape[1]
+            pair_bytes = width * query_ND.element_size() * copies
             num_pairs = max(1, int(memory_mb * 2**20 / pair_bytes))
             if num_pairs < num_videos * num_texts:
                 self.tile_texts = min(num_texts, max(num_pairs // num_videos, min(_MIN_TEXTS, num_pairs)))
@@ -70,7 +74,7 @@ class OwnColumns:
 
     def pooled_mean(self) -> Tensor:
         """``(B, D)``: each video's pooled vector, averaged over all texts."""
-        if self.pairs is not None:
+        if isinstance(self.pairs, PooledPairs):
             return self.pairs.mean_VD
 
         def weighted_mean(pairs: PooledPairs, _: slice, query_nD: Tensor) -> Tensor:
@@ -81,7 +85,7 @@ class OwnColumns:
     def cosines(self, anchors_ND: Sequence[Tensor]) -> Tensor:
         """``(B, A, N)``: cosines of each text's anchors with each video as pooled by that text."""
 
-        def cosines(pairs: PooledPairs, _: slice, *anchors_nD: Tensor) -> Tensor:
+        def cosines(pairs: PooledPairs | TokenPairs, _: slice, *anchors_nD: Tensor) -> Tensor:
             return pairs.cosines(torch.stack(anchors_nD))
 
         return self._join(cosines, *anchors_ND)
@@ -139,7 +143,7 @@ class OwnColumns:
             results.append(row)
         return results
 
-    def _pool(self, query_nD: Tensor, videos: slice, first_text: int) -> PooledPairs:
+    def _pool(self, query_nD: Tensor, videos: slice, first_text: int) -> PooledPairs | TokenPairs:
         keys = None if self.keys is None else self.keys[videos]
         prepared: Any = self.prepared.rows(videos)
         return self.head.pooling.pool(query_nD, prepared, keys, first_text)
