@@ -122,8 +122,9 @@ def make_gallery(out: Path, size: int, fingerprint: str, model: Path) -> tuple[n
         names.append(f"part-{start:07d}")
         build.write_part(out, names[-1], videos, [], frames_VFD, times_VF, [picture.getvalue()] * (number * FRAMES))
     text_TD = generator.texts(np.concatenate(told)[:QUERIES])
-    first, _ = Generator().videos(1024)
-    line("search-generator", demo=DEMO, generated=cosines(first[: len(told[0])], generator.texts(told[0])))
+    first = Generator()
+    frames_VFD, scenes_VD = first.videos(1024)
+    line("search-generator", demo=DEMO, generated=cosines(frames_VFD, first.texts(scenes_VD)))
     started = time.perf_counter()
     build.commit(out, None, names, set(), fingerprint, str(model), (FRAMES, WIDTH))
     return text_TD, time.perf_counter() - started

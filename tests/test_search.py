@@ -18,7 +18,7 @@ from tmass_dist.evaluation.blocks import BlockScorer
 from tmass_dist.evaluation.features import Features
 from tmass_dist.evaluation.search import FrameIndex, candidates
 from tmass_dist.models.tmass import build_model
-from tmass_dist.retrieval import build
+from tmass_dist.retrieval import build, compact
 from tmass_dist.retrieval.gallery import VideoGallery
 from tmass_dist.retrieval.searcher import Searcher, open_searcher
 from tmass_dist.retrieval.text_scorer import TextScorer
@@ -174,6 +174,95 @@ def test_a_killed_run_resumes_with_the_parts_that_are_whole(
     (out / f"{encoded[0]}.jpegs").write_bytes(b"cut short")  # as a machine that lost power leaves it
     build.update(model, str(export), out, files_of(videos))
     assert sorted(encoded[3:]) == sorted({encoded[0], encoded[2], encoded[-1]}) and len(VideoGallery(out)) == 15
+
+
+def _contents(directory: Path) -> dict[str, tuple[bytes, list[float], bytes]]:
+    """Frames, times and first thumbnail of each video."""
+    gallery = VideoGallery(directory)
+    return {
+        name: (gallery.frames([row]).numpy().tobytes(), gallery.times(row).tolist(), gallery.thumbnail(row, 0))
+        for name, row in gallery.rows.items()
+    }
+
+
+def test_compacting_gives_back_the_space_of_removed_videos(
+    export: Path, videos: Path, gallery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "PART", 4)
+    model, out = TMass.from_pretrained(export), tmp_path / "gallery"
+    build.update(model, str(export), out, files_of(videos))
+    kept = {*sorted(VideoGallery(out).rows)[8:], "test00001.mp4"}  # a part of its own, and the whole of another
+    gone = sorted(set(VideoGallery(out).rows) - kept)
+    (out / "part-0123456789abcdef.frames.npy").write_bytes(b"left by a killed process")
+    build.update(model, str(export), out, [], remove=gone)
+    before, contents = sum(path.stat().st_size for path in out.iterdir()), _contents(out)
+    found = open_searcher(out).search(QUERIES, k=100)
+    done = run("-m", "tmass_dist.index", str(export), "--out", str(out), "--compact", "--check")
+    assert done.returncode == 0, done.stderr
+    after = sum(path.stat().st_size for path in out.iterdir())
+    assert after < 0.7 * before and f"{(before - after) / 1e6:.1f} MB given back" in done.stdout
+    compacted = VideoGallery(out)
+    assert not compacted.removed and len(compacted.index) == len(VideoGallery(out).index) and _contents(out) == contents
+    again = open_searcher(out).search(QUERIES, k=100)
+    assert [[(r.id, round(r.score, 5)) for r in line] for line in again] == [
+        [(r.id, round(r.score, 5)) for r in line] for line in found
+    ]
+    named = {file for part in compacted.parts for file in part.files} | {compacted.about["index"]["file"]}
+    assert {p.name for p in out.iterdir()} - named == {"gallery.json", ".lock"} | {
+        f"{part.name}.json" for part in compacted.parts
+    }
+    changes = build.update(model, str(export), out, files_of(videos))  # what cannot be read is not tried again
+    assert changes.added == len(gone) and [name for name, _ in changes.failed] == ["broken.mp4"]
+    assert run("-m", "tmass_dist.index", str(export), "--out", str(out), "--compact").stdout.endswith(
+        "0.0 MB given back\n"
+    )
+
+
+@pytest.mark.parametrize("stage", ["part", "index", "deletion"])
+def test_a_killed_compaction_leaves_the_gallery_whole_and_resumes(
+    export: Path, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    monkeypatch.setattr(build, "PART", 4)
+    out = tmp_path / "gallery"
+    model = TMass.from_pretrained(export)
+    build.update(model, str(export), out, files_of(videos))
+    build.update(model, str(export), out, [], remove=["test00001.mp4", "test00006.mp4"])
+    contents, written = _contents(out), []
+    original = compact.write_part
+
+    def write_part(*arguments) -> None:
+        written.append(arguments[1])
+        if stage == "part" and len(written) == 2:
+            (out / f"{arguments[1]}.frames.npy").write_bytes(b"cut short")
+            raise KeyboardInterrupt
+        original(*arguments)
+
+    def stop(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compact, "write_part", write_part)
+        if stage == "index":
+            patch.setattr(FrameIndex, "save", stop)
+        if stage == "deletion":
+            patch.setattr(compact, "_delete_strangers", stop)
+        with pytest.raises(KeyboardInterrupt):
+            compact.compact(out)
+        assert _contents(out) == contents and not VideoGallery(out).damaged()
+        assert len(open_searcher(out).search(QUERIES[:1], k=100)[0]) == 13
+    patched = len(written)
+    monkeypatch.setattr(compact, "write_part", lambda *arguments: (written.append(arguments[1]), original(*arguments)))
+    compact.compact(out)
+    assert len(written) - patched == (1 if stage == "part" else 0)  # the part that was whole is not written again
+    assert _contents(out) == contents and not VideoGallery(out).removed and not VideoGallery(out).damaged()
+    assert len(list(out.glob("part-*.json"))) == len(VideoGallery(out).parts)
+
+
+def test_compacting_what_is_no_gallery_is_one_line(export: Path, tmp_path: Path) -> None:
+    for option in ("--compact", "--check"):
+        done = run("-m", "tmass_dist.index", str(export), "--out", str(tmp_path / "mistyped"), option)
+        assert done.returncode == 2 and "there is no gallery in" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_shards_are_indexed_as_their_videos_are(export: Path, data: list[str], tmp_path: Path) -> None:

@@ -22,20 +22,26 @@ def main() -> None:
     group.add_argument("--shards", metavar="DIR", help="packed split (a directory, or a URL with --cache)")
     parser.add_argument("--out", type=Path, required=True, metavar="GALLERY", help="directory of the gallery")
     parser.add_argument("--remove", nargs="+", default=[], metavar="ID", help="remove these videos from the gallery")
+    parser.add_argument(
+        "--compact", action="store_true", help="then give back the space of removed videos; it makes the index anew"
+    )
     parser.add_argument("--cache", help="where shards of a URL are kept")
     parser.add_argument("--batch-size", type=int, default=16, help="videos encoded at a time by a rank (16)")
     parser.add_argument("--check", action="store_true", help="check every file's checksum when done")
     arguments = parser.parse_args()
-    if not (arguments.videos or arguments.shards or arguments.remove or arguments.check):
-        raise UserError("say what to do: --videos DIR, --shards DIR, --remove ID or --check")
+    if not (arguments.videos or arguments.shards or arguments.remove or arguments.compact or arguments.check):
+        raise UserError("say what to do: --videos DIR, --shards DIR, --remove ID, --compact or --check")
     if arguments.batch_size < 1:
         raise UserError(f"--batch-size is {arguments.batch_size}; at least 1")
     from tmass_dist.distributed import finish, initialise, is_main
     from tmass_dist.retrieval.build import update
-    from tmass_dist.retrieval.gallery import VideoGallery
+    from tmass_dist.retrieval.compact import compact
+    from tmass_dist.retrieval.gallery import VideoGallery, read_gallery
     from tmass_dist.retrieval.model import TMass
     from tmass_dist.retrieval.videos import files_of, samples_of
 
+    if not (arguments.videos or arguments.shards):
+        read_gallery(arguments.out)  # a gallery that does not exist is not made by removing from it
     sources = files_of(arguments.videos) if arguments.videos else []
     sources = samples_of(arguments.shards, arguments.cache) if arguments.shards else sources
     model = TMass.from_pretrained(arguments.model)
@@ -43,6 +49,7 @@ def main() -> None:
     source = str(Path(arguments.model).resolve()) if Path(arguments.model).is_dir() else arguments.model
     model.to(initialise(model.config.engine.timeout_s))
     changes = update(model, source, arguments.out, sources, remove=arguments.remove, batch_size=arguments.batch_size)
+    freed = compact(arguments.out) if arguments.compact else None
     if is_main():
         for video_id, reason in changes.failed:
             print(f"left out: {video_id}: {reason}", file=sys.stderr)
@@ -52,6 +59,7 @@ def main() -> None:
         print(
             f"{arguments.out}: {len(gallery)} videos; {changes.added} encoded, {changes.unchanged} unchanged, "
             f"{changes.removed} removed, {len(changes.failed)} left out"
+            + ("" if freed is None else f"; {freed / 1e6:.1f} MB given back")
         )
     finish()
 

@@ -63,6 +63,13 @@ def update(
         UserError: the gallery was made by another model, an id that is not there, or two videos with one id.
     """
     out.mkdir(parents=True, exist_ok=True)
+    with exclusive(out):
+        return _update(model, source, out, sources, remove, batch_size)
+
+
+def _update(
+    model: TMass, source: str, out: Path, sources: Sequence[Source], remove: Sequence[str], batch_size: int
+) -> Changes:
     fingerprint = model.fingerprint()
     old = VideoGallery(out) if (out / NAME).is_file() else None
     if old is not None and old.fingerprint != fingerprint:
@@ -82,13 +89,14 @@ def update(
     unchanged = [item for item in sources if item.id in rows and _is_same(known[item.id], item)]
     skip = bad_ids | {item.id for item in unchanged}
     new = [item for item in sources if item.id not in skip]
-    with _exclusive(out):
-        names = _encode_parts(model, fingerprint, old.num_rows if old else 0, out, new, batch_size)
-        barrier()
-        if is_main():
-            gone = {rows[item.id] for item in new if item.id in rows} | {rows[video_id] for video_id in remove}
-            commit(out, old, names, gone, fingerprint, source, (model.num_frames, model.embed_dim))
-        barrier()
+    names = _encode_parts(model, fingerprint, old.num_rows if old else 0, out, new, batch_size)
+    barrier()
+    gone = {rows[item.id] for item in new if item.id in rows} | {rows[video_id] for video_id in remove}
+    if is_main() and old is not None and not names and not gone:
+        write_gallery(out, {**old.about, "model": source})  # the model may have moved
+    elif is_main():
+        commit(out, old, names, gone, fingerprint, source, (model.num_frames, model.embed_dim))
+    barrier()
     parts = [Part(out, name, 0) for name in names]
     failed += [(entry["id"], entry["reason"]) for part in parts for entry in part.failed]
     return Changes(sum(map(len, parts)), len(remove), len(unchanged), failed)
@@ -100,7 +108,7 @@ def _is_same(entry: dict[str, Any] | None, source: Source) -> bool:
 
 
 @contextlib.contextmanager
-def _exclusive(out: Path) -> Iterator[None]:
+def exclusive(out: Path) -> Iterator[None]:
     """Let no other process change the gallery meanwhile; rank 0 holds the lock for all ranks.
 
     Raises:
@@ -137,13 +145,14 @@ def _encode_parts(
             states = [item.state() for item in some]
             key = hashlib.sha256(json.dumps([fingerprint, first, states, THUMBNAIL]).encode()).hexdigest()[:16]
             names.append(f"part-{key}")
-            if number % world_size() == rank() and not _is_whole(out, names[-1]):
+            if number % world_size() == rank() and not is_whole(out, names[-1]):
                 _encode_part(model, out, names[-1], some, states, batch_size)
             bar.update(len(some))
     return names
 
 
-def _is_whole(out: Path, name: str) -> bool:
+def is_whole(out: Path, name: str) -> bool:
+    """Whether a part was written to its end."""
     try:
         Part(out, name, 0)
         return True
@@ -230,6 +239,8 @@ def commit(
     fingerprint: str,
     source: str,
     shape: tuple[int, int],
+    *,
+    anew: bool = False,
 ) -> None:
     """Bring the index up to date and write ``gallery.json``, then remove the index that it replaces.
 
@@ -241,13 +252,17 @@ def commit(
         fingerprint: of the model.
         source: where the model was loaded from.
         shape: F and D.
+        anew: the gallery shall have the parts ``names`` alone, and an index made from them.
     """
+    from tqdm import tqdm
+
     previous = out / old.about["index"]["file"] if old else None
-    index = FrameIndex(*shape, previous)
+    kept = None if anew else old
+    index = FrameIndex(*shape, previous if kept else None)
     if gone:
         index.remove(sorted(gone))
-    first = old.num_rows if old else 0
-    for name in names:
+    first = kept.num_rows if kept else 0
+    for name in tqdm(names, desc="index", unit="part", disable=len(names) < 2):
         part = Part(out, name, first)
         index.add(np.arange(first, first + len(part)), part.frames)
         first += len(part)
@@ -259,8 +274,8 @@ def commit(
         "fingerprint": fingerprint,
         "num_frames": shape[0],
         "width": shape[1],
-        "parts": [*(old.about["parts"] if old else []), *names],
-        "removed": sorted((old.removed if old else set()) | gone),
+        "parts": [*(kept.about["parts"] if kept else []), *names],
+        "removed": sorted((kept.removed if kept else set()) | gone),
         "index": {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)},
     }
     write_gallery(out, about)
