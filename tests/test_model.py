@@ -5,12 +5,15 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 
 from tests.conftest import ROOT, run
+from tests.hub import TOKEN, running_hub
 from tmass_dist import TMass
 from tmass_dist.config import load_config
 from tmass_dist.errors import UserError
@@ -211,3 +214,73 @@ def test_a_number_of_samples_is_refused_where_none_are_drawn() -> None:
         model = TMass.of_weights(config, build_model(config.model).state_dict(), "this test")
         with pytest.raises(UserError, match="draws no samples"):
             model.similarity(TEXTS, torch.randn(2, 12, model.embed_dim), num_trials=trials)
+
+
+@pytest.fixture
+def use_hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Make an address the Hub of this process; the library reads it from the environment when it is imported."""
+
+    def use(address: str) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    return use
+
+
+def test_a_pushed_model_loads_by_its_name_and_then_offline(
+    model: TMass, export: Path, tmp_path: Path, use_hub: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = TMass.from_pretrained(export)
+    with running_hub() as (address, hub):
+        use_hub(address)
+        with pytest.raises(HfHubHTTPError):
+            mine.push_to_hub("lab/tiny", token="hf_wrong")
+        assert not hub.files
+        assert mine.push_to_hub("lab/tiny", token=TOKEN) == f"{address}/lab/tiny/commit/{'a' * 40}"
+        assert {path.removeprefix("lab/tiny/") for path in hub.files} == {path.name for path in export.iterdir()}
+        assert hub.files["lab/tiny/model.safetensors"] == (export / "model.safetensors").read_bytes()
+        loaded = TMass.from_pretrained("lab/tiny", cache_dir=tmp_path)
+        assert loaded.fingerprint() == model.fingerprint() and loaded.trained["step"] == 7
+        assert mine.push_to_hub("lab/tiny", token=TOKEN)  # the repository exists
+    assert TMass.from_pretrained("lab/tiny", cache_dir=tmp_path).fingerprint() == model.fingerprint()  # Hub gone
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert TMass.from_pretrained("lab/tiny", cache_dir=tmp_path).fingerprint() == model.fingerprint()
+    card = hub.files["lab/tiny/README.md"].decode()
+    assert 'TMass.from_pretrained("lab/tiny")' in card and "tmass index lab/tiny" in card
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_hub_that_gives_no_model_is_one_line(
+    export: Path, tmp_path: Path, use_hub: Callable[[str], None], status: int
+) -> None:
+    with running_hub({f"lab/tiny/{path.name}": path.read_bytes() for path in export.iterdir()}) as (address, hub):
+        use_hub(address)
+        hub.status = status
+        with pytest.raises(UserError, match=r"there is no model lab/tiny: [^\n]*$"):
+            TMass.from_pretrained("lab/tiny", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors", b"cut", "missing or damaged"),
+        ("config.json", b"{}", "damaged"),
+        ("config.json", b"\xff{", "damaged"),
+        ("config.json", b'"text"', "damaged"),
+        ("config.json", None, "no model lab/tiny"),
+        ("model.safetensors", None, "no model lab/tiny"),
+    ],
+)
+def test_a_damaged_model_on_the_hub_is_one_line(
+    export: Path, tmp_path: Path, use_hub: Callable[[str], None], name: str, content: bytes | None, said: str
+) -> None:
+    files = {f"lab/tiny/{path.name}": path.read_bytes() for path in export.iterdir()}
+    del files[f"lab/tiny/{name}"]
+    with running_hub(files if content is None else files | {f"lab/tiny/{name}": content}) as (address, _):
+        use_hub(address)
+        with pytest.raises(UserError, match=said) as refused:
+            TMass.from_pretrained("lab/tiny", cache_dir=tmp_path)
+    assert "\n" not in str(refused.value)

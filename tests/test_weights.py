@@ -2,9 +2,7 @@
 
 import json
 import subprocess
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import run
+from tests.hub import Hub, running_hub
 from tests.small_model import TOWERS
 from tmass_dist.config import load_config
 from tmass_dist.errors import UserError
@@ -44,51 +43,14 @@ assert tag.mean_C.tolist() == file.mean_C.tolist() == torch.full((3,), 0.1).toli
 """
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """The two requests by which huggingface_hub downloads a file."""
-
-    content: bytes = b""
-    status = 200
-    requests: list[str]
-
-    def _send(self, with_body: bool) -> None:
-        self.requests.append(f"{self.command} {self.path}")
-        if self.path == "/lab/tiny/resolve/main/open_clip_model.safetensors" and self.status == 200:
-            self.send_response(200)
-            self.send_header("ETag", '"1234"')
-            self.send_header("X-Repo-Commit", "a" * 40)
-            self.send_header("Content-Length", str(len(self.content)))
-            self.end_headers()
-            if with_body:
-                self.wfile.write(self.content)
-        else:
-            self.send_response(404 if self.path == "/" else self.status if self.status != 200 else 404)
-            self.send_header("X-Error-Code", "RepoNotFound" if self.status == 404 else "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-    def do_HEAD(self) -> None:
-        self._send(with_body=False)
-
-    def do_GET(self) -> None:
-        self._send(with_body=True)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[str, type[_Hub]]]:
+def hub(tmp_path: Path) -> Iterator[tuple[str, type[Hub]]]:
     """Address of a Hub that holds weights of the architecture ``Tiny``, and its handler."""
     torch.manual_seed(3)
     clip = library.open_clip().CLIP(**TINY)
     save_file({name: value.contiguous() for name, value in clip.state_dict().items()}, tmp_path / "w.safetensors")
-    handler = type("Hub", (_Hub,), {"content": (tmp_path / "w.safetensors").read_bytes(), "requests": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", handler
-    server.shutdown()
-    server.server_close()
+    with running_hub({"lab/tiny/open_clip_model.safetensors": (tmp_path / "w.safetensors").read_bytes()}) as running:
+        yield running
 
 
 def _script(tmp_path: Path, code: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -100,7 +62,7 @@ def _script(tmp_path: Path, code: str, *arguments: str, **environment: str) -> s
     return run("-c", REGISTER.format(folder=str(folder)) + code, *arguments, **environment)
 
 
-def test_fetch_writes_a_file_that_loads_as_the_tag_does(hub: tuple[str, type[_Hub]], tmp_path: Path) -> None:
+def test_fetch_writes_a_file_that_loads_as_the_tag_does(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
     address, handler = hub
     fetched = _script(tmp_path, FETCH, "fetch", "Tiny", "lab", "--out", str(tmp_path / "w"), HF_ENDPOINT=address)
     assert fetched.returncode == 0, fetched.stderr
@@ -114,7 +76,7 @@ def test_fetch_writes_a_file_that_loads_as_the_tag_does(hub: tuple[str, type[_Hu
     assert len(handler.requests) == num_requests
 
 
-def test_a_repository_that_gives_no_access_is_one_line(hub: tuple[str, type[_Hub]], tmp_path: Path) -> None:
+def test_a_repository_that_gives_no_access_is_one_line(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
     address, handler = hub
     handler.status = 404
     done = _script(tmp_path, FETCH, "fetch", "Tiny", "lab", "--out", str(tmp_path), HF_ENDPOINT=address)
@@ -208,6 +170,6 @@ def test_the_normalisation_follows_the_tag_in_the_name_of_a_fetched_file() -> No
         assert pretrained_cfg("ViT-L-14", f"/x/{file_name('ViT-L-14', tag)}")["mean"] == mean
 
 
-def test_a_server_answers_with_any_status_and_nothing_else_counts(hub: tuple[str, type[_Hub]]) -> None:
+def test_a_server_answers_with_any_status_and_nothing_else_counts(hub: tuple[str, type[Hub]]) -> None:
     assert answers(hub[0]) and answers(f"{hub[0]}/missing")
     assert not answers("http://127.0.0.1:9") and not answers("no address") and not answers("http://name.invalid")
