@@ -88,6 +88,7 @@ def _fails_in_one_line(done: subprocess.CompletedProcess[str]) -> str:
     ("override", "said"),
     [
         ("optim.lrr=1", "did you mean optim.lr"),
+        ("optim.max_steps=6", "unknown config key optim.max_steps; did you mean max_steps?"),
         ("data.batch_size=1", "data.batch_size is 1"),
         ("stochastic.num_trials=0", "at least one sample"),
         ("data.train=/nowhere/shards", "/nowhere/shards"),

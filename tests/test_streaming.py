@@ -209,10 +209,13 @@ def test_the_first_start_chooses_order_and_lanes_and_later_starts_keep_them() ->
             choose_order(replace(local, **{key: value}), 1, None)
 
 
-def test_too_few_pairs_for_the_lanes_are_one_line(small_shards: Index) -> None:
+def test_too_few_pairs_for_a_batch_are_one_line(small_shards: Index) -> None:
     few = small_shards.take(range(3))
-    with pytest.raises(UserError, match=r"pairs are too few for batches of 16 from 16 lanes; lower data\.lanes"):
-        make_loaders(few, 1, **(STREAMING | {"batch_size": 16, "lanes": 16}))
+    num_pairs = int(few.num_captions.sum())
+    for lanes in (1, num_pairs):
+        make_loaders(few, 1, **(STREAMING | {"batch_size": num_pairs, "lanes": lanes}))
+    with pytest.raises(UserError, match=rf"{num_pairs} pairs are fewer than one batch of {2 * num_pairs}"):
+        make_loaders(few, 1, **(STREAMING | {"batch_size": 2 * num_pairs, "lanes": 1}))
 
 
 def test_a_run_records_its_order_and_resumes_on_another_number_of_ranks(

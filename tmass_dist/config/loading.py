@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from tmass_dist.config.schema import Config
+from tmass_dist.config.schema import Config, flat
 from tmass_dist.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -135,8 +135,9 @@ def _check_keys(settings: Any, cls: type, prefix: str = "") -> None:
     known = {f.name: f for f in fields(cls)}
     for key, value in settings.items():
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"the keys are {', '.join(known)}"
+            near = [f"{prefix}{name}" for name in difflib.get_close_matches(str(key), known, n=1)]
+            near += [name for name in flat(asdict(Config())) if name.split(".")[-1] == key]  # in another section
+            hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(known)}"
             raise UserError(f"unknown config key {prefix}{key}; {hint}")
         factory = known[key].default_factory
         if isinstance(factory, type) and is_dataclass(factory):

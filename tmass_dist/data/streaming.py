@@ -200,9 +200,8 @@ class StreamingOrder:
         self.left_out = sum(num_pairs) - self.steps_per_epoch * batch_size
         """Pairs of an epoch that fill no batch."""
         if not self.steps_per_epoch:
-            raise UserError(
-                f"{sum(num_pairs)} pairs are too few for batches of {batch_size} from {lanes} lanes; lower data.lanes"
-            )
+            # Lanes are equal in length to one pair, so that fewer lanes would not help.
+            raise UserError(f"{sum(num_pairs)} pairs are fewer than one batch of {batch_size}")
         # Workers ask for one step after the other, of one epoch or of two neighbouring ones.
         self._lane_epoch = lru_cache(maxsize=2 * lanes)(self._plan)
         self._segment = lru_cache(maxsize=2 * lanes)(self._draw_segment)
