@@ -136,6 +136,7 @@ def test_the_catalog_of_open_clips_files_is_that_of_the_package() -> None:
     ("overrides", "message"),
     [
         (["model.architecture=ViT-B-31"], "no architecture 'ViT-B-31'; the nearest are ViT-B-32"),
+        (["model.architecture=vit_b32"], "no architecture 'vit_b32'; the nearest are ViT-B-32"),
         (["model.architecture=qqqq"], "no architecture 'qqqq'; the nearest are"),
         (["model.architecture=ViT-B-32", "model.pretrained=opnai"], "it has openai, laion400m_e31"),
         (["model.pretrained=nowhere.safetensors"], "model.pretrained=nowhere.safetensors: no file"),

@@ -157,7 +157,10 @@ def weights() -> Finding:
     found = f"{model.pretrained} of {model.architecture}"
     if model.pretrained is None or pretrained.cached_weights(model.architecture, model.pretrained):
         return Finding("weights", "ok", f"{found} in the cache")
-    remedy = f"downloaded at the first start, or by `tmass weights fetch {model.architecture} {model.pretrained}`"
+    fetch = f"`tmass weights fetch {model.architecture} {model.pretrained}`"
+    remedy = f"downloaded at the first start, or by {fetch}"
+    if reason := pretrained.why_unreachable():
+        remedy = f"{reason}: run {fetch} on a machine with internet, and set model.pretrained to its file"
     return Finding("weights", "note", f"{found} not in the cache", remedy)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,18 @@ def find_file(path: str) -> Path:
     raise UserError(f"no file {path}, neither here nor in configs/")
 
 
+def _letters(name: str) -> str:
+    """A name without case and separators: ``vit_b_32`` is ``ViT-B-32``."""
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
 def check_architecture(architecture: str) -> None:
     """Raise a UserError that lists similar names if open_clip knows no such architecture."""
     known = list(library.catalog().architectures)
     if architecture not in known:
-        near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.3) or known[:3]
+        by_letters = {_letters(name): name for name in known}
+        near = [by_letters[name] for name in difflib.get_close_matches(_letters(architecture), by_letters, 3, 0.3)]
+        near = near or known[:3]
         raise UserError(f"open_clip knows no architecture {architecture!r}; the nearest are {', '.join(near)}")
 
 
@@ -76,17 +84,22 @@ def locate(architecture: str, tag: str) -> Path:
     return _download(architecture, tag)
 
 
-def refuse_unreachable(what: str, remedy: str) -> None:
-    """Raise a UserError if the Hugging Face Hub does not answer within 1.5 s, or must not be asked."""
+def why_unreachable() -> str | None:
+    """Why nothing can be downloaded: the Hugging Face Hub does not answer within 1.5 s, or must not be asked."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    elif not answers(constants.ENDPOINT):
-        reason = f"{constants.ENDPOINT} cannot be reached"
-    else:
-        return
-    raise UserError(f"{what} not in the cache of this machine, and {reason}: on a machine with internet run {remedy}")
+        return "HF_HUB_OFFLINE is set"
+    return None if answers(constants.ENDPOINT) else f"{constants.ENDPOINT} cannot be reached"
+
+
+def refuse_unreachable(what: str, remedy: str) -> None:
+    """Raise a UserError if nothing can be downloaded."""
+    reason = why_unreachable()
+    if reason is not None:
+        raise UserError(
+            f"{what} not in the cache of this machine, and {reason}: on a machine with internet run {remedy}"
+        )
 
 
 def _hub_files(architecture: str, tag: str) -> tuple[str, list[str]]:
