@@ -58,7 +58,7 @@ def similarities(
         row = []
         for frames_FD in frames_VFD:
             if isinstance(head.pooling, LateInteraction):
-                row.append(late_interaction(text_D.unflatten(0, (-1, frames_FD.shape[1])), frames_FD))
+                row.append(late_interaction(head.pooling, text_D.unflatten(0, (-1, frames_FD.shape[1])), frames_FD))
                 continue
             if head.mass is not None and head.mass.scoring != "samples":
                 row.append(closed_form(head, text_D, frames_FD))
@@ -75,10 +75,13 @@ def similarities(
     return torch.stack(rows)
 
 
-def late_interaction(tokens_LD: Tensor, frames_FD: Tensor) -> Tensor:
+def late_interaction(pool: LateInteraction, tokens_LD: Tensor, frames_FD: Tensor) -> Tensor:
     """Score of one pair: each token's cosine with its closest frame, averaged; rows of zeros are no tokens."""
-    found = [max(_unit(frames_FD) @ _unit(token_D)) for token_D in tokens_LD if token_D.any()]
-    return torch.stack(found).mean()
+    tokens = [_unit(token_D) for token_D in tokens_LD if token_D.any()]
+    found_L = torch.stack([max(_unit(frames_FD) @ token_D) for token_D in tokens])
+    if pool.token_weight is None:
+        return found_L.mean()
+    return torch.stack([pool.token_weight(token_D)[0] for token_D in tokens]).softmax(dim=0) @ found_L
 
 
 def closed_form(head: RetrievalHead, text_D: Tensor, frames_FD: Tensor) -> Tensor:

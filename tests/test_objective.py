@@ -38,9 +38,7 @@ def _loss_and_gradients(
         support_weight=0.0 if "no_support" in more else 0.8,
     )
     pooled_by = "sample" if "by_sample" in more else "text"
-    poolings = [
-        name for name in ("mean", "best_frame", "query_scored", "xpool_best_frame", "late_interaction") if name in more
-    ]
+    poolings = [name for name in POOLINGS if name in more]
     pooling = poolings[0] if poolings else "xpool"
     config = ModelConfig(
         num_frames=F,
@@ -80,17 +78,13 @@ def _loss_and_gradients(
     return {**numbers, **found, **parameters}  # type: ignore[dict-item]
 
 
+POOLINGS = ("mean", "best_frame", "query_scored", "xpool_best_frame", "late_interaction", "weighted_interaction")
 NUMBERS = ("total", "stochastic", "support", "divergence", "positive", "hardest", "temperature")
 VARIANTS = ["exp_linear", "none", "none+mean", "exp_mean", "variational+kl+no_support", "exp_linear+by_sample"]
 VARIANTS += ["exp_linear+several", "linear+several+best", "exp_linear+several+best+pairs", "exp_linear+pairs"]
 VARIANTS += ["exp_linear+mean+several+pairs+by_sample"]
-VARIANTS += [
-    "none+late_interaction",
-    "none+best_frame",
-    "none+query_scored",
-    "none+xpool_best_frame",
-    "exp_linear+query_scored",
-]
+VARIANTS += ["none+best_frame", "none+query_scored", "none+xpool_best_frame", "exp_linear+query_scored"]
+VARIANTS += ["none+late_interaction", "none+weighted_interaction"]
 VARIANTS += ["exp_linear+expected", "variational+temperature+no_support", "exp_mean+best_frame+expected"]
 # 7 texts by 1 video; some texts by all videos; everything at once.
 BUDGETS_MB = (7 * 1.2 * D * 8 * 8 / 2**20, 64 * 1.2 * D * 8 * 8 / 2**20, None)
@@ -100,7 +94,7 @@ def _inputs(variant: str) -> list[Tensor]:
     """Texts, frames and noise of the global batch."""
     generator = torch.Generator().manual_seed(1)
     noise = (N, 3, D) if "several" in variant else (N, D)
-    text = (N, 3 * D) if "late_interaction" in variant else (N, D)
+    text = (N, 3 * D) if "interaction" in variant else (N, D)
     inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in (text, (N, F, D), noise)]
     inputs[0][::2, 2 * D :] = 0  # every other text has two tokens
     return inputs
@@ -244,7 +238,7 @@ def test_the_head_is_the_plain_one_with_every_projection_of_every_pair(num_heads
 
 @pytest.mark.parametrize("memory_mb", [None, 1e-3])
 @pytest.mark.parametrize(
-    "variant", ["best_frame", "query_scored", "xpool_best_frame", "late_interaction", "expected", "temperature"]
+    "variant", ["best_frame", "query_scored", "xpool_best_frame", "weighted_interaction", "expected", "temperature"]
 )
 def test_training_and_evaluation_score_a_pair_alike(variant: str, memory_mb: float | None) -> None:
     """The loss is InfoNCE of the similarities that an evaluation computes; the oracle has the equations."""

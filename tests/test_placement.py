@@ -238,7 +238,7 @@ def tokens(_: str, device: torch.device, begin: Callable[[], None]) -> Result:
     from tmass_dist.evaluation.scoring import score
     from tmass_dist.models.head import build_head
 
-    head = build_head(ModelConfig(num_frames=F, pooling="late_interaction", radius="none"), WIDTH).eval().to(device)
+    head = build_head(ModelConfig(num_frames=F, pooling="weighted_interaction", radius="none"), WIDTH).eval().to(device)
     generator = torch.Generator().manual_seed(2)
     shapes = ((T, 3 * WIDTH), (V, F, WIDTH))
     text_TW, frames_VFD = (torch.randn(shape, generator=generator).to(device) for shape in shapes)

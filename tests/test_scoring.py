@@ -36,10 +36,13 @@ def test_folded_scores_are_the_equations(
     torch.testing.assert_close(found, oracle.similarities(head, text, frames, noise, pooled_by), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["late_interaction", "weighted_interaction"])
 @torch.no_grad()
-def test_late_interaction_is_the_mean_over_tokens_of_the_closest_frames() -> None:
+def test_late_interaction_is_the_mean_over_tokens_of_the_closest_frames(pooling: str) -> None:
     generator = torch.Generator().manual_seed(0)
-    head = build_head(ModelConfig(num_frames=F, pooling="late_interaction", radius="none"), D).eval()
+    head = build_head(ModelConfig(num_frames=F, pooling=pooling, radius="none"), D).eval()  # pyright: ignore
+    for parameter in head.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator))
     tokens, frames = torch.randn(T, 6, D, generator=generator), torch.randn(V, F, D, generator=generator)
     for row, tokens_LD in enumerate(tokens):
         tokens_LD[1 + row % 6 :] = 0  # texts have 1 to 6 tokens

@@ -390,7 +390,7 @@ def test_nothing_to_index_is_one_line(export: Path, tmp_path: Path, arguments: l
         ["model.pooling=mean"],
         ["model.pooling=best_frame", "model.radius=none"],
         ["model.pooling=query_scored"],
-        ["model.pooling=late_interaction", "model.radius=none"],
+        ["model.pooling=weighted_interaction", "model.radius=none"],
         ["model.pooling=xpool_best_frame", "model.num_heads=2"],
         ["model.mass_score=expected"],
         ["model.mass_score=temperature", "model.radius=exp_mean"],

@@ -76,9 +76,12 @@ def test_a_checkpoint_of_another_architecture_names_the_differences_and_the_sett
         load_weights(build_towers("towers/demo.json", None).clip, clip, "file.pt")
 
 
-@pytest.mark.parametrize("pooling", ["xpool", "xpool_best_frame", "query_scored", "best_frame", "mean"])
+@pytest.mark.parametrize(
+    "pooling", ["xpool", "xpool_best_frame", "query_scored", "best_frame", "mean", "weighted_interaction"]
+)
 def test_the_pooling_of_weights_is_named(pooling: str) -> None:
-    made = build_head(load_config("demo.yaml", [f"model.pooling={pooling}"]).model, 96)
+    radius = ["model.radius=none"] if pooling == "weighted_interaction" else []
+    made = build_head(load_config("demo.yaml", [f"model.pooling={pooling}", *radius]).model, 96)
     settings = settings_of({f"head.{name}": value for name, value in made.state_dict().items()})
     expected = pooling if pooling not in ("best_frame", "mean") else "mean or best_frame"
     assert settings[0] == f"model.pooling={expected}"
@@ -143,5 +146,5 @@ def test_a_text_by_its_tokens_has_the_whole_text_first_and_zeros_last(name: str)
 
 def test_towers_without_an_end_token_have_no_late_interaction() -> None:
     config = load_config("demo.yaml", ["model.pooling=late_interaction", "model.radius=none"]).model
-    with pytest.raises(ValueError, match="late_interaction needs a text tower like CLIP's"):
+    with pytest.raises(ValueError, match="late interaction needs a text tower like CLIP's"):
         build_model(replace(config, architecture="EVA02-B-16", pretrained=None))

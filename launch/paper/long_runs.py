@@ -28,6 +28,7 @@ COMPARED = (
     "centred",
     "xpool-best-frame",
     "late-interaction",
+    "weighted-interaction",
     "expected",
     "temperature",
 )

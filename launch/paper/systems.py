@@ -74,6 +74,9 @@ SYSTEMS = {
     "late-interaction": System(
         "late interaction of tokens and frames", ("model.radius=none", "model.pooling=late_interaction")
     ),
+    "weighted-interaction": System(
+        "late interaction, learnt weights of tokens", ("model.radius=none", "model.pooling=weighted_interaction")
+    ),
     "expected": System(
         "expected cosine of the mass, in closed form", ("model.mass_score=expected", "stochastic.support_weight=0")
     ),
@@ -115,6 +118,7 @@ PARTS = {
         "query-scored",
         "xpool-best-frame",
         "late-interaction",
+        "weighted-interaction",
         "expected",
         "temperature",
     ),

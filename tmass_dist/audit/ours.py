@@ -40,7 +40,7 @@ def similarity_of(head: RetrievalHead, config: Config) -> Callable[[Tensor, Tens
             caption_ids.append((f"video {owner}", slots.setdefault(owner, 0)))
             slots[owner] += 1
         # Noise is keyed by the caption's text; here an embedding has no text, so its bytes stand for it.
-        if config.model.pooling == "late_interaction":
+        if config.model.by_token:
             # One vector has no tokens; its rotations stand for them, and a vector of zeros for the end of the context.
             tokens = [text_TD, text_TD.roll(1, dims=1), text_TD.roll(2, dims=1), torch.zeros_like(text_TD)]
             text_TD = torch.cat(tokens, dim=1)

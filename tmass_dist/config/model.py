@@ -91,12 +91,20 @@ class ModelConfig:
     """Tag of open_clip weights, a local weights file, or null for random weights."""
     num_frames: int = 12
     """Frames per video. The radius layer is built for this number."""
-    pooling: Literal["xpool", "mean", "best_frame", "query_scored", "xpool_best_frame", "late_interaction"] = "xpool"
+    pooling: Literal[
+        "xpool",
+        "mean",
+        "best_frame",
+        "query_scored",
+        "xpool_best_frame",
+        "late_interaction",
+        "weighted_interaction",
+    ] = "xpool"
     """How the frames of a video become one vector. ``xpool``: attention layer with the text as the query; ``mean``:
     mean of the frames, independent of the text; ``best_frame``: the frame closest to the text; ``query_scored``: frames
     weighted by ``softmax(cosine / tau)`` with a learnt tau; ``xpool_best_frame``: ``xpool`` plus the closest frame,
     times a learnt weight; ``late_interaction``: no pooling, each token of the text is compared with its closest frame
-    and the score is the mean over the tokens."""
+    and the score is the mean over the tokens; ``weighted_interaction``: the mean has learnt weights."""
     num_heads: int = 1
     """Number of attention heads of ``xpool`` and ``xpool_best_frame``; the other poolings have none."""
     dropout: float = 0.3
@@ -126,8 +134,8 @@ class ModelConfig:
             self.num_heads,
             f"model.pooling={self.pooling} has no attention heads",
         )
-        by_token = self.pooling == "late_interaction" and self.radius != "none"
-        require(not by_token, "model.pooling", self.pooling, "its tokens have no text mass; set model.radius=none")
+        massless = not self.by_token or self.radius == "none"
+        require(massless, "model.pooling", self.pooling, "its tokens have no text mass; set model.radius=none")
         without_mass = self.mass_score != "samples" and self.radius == "none"
         require(not without_mass, "model.mass_score", self.mass_score, "model.radius=none has no mass")
         signed = self.mass_score == "temperature" and self.radius in ("linear", "scaled_exp_mean")
@@ -139,6 +147,11 @@ class ModelConfig:
             self.radius_start,
             f"it applies to exp_linear, not to model.radius={self.radius}",
         )
+
+    @property
+    def by_token(self) -> bool:
+        """Whether texts are scored by their tokens, each with its own frame."""
+        return self.pooling in ("late_interaction", "weighted_interaction")
 
     @property
     def draws_samples(self) -> bool:

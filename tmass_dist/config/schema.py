@@ -73,9 +73,9 @@ class Config:
                 value = getattr(self.stochastic, key)
                 reason = f"with model.mass_score={self.model.mass_score} nothing is sampled"
                 require(value == default, f"stochastic.{key}", value, reason)
-        by_token, published = self.model.pooling == "late_interaction", self.evaluation.protocol == "published_code"
-        reason = "it pools videos with their own captions, and model.pooling=late_interaction does not pool"
-        require(not (by_token and published), "evaluation.protocol", "published_code", reason)
+        published = self.evaluation.protocol == "published_code"
+        reason = f"it pools videos with their own captions, and model.pooling={self.model.pooling} does not pool"
+        require(not (self.model.by_token and published), "evaluation.protocol", "published_code", reason)
         exact = by_sample or not self.model.draws_samples or published
         require(
             self.evaluation.precision == "float32" or not exact,

@@ -77,9 +77,7 @@ class Towers(nn.Module):
         clip = self.clip
         plain = isinstance(clip, library.open_clip().CLIP) and clip.text_pool_type == "argmax"
         if not plain or not isinstance(clip.text_projection, nn.Parameter):
-            raise UserError(
-                "model.pooling=late_interaction needs a text tower like CLIP's, which ends texts with a token"
-            )
+            raise UserError("late interaction needs a text tower like CLIP's, which ends texts with a token")
         self.by_token = True
 
     @property

@@ -80,6 +80,6 @@ class FoldedVideos:
     def cosines(self, text_TD: Tensor) -> Tensor:
         """Cosine ``(T, V)`` of each text with each video as it is pooled by that text."""
         if isinstance(self.pooling, LateInteraction):
-            return TokenPairs(self.basis_VLD).cosines(text_TD[None])[:, 0].T
+            return TokenPairs(self.pooling, self.basis_VLD).cosines(text_TD[None])[:, 0].T
         direction_TVD = F.normalize(self.pooled(text_TD).transpose(0, 1), dim=-1)
         return torch.einsum("td,tvd->tv", F.normalize(text_TD, dim=-1), direction_TVD)

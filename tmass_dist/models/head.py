@@ -40,8 +40,8 @@ def build_head(config: ModelConfig, embed_dim: int) -> RetrievalHead:
         pooling = FramePool(config.pooling)
     elif config.pooling == "mean":
         pooling = MeanPool()
-    elif config.pooling == "late_interaction":
-        pooling = LateInteraction()
+    elif config.by_token:
+        pooling = LateInteraction(embed_dim, weighted=config.pooling == "weighted_interaction")
     else:
         add_best_frame = config.pooling == "xpool_best_frame"
         pooling = XPool(embed_dim, config.num_heads, config.dropout, add_best_frame=add_best_frame)

@@ -135,6 +135,8 @@ def settings_of(weights: dict[str, Tensor]) -> list[str]:
         pooling = "mean or best_frame"  # neither has weights
         if "head.pooling.log_relative_tau" in shapes:
             pooling = "query_scored"
+        elif "head.pooling.token_weight.weight" in shapes:
+            pooling = "weighted_interaction"
         elif "head.pooling.query.weight" in shapes:
             pooling = "xpool_best_frame" if "head.pooling.log_relative_weight" in shapes else "xpool"
         settings.append(f"model.pooling={pooling}")

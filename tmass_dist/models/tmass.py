@@ -30,6 +30,6 @@ def build_model(
         without_weights: leave the towers' weights random, for a checkpoint to fill.
     """
     towers = build_towers(description or config.architecture, config.pretrained, without_weights=without_weights)
-    if config.pooling == "late_interaction":
+    if config.by_token:
         towers.keep_tokens()
     return RetrievalModel(towers, build_head(config, towers.embed_dim))

@@ -288,7 +288,7 @@ class TMass(
 
     @torch.inference_mode()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings ``(T, D)`` of texts, not normalised; with ``late_interaction``, D numbers for each token.
+        """Embeddings ``(T, D)`` of texts, not normalised; with late interaction, D numbers for each token.
 
         Raises:
             UserError: no texts, or one string in place of a list.
@@ -378,7 +378,7 @@ class TMass(
 
         A head that ignores the text (``model.pooling=mean``) has none; then it is the softmax of the cosines of text
         and frames, at the towers' temperature. With ``xpool_best_frame`` it is the attention alone, without the added
-        frame. With ``late_interaction`` it is the share of the tokens that are closest to each frame.
+        frame. With late interaction it is the share of the tokens that are closest to each frame.
         """
         pool, frames_VFD = self.head.pooling, frames_VFD.to(self.device).float()
         if isinstance(pool, XPool):
