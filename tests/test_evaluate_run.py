@@ -101,7 +101,7 @@ def test_settings_of_every_call_are_applied_to_features_that_are_kept(evaluated:
 def test_search_bank_and_out_work_with_a_run(evaluated: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = _evaluate("--run", str(evaluated), "--search", "4", "--out", str(out))
-    assert done.returncode == 0 and "the best 4 re-ranked" in done.stdout, done.stderr
+    assert done.returncode == 0 and "search with 4 candidates" in done.stdout, done.stderr
     assert [path.name for path in out.iterdir()] == ["search.json"]
     bank = tmp_path / "bank"
     train = next(o for o in load_config(str(evaluated / "config.yaml")).data.train.splitlines())

@@ -327,7 +327,7 @@ def test_two_stages_are_exact_with_every_candidate(made: Path, tmp_path: Path) -
 
 def test_a_search_computes_no_exact_scores_unless_asked_to_compare(made: Path, tmp_path: Path) -> None:
     done = _evaluate("--features", str(made), "--out", str(tmp_path), "--search", "5")
-    assert done.returncode == 0 and "the best 5 re-ranked" in done.stdout, done.stderr
+    assert done.returncode == 0 and "search with 5 candidates" in done.stdout, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["search.json"]
     found = json.loads((tmp_path / "search.json").read_text())
     assert "lost" not in found and found["protocol"] == "query_conditioned"

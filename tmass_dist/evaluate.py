@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", help="with --run: weights (.safetensors) to evaluate; default: the run's best")
     parser.add_argument("--features", type=Path, help="feature store to score; with --run: where to keep the features")
     parser.add_argument("--shard", metavar="I/N", help="with --features: compute share I of N of the scores, no more")
-    parser.add_argument("--search", type=int, metavar="K", help="search in two stages: K candidates, then re-ranking")
+    parser.add_argument("--search", type=int, metavar="K", help="search as tmass search does, with K candidates")
     parser.add_argument("--compare-exact", action="store_true", help="with --search: also the exact scores, to compare")
     parser.add_argument("--bank", type=Path, help="feature store of training queries, for --post-processing qbnorm")
     parser.add_argument("--similarities", type=Path, metavar="S.npy", help="matrix, rows texts, columns videos")

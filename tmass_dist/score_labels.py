@@ -6,7 +6,17 @@ from typing import Any
 
 from tmass_dist.config import Config
 
-LABELS = ("protocol", "num_trials", "tau", "selected_on", "post_processing", "precision", "feature_precision", "noise")
+LABELS = (
+    "protocol",
+    "num_trials",
+    "tau",
+    "selected_on",
+    "post_processing",
+    "precision",
+    "feature_precision",
+    "noise",
+    "search",
+)
 """Keys of the labels of a result, in the order in which they are shown; those that do not apply are absent or None."""
 
 

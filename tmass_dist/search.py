@@ -1,7 +1,8 @@
 """Search a gallery by text: ``python -m tmass_dist.search GALLERY "a dog jumps into a lake"``.
 
-The candidates are the videos with the best single frame. Each candidate gets the model's exact score. The moment is the
-time of the frame that the attention weighs most.
+The candidates are the videos with the best single frame. The best 200 of them by an approximate score get the model's
+exact score; in a gallery without more videos than candidates, every video gets it. The moment is the time of the frame
+that the attention weighs most.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def main() -> None:
     parser.add_argument("query", nargs="*", help="one or several texts")
     parser.add_argument("--file", type=Path, metavar="QUERIES.txt", help="further queries, a line each")
     parser.add_argument("-k", type=int, default=10, help="results of a query (10)")
-    parser.add_argument("--candidates", type=int, default=1000, help="videos that get the exact score (1000)")
+    parser.add_argument(
+        "--candidates", type=int, default=2000, help="videos with the best frames that are considered (2000)"
+    )
     parser.add_argument("--name", help="only videos whose id contains this")
     parser.add_argument("--model", help="the model, if it is not where it was when the gallery was made")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each query")
@@ -43,17 +46,18 @@ def main() -> None:
 
     queries = [check_query(query) for query in queries]
     searcher = open_searcher(arguments.gallery, arguments.model, arguments.candidates)
+    labels = searcher.labels(arguments.k, arguments.name)
     for start in range(0, len(queries), 64):
         some = queries[start : start + 64]
         for query, results in zip(some, searcher.search(some, arguments.k, name=arguments.name)):
             if arguments.json:
                 line = {"query": query, "results": [result.as_json() for result in results]}
-                line |= {"absent": sum(result.absent for result in results), "labels": searcher.labels()}
+                line |= {"absent": sum(result.absent for result in results), "labels": labels}
                 print(json.dumps(line, ensure_ascii=False), flush=True)
             else:
                 _show(query, results, len(searcher.gallery))
     if not arguments.json:
-        print(f"scores: {', '.join(label_words(searcher.labels()))}")
+        print(f"scores: {', '.join(label_words(labels))}")
 
 
 def _show(query: str, results: list[Result], size: int) -> None:

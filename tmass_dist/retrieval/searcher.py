@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tmass_dist.errors import UserError
+from tmass_dist.evaluation.shortlist import TILE_VIDEOS, Shortlist, search_label, shortlist_size
 from tmass_dist.retrieval.gallery import VideoGallery
 from tmass_dist.retrieval.model import TMass
 from tmass_dist.retrieval.text_scorer import TextScorer
 from tmass_dist.score_labels import scoring_labels
 
-CANDIDATES = 1000
-"""Videos that get the exact score, unless a call says otherwise; ``benchmarks/search.py`` measures what fewer lose."""
+CANDIDATES = 2000
+"""Videos with the best frames, unless a call says otherwise; ``benchmarks/search.py`` measures what fewer lose."""
 MAX_QUERY = 1000
 """Characters of a query. CLIP reads 77 tokens; a text far beyond that is a mistake."""
-CHUNK = 512
-"""Videos whose frames are compared at a time where a filter by name rules out the index."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Searcher:
     Args:
         model: the model.
         gallery: the gallery.
-        candidates: videos that get the exact score, unless a call says otherwise.
+        candidates: videos with the best frames that are considered, unless a call says otherwise.
 
     Raises:
         UserError: another model made the gallery, or ``candidates`` is below 1.
@@ -75,6 +74,7 @@ class Searcher:
                 f"{model.fingerprint()}); give the model that made it, or make the gallery again"
             )
         self.model, self.gallery, self.num_candidates = model, gallery, candidates
+        _ = gallery.index  # a damaged one is named now, and not by the first search that needs it
         self._scorer = TextScorer(model)
         # Queries are texts: the image tower, the larger half of the model, is not needed again.
         model.towers.clip.visual = torch.nn.Identity()
@@ -84,10 +84,13 @@ class Searcher:
     ) -> list[list[Result]]:
         """The best ``k`` videos for each text, best first.
 
+        Where every video is a candidate, each gets the exact score. Otherwise those on the shortlist of the candidates
+        get it (:mod:`tmass_dist.evaluation.shortlist`).
+
         Args:
             texts: the queries.
             k: number of results.
-            candidates: videos that get the exact score; never fewer than ``k``.
+            candidates: videos with the best frames; never fewer than ``k``.
             name: only videos whose id contains this, in any case.
 
         Raises:
@@ -112,26 +115,42 @@ class Searcher:
         if k < 1:
             raise UserError(f"the number of results is {k}; at least 1")
         number = max(k, candidates or self.num_candidates)
-        rows_T = self.candidates(text_TD, number, name)
+        among = self._named(name)
+        if len(among) <= number:
+            rows_T = [sorted(among) for _ in texts]
+        else:
+            rows_T = self.candidates(text_TD, number, None if name is None else sorted(among))
+            rows_T = [self.shortlist(row_D, rows, k) for row_D, rows in zip(text_TD, rows_T)]
         return [self.best(text, row_D, rows, k) for text, row_D, rows in zip(texts, text_TD, rows_T)]
 
-    def candidates(self, text_TD: Tensor, number: int, name: str | None = None) -> list[list[int]]:
-        """Rows of the videos with the best single frame for each text, best first."""
+    def candidates(self, text_TD: Tensor, number: int, among: list[int] | None = None) -> list[list[int]]:
+        """Rows of the videos with the best single frame for each text, best first; ``among`` some, or all."""
         sentence_TD = text_TD[:, : self.model.embed_dim]  # of late interaction, the embedding of the whole text
+        if among is None:
+            return [rows.tolist() for rows in self.gallery.index.candidates(sentence_TD.cpu().numpy(), number)]
+        best_VT = torch.cat([best_frames(sentence_TD.cpu(), tile.float()) for tile in self._tiles(among)])
+        return [[among[place] for place in best_V.topk(number).indices.tolist()] for best_V in best_VT.T]
+
+    def shortlist(self, text_D: Tensor, rows: list[int], k: int) -> list[int]:
+        """Those of a text's candidates that shall get the exact score, for ``k`` results."""
+        number = shortlist_size(k)
+        if len(rows) <= number or not Shortlist.applies(self.model.head, self.model.config.model.pooled_by):
+            return rows
+        rows = sorted(rows)  # as they lie in the files
+        score_K = self._scorer.shortlist.scores(text_D.to(self.model.device), self._tiles(rows))
+        return [rows[place] for place in score_K.topk(number).indices.sort().values.tolist()]
+
+    def _named(self, name: str | None) -> Collection[int]:
+        """Rows of the videos whose id contains ``name``, in any case; of all videos without it."""
         if name is None:
-            found = self.gallery.index.candidates(sentence_TD.cpu().numpy(), number)
-            return [[int(row) for row in rows if int(row) not in self.gallery.removed] for rows in found]
+            return self.gallery.rows.values()
         wanted = name.casefold()
-        rows = sorted(row for video_id, row in self.gallery.rows.items() if wanted in video_id.casefold())
-        if len(rows) <= number:
-            return [rows for _ in text_TD]
-        best = torch.cat(
-            [
-                best_frames(sentence_TD.cpu(), self.gallery.frames(rows[start : start + CHUNK]))
-                for start in range(0, len(rows), CHUNK)
-            ]
-        )
-        return [[rows[int(place)] for place in best[:, t].topk(number).indices] for t in range(len(text_TD))]
+        return [row for video_id, row in self.gallery.rows.items() if wanted in video_id.casefold()]
+
+    def _tiles(self, rows: list[int]) -> Iterator[Tensor]:
+        """The frames of videos, some videos at a time."""
+        for start in range(0, len(rows), TILE_VIDEOS):
+            yield self.gallery.half_frames(rows[start : start + TILE_VIDEOS])
 
     def best(self, text: str, text_D: Tensor, rows: list[int], k: int) -> list[Result]:
         """The ``k`` of these videos with the highest exact scores, best first."""
@@ -141,12 +160,15 @@ class Searcher:
         order = score_K.topk(min(k, len(rows))).indices.tolist()
         return [self._result(rows[place], float(score_K[place]), attention_KF[place].numpy()) for place in order]
 
-    def labels(self) -> dict[str, Any]:
+    def labels(self, k: int = 10, name: str | None = None) -> dict[str, Any]:
         """What the scores of :meth:`search` state, with the keys of :data:`tmass_dist.score_labels.LABELS`.
 
         A search has one protocol, no post-processing and float32 arithmetic, whatever the run's evaluation was set to.
         """
+        total, number = len(self._named(name)), max(k, self.num_candidates)
+        listed = Shortlist.applies(self.model.head, self.model.config.model.pooled_by)
         labels = scoring_labels(self.model.config, self.model.head.tau) | {
+            "search": search_label(total, number, shortlist_size(k) if listed else number),
             "protocol": "query_conditioned",
             "post_processing": "none",
             "precision": "float32",
@@ -220,7 +242,7 @@ def open_searcher(gallery: str | Path, model: str | None = None, candidates: int
     Args:
         gallery: a gallery; or a run directory: its test split becomes the gallery ``RUN/gallery``.
         model: where to load the model from; by default where it was when the gallery was made.
-        candidates: videos that get the exact score.
+        candidates: videos with the best frames that are considered.
 
     Raises:
         UserError: there is no gallery or no model, or they do not belong together.

@@ -16,13 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tmass_dist.evaluation.blocks import caption_noise
+from tmass_dist.evaluation.shortlist import TILE_VIDEOS, Shortlist, attended_sums, frame_queries
 from tmass_dist.models.frame_pooling import FramePool, best_frame_weights
 from tmass_dist.models.late_interaction import LateInteraction
 from tmass_dist.models.pooling import XPool
 from tmass_dist.retrieval.model import TMass
-
-TILE_VIDEOS = 128
-"""Videos scored at a time: their frames, 3 MB at 12 x 512, stay in the processor's cache."""
 
 
 class _Text(NamedTuple):
@@ -44,14 +42,7 @@ class TextScorer:
 
     def __init__(self, model: TMass) -> None:
         self.model, self.head = model, model.head
-        pool = self.head.pooling
-        if isinstance(pool, XPool):
-            with torch.inference_mode():
-                # The weights of a head sum to one, so the value and output projections may follow the sum of frames.
-                value_HED = pool.value.weight.unflatten(0, (pool.num_heads, -1))
-                out_HDE = pool.out.weight.unflatten(1, (pool.num_heads, -1)).transpose(0, 1)
-                self._projection_KD = (out_HDE @ value_HED).transpose(1, 2).flatten(0, 1).contiguous()  # K = H D
-                self._projection_bias_D = pool.out(pool.value.bias)
+        self.shortlist = Shortlist(self.head)
 
     @torch.inference_mode()
     def score(self, text: str, text_D: Tensor, frames_VFD: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,8 +68,7 @@ class TextScorer:
         unit_D = F.normalize(text_D, dim=-1)
         columns = [torch.full_like(text_D, 1 / len(text_D)), unit_D]
         if isinstance(self.head.pooling, XPool):
-            pool = self.head.pooling
-            columns += list(pool.norm_in.weight * pool.queries(text_D[None], in_frame_space=True)[:, 0])
+            columns += list(frame_queries(self.head.pooling, text_D))
         query = _Text(text_D, unit_D, torch.stack(columns), noise_MD)
         tiles = [self._score_tile(query, tile.to(model.device).float()) for tile in frames_VFD.split(TILE_VIDEOS)]
         scores, weights = zip(*tiles)
@@ -119,15 +109,10 @@ class TextScorer:
         self, pool: XPool, query: _Text, frames_VFD: Tensor, products_VFC: Tensor, norm_VF: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Pooled vectors ``(V, D)`` and attention weights ``(V, F)``, mean over heads."""
-        # norm_in(f) is (f - mean) / deviation * gain + bias: neither the attention nor the sum needs it of every frame.
-        norm_in, mean_VF1 = pool.norm_in, products_VFC[..., :1]
-        variance_VF1 = norm_VF[..., None].square() / frames_VFD.shape[-1] - mean_VF1.square()
-        scale_VF1 = (variance_VF1.clamp_min(0) + norm_in.eps).rsqrt()
-        logits_VFH = (products_VFC[..., 2:] - mean_VF1 * query.columns_CD[2:].sum(dim=1)) * scale_VF1
-        weights_VFH = logits_VFH.softmax(dim=1)
-        scaled_VHF = (weights_VFH * scale_VF1).transpose(1, 2)
-        normed_VHD = (scaled_VHF @ frames_VFD - scaled_VHF @ mean_VF1) * norm_in.weight + norm_in.bias
-        attended_VD = pool.norm_attended(normed_VHD.flatten(1) @ self._projection_KD + self._projection_bias_D)
+        mean_VF, queries_HD = products_VFC[..., 0], query.columns_CD[2:]
+        summed_VHD, weights_VFH = attended_sums(pool, queries_HD, frames_VFD, mean_VF, products_VFC[..., 2:], norm_VF)
+        attended_VD = summed_VHD.flatten(1) @ self.shortlist.projection_KD + self.shortlist.projection_bias_D
+        attended_VD = pool.norm_attended(attended_VD)
         return pool.norm_out(attended_VD + pool.linear(attended_VD)), weights_VFH.mean(dim=2)
 
 

@@ -100,7 +100,7 @@ class Service:
         searcher, text = self.searcher, check_query(query)
         assert self._texts is not None
         [results] = searcher.search_encoded([text], self._texts.encode(text)[None], k, name=name or None)
-        labels = searcher.labels()
+        labels = searcher.labels(k, name or None)
         return {
             "query": query,
             "labels": labels,
