@@ -7,7 +7,6 @@ and ``--html`` have all metrics.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 import textwrap
@@ -18,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from launch.results import DIRECTIONS, METRICS, read_result  # noqa: E402
 from tmass_dist.cli import program, run_command, writable_dir  # noqa: E402
 from tmass_dist.config import flat, load_config  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
@@ -25,8 +25,6 @@ from tmass_dist.score_labels import label_words  # noqa: E402
 
 PAIRED = {"protocol": None, "post_processing": "none", "precision": "float32", "feature_precision": "float32"}
 """Labels in which results must agree for a paired difference, and what a result without the label means."""
-METRICS = ("R@1", "R@5", "R@10", "MdR", "MnR")
-DIRECTIONS = {"t2v": "text to video", "v2t": "video to text"}
 MIN_NAME, MAX_NAME = 12, 32
 """Width of the column with the runs' names in a terminal."""
 
@@ -64,7 +62,7 @@ def compare(runs: list[Path]) -> list[Row]:
     for run in runs:
         if not (run / "config.yaml").is_file():
             raise UserError(f"{run} is no run directory: it has no config.yaml")
-        settings.append(flat(asdict(load_config(str(run / "config.yaml")))))
+        settings.append(flat(asdict(load_config(str(run / "config.yaml"), allow_env=False))))
     first = settings[0]
     keys = [key for key in first if key != "run_dir" and any(one[key] != first[key] for one in settings)]
     rows = [Row(run, {key: one[key] for key in keys}) for run, one in zip(runs, settings)]
@@ -75,13 +73,8 @@ def compare(runs: list[Path]) -> list[Row]:
     return rows
 
 
-def _result(run: Path) -> dict[str, Any] | None:
-    path = run / "evaluation" / "metrics.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
 def _read_result(row: Row) -> None:
-    result = _result(row.run)
+    result = read_result(row.run)
     if result is None:
         return
     row.labels = ", ".join(label_words(result))
@@ -119,7 +112,7 @@ def _not_comparable(first: Path, second: Path) -> str | None:
     """Why the results of two runs must not be subtracted; None if they may be."""
     results = []
     for run in (first, second):
-        result = _result(run)
+        result = read_result(run)
         if result is None:
             return f"{run.name} is not evaluated"
         results.append(result)
@@ -216,6 +209,8 @@ def main() -> None:
         from tmass_dist.pages import render_page
 
         writable_dir(arguments.html.parent)
+        if arguments.html.is_dir():
+            raise UserError(f"--html {arguments.html} is a directory; name a file in it")
         _write(arguments.html, render_page("compare.html", tables=tables(rows)))
 
 

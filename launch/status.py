@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -14,8 +14,9 @@ sys.path.insert(0, str(ROOT))
 
 from launch import slurm  # noqa: E402
 from launch.failures import FINAL_ERROR  # noqa: E402
+from launch.results import METRICS, read_result  # noqa: E402
 from launch.submitted import jobs_of, local_state  # noqa: E402
-from tmass_dist.cli import program, run_command  # noqa: E402
+from tmass_dist.cli import program, read_object, run_command  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 from tmass_dist.score_labels import label_words  # noqa: E402
 
@@ -31,36 +32,59 @@ def describe(run: Path) -> str:
     if not (run / "jobs").is_dir() and not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run directory: it has neither jobs/ nor config.yaml")
     lines = [str(run)]
+    for part in (_jobs, _local, _progress, _best, _result, _notes):
+        try:
+            lines += [f"  {line}" for line in part(run)]
+        except UserError as error:
+            lines.append(f"  {error}")
+    return "\n".join(lines)
+
+
+def _jobs(run: Path) -> Iterator[str]:
     for job in jobs_of(run):
         state = slurm.slurm_state(job["id"])
         reason = ""
         if slurm.is_alive(state):
             answer = subprocess.run(["squeue", "-h", "-j", job["id"], "-o", "%N %r"], capture_output=True, text=True)
             reason = " ".join(answer.stdout.split())
-        lines.append(f"  {job['step']}: job {job['id']}: {state} {reason}".rstrip())
-    local = local_state(run)
-    if local:
-        lines.append(f"  {local}")
-    log = run / "train.log"
-    steps = _STEP.findall(log.read_text(encoding="utf-8")) if log.is_file() else []
-    if steps:
+        yield f"{job['step']}: job {job['id']}: {state} {reason}".rstrip()
+
+
+def _local(run: Path) -> Iterator[str]:
+    if state := local_state(run):
+        yield state
+
+
+def _progress(run: Path) -> Iterator[str]:
+    if steps := _STEP.findall(_text(run / "train.log")):
         step, total, loss, rate, eta = steps[-1]
-        lines.append(f"  step {step} of {total}, loss {loss}, {rate} videos/s" + (f", {eta} left" if eta else ""))
-    best = run / "checkpoints" / "best.json"
-    if best.is_file():
-        chosen = json.loads(best.read_text(encoding="utf-8"))
+        yield f"step {step} of {total}, loss {loss}, {rate} videos/s" + (f", {eta} left" if eta else "")
+
+
+def _best(run: Path) -> Iterator[str]:
+    path = run / "checkpoints" / "best.json"
+    if path.is_file():
+        keys = {"selected_on": str, "R@1": int | float, "step": int}
+        chosen = read_object(path, keys, "the next better validation writes it again")
         labels = ", ".join(label_words({"protocol": "unknown", **chosen, "selected_on": None}))
-        lines.append(f"  best {chosen['selected_on']} t2v R@1 {chosen['R@1']:.1f} ({labels}) at step {chosen['step']}")
-    metrics = run / "evaluation" / "metrics.json"
-    if metrics.is_file():
-        result = json.loads(metrics.read_text(encoding="utf-8"))
-        numbers = ", ".join(f"{name} {value:.1f}" for name, value in result["t2v"].items())
-        lines.append(f"  {result.get('split', 'test')} t2v ({', '.join(label_words(result))}): {numbers}")
-    errors = [] if local else sorted((run / "jobs").glob(f"{FINAL_ERROR}-*.txt"))
+        yield f"best {chosen['selected_on']} t2v R@1 {chosen['R@1']:.1f} ({labels}) at step {chosen['step']}"
+
+
+def _result(run: Path) -> Iterator[str]:
+    if result := read_result(run):
+        numbers = ", ".join(f"{name} {result['t2v'][name]:.1f}" for name in METRICS)
+        yield f"{result.get('split', 'test')} t2v ({', '.join(label_words(result))}): {numbers}"
+
+
+def _notes(run: Path) -> Iterator[str]:
+    errors = [] if (run / "jobs" / "local.json").is_file() else sorted((run / "jobs").glob(f"{FINAL_ERROR}-*.txt"))
     for note in (run / "jobs" / "restarts.log", *errors):
-        if note.is_file():
-            lines += [f"  {line}" for line in note.read_text(encoding="utf-8").splitlines()]
-    return "\n".join(lines)
+        yield from _text(note).splitlines()
+
+
+def _text(path: Path) -> str:
+    """The content of a file; "" where there is none."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def main() -> None:

@@ -5,19 +5,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from launch import slurm
-from tmass_dist.cli import write_json
+from tmass_dist.cli import read_object, write_json
 from tmass_dist.errors import UserError
 
 
 def jobs_of(run: Path) -> list[dict[str, str]]:
-    """SLURM jobs of the last submission, in order: ``step``, ``id``, ``tasks``; empty where there was none."""
+    """SLURM jobs of the last submission, in order: ``step``, ``id``, ``tasks``; empty where there was none.
+
+    Raises:
+        UserError: the list is damaged.
+    """
     path = run / "jobs" / "jobs.json"
-    return json.loads(path.read_text(encoding="utf-8"))["jobs"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    remedy = "look for its jobs with squeue, then remove the file"
+    jobs = read_object(path, {"jobs": list}, remedy)["jobs"]
+    if not all(isinstance(job, dict) and {"step", "id"} <= job.keys() for job in jobs):
+        raise UserError(f"{path} is damaged: a job has no step or no id; {remedy}")
+    return jobs
 
 
 def write_local_state(run: Path, job_id: str, state: str, message: str = "") -> None:
@@ -27,11 +36,16 @@ def write_local_state(run: Path, job_id: str, state: str, message: str = "") -> 
 
 
 def local_state(run: Path) -> str | None:
-    """One line on the last local job of a run; None where there was none."""
+    """One line on the last local job of a run; None where there was none.
+
+    Raises:
+        UserError: the file that says so is damaged.
+    """
     path = run / "jobs" / "local.json"
     if not path.is_file():
         return None
-    job = json.loads(path.read_text(encoding="utf-8"))
+    keys = {"id": str, "state": str, "pid": int, "message": str}
+    job = read_object(path, keys, "the next submission writes it again")
     if job["state"] == "RUNNING" and not Path("/proc", str(job["pid"])).is_dir():
         return f"{job['id']}: ended without a message (killed?); the same command resumes"
     return f"{job['id']}: {job['state']}" + (f": {job['message']}" if job["message"] else "")

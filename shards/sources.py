@@ -6,6 +6,7 @@ in seconds. All other fields are kept in the sample's JSON, below ``fields``.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 from shards.annotation_files import find_file, read_json, read_lines, read_table
 from shards.own_videos import Row, files_passed_over, read_folder, read_manifest, seconds
+from tmass_dist.cli import is_utf8
 from tmass_dist.errors import UserError
 
 
@@ -81,6 +83,8 @@ def _check_row(row: Row, annotations: Path, allow_outside: bool) -> None:
     if not _is_text(path) or "\0" in path:
         raise UserError(f"{annotations}: the path {path!r} of {name!r} is not a path")
     inside = os.path.normpath(path)
+    if not is_utf8(json.dumps(row, ensure_ascii=False)):
+        raise UserError(f"{annotations}: {name!r} has a field that is not UTF-8")
     if not allow_outside and (os.path.isabs(inside) or inside.split(os.sep)[0] == os.pardir):
         raise UserError(
             f"{annotations}: the file {path} of {name!r} is outside the directory of the videos; "
@@ -98,7 +102,7 @@ def _check_row(row: Row, annotations: Path, allow_outside: bool) -> None:
 
 def _is_text(value: Any) -> bool:
     """Whether it is a string that is not blank and can be written in UTF-8."""
-    return isinstance(value, str) and bool(value.strip()) and not re.search("[\ud800-\udfff]", value)
+    return isinstance(value, str) and bool(value.strip()) and is_utf8(value)
 
 
 def _with_suffix(videos: Path, stem: str, default: str = ".mp4") -> str:

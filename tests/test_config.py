@@ -55,6 +55,36 @@ def test_settings_of_others_read_no_environment(value: str, monkeypatch: pytest.
     assert "config.json reads the environment" in str(error.value) and "hunter2" not in str(error.value)
 
 
+@pytest.mark.parametrize("place", ["page", "override"])
+@pytest.mark.parametrize("key", ["optim.lr", "model.radius", "engine.bf16", "optim.kind"])
+def test_an_error_does_not_print_the_value_of_an_environment_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, place: str
+) -> None:
+    monkeypatch.setenv("SECRET_OF_TEST", "hunter2")
+    section, _, name = key.partition(".")
+    path = tmp_path / "page.yaml"
+    path.write_text(f"{section}: {{{name}: '${{oc.env:SECRET_OF_TEST}}'}}\n" if place == "page" else "seed: 1\n")
+    with pytest.raises(UserError, match=key) as error:
+        load_config(str(path), [] if place == "page" else [f"{key}=${{oc.env:SECRET_OF_TEST}}"])
+    assert "hunter2" not in str(error.value), error.value
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=-1",
+        "seed=2147483648",
+        "data.batch_size=100000000000",
+        "data.num_workers=5000",
+        "data.eval_batch_size=9999999",
+    ],
+)
+def test_numbers_that_no_machine_can_use_are_refused(override: str) -> None:
+    key, _, value = override.partition("=")
+    with pytest.raises(UserError, match=rf"^{key} is {value}: "):
+        load_config("demo.yaml", [override])
+
+
 @pytest.mark.parametrize(
     "override", ["optim.lr=abc", "data.batch_size=1.5", "model.radius=circle", "log.to=5", "seed=null"]
 )

@@ -1,4 +1,4 @@
-"""Files that the random cases of ``tests/fuzz`` found to end in a traceback, one test each."""
+"""Files that once ended in a traceback, one test each; most were found by the random cases of ``tests/fuzz``."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,14 @@ import numpy as np
 import pytest
 
 from shards.foreign_tars import common_kind, read_tar
+from tests.test_evaluation import write_store
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation.arrays import map_array
+from tmass_dist.evaluation.evaluation import evaluate_store
+from tmass_dist.evaluation.features import read_index, write_index
 from tmass_dist.evaluation.matrix import rank_matrix
+from tmass_dist.evaluation.stored import StoredSplit
+from tmass_dist.evaluation.two_stage import search_store
 from tmass_dist.retrieval.gallery import NAME, VideoGallery
 
 MATRIX = np.random.default_rng(0).random((6, 6), dtype=np.float32)
@@ -95,3 +100,19 @@ def test_a_matrix_with_a_value_that_is_no_number_is_named(tmp_path: Path) -> Non
     np.save(tmp_path / "s.npy", matrix)
     with pytest.raises(UserError, match=r"s\.npy: 1 texts have a similarity that is not a number; .* \[2\]"):
         rank_matrix(tmp_path / "s.npy", None, "none", None)
+
+
+@pytest.mark.parametrize("candidates", [None, 5])
+def test_a_store_whose_scores_are_no_numbers_is_named(tmp_path: Path, candidates: int | None) -> None:
+    """A feature so large that its square is infinite: a comparison with NaN would give the text the rank 0."""
+    store = write_store(tmp_path / "features")
+    texts = np.load(store / "texts.npy")
+    texts[28] = 3e38
+    np.save(store / "texts.npy", texts)
+    write_index(store, {key: value for key, value in read_index(store).items() if key not in ("files", "version")})
+    stored = StoredSplit(store, [])
+    with pytest.raises(UserError, match=rf"^{store}: .*not a number.*\[28\]$"):
+        if candidates is None:
+            evaluate_store(stored, tmp_path)
+        else:
+            search_store(stored, tmp_path, candidates, compare_exact=False)

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 from tmass_dist.errors import MachineError, PeerLostError, UserError
@@ -127,13 +128,43 @@ def read_json(path: Path, kind: type) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logging.getLogger("tmass_dist").warning("%s is ignored: %s", path, error)
         return None
     if not isinstance(value, kind):
         logging.getLogger("tmass_dist").warning("%s is ignored: it holds no %s", path, kind.__name__)
         return None
     return value
+
+
+def read_object(path: Path, keys: dict[str, type | UnionType], remedy: str) -> dict[str, Any]:
+    """The object of a JSON file that cannot be done without.
+
+    Args:
+        path: of the file.
+        keys: that the object must have, with the types of their values.
+        remedy: what the user can do about a damaged file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise TypeError(f"it holds no object but {type(value).__name__}")
+        wrong = [key for key, kind in keys.items() if not isinstance(value.get(key), kind)]
+        if wrong:
+            raise TypeError(f"{wrong[0]} is missing or of another type")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; {remedy}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; {remedy}") from error
+    return value
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the text can be written as UTF-8: half a surrogate pair cannot, and names of files may hold some."""
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def share_of(text: str, option: str) -> tuple[int, int]:

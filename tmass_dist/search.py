@@ -35,7 +35,7 @@ def main() -> None:
     queries = list(arguments.query)
     if arguments.file:
         try:
-            lines = arguments.file.read_text(encoding="utf-8").splitlines()
+            lines = arguments.file.read_text(encoding="utf-8-sig").split("\n")  # str.splitlines also splits at U+2028
         except UnicodeDecodeError as error:
             raise UserError(f"{arguments.file} is not a UTF-8 text file: {error}") from error
         queries += [line for line in lines if line.strip()]

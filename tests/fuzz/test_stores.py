@@ -125,8 +125,10 @@ def test_a_store_of_others_with_right_checksums_is_scored_or_refused(store: Path
         write_index(copy, about)
 
         def work() -> bool:
-            block_TV = next(iter(StoredSplit(copy, []).scorer.scores()))
-            ranking.check_numbers(block_TV, 0)  # as every evaluation does
+            stored = StoredSplit(copy, [])
+            block_TV = next(iter(stored.scorer.scores()))
+            with stored.naming():
+                ranking.check_numbers(block_TV, 0)  # as every evaluation does
             return bool(torch.isfinite(block_TV).all())
 
         assert result_or_error("stored features of others", work, copy.name) in (None, True)

@@ -121,9 +121,10 @@ def main() -> None:
             raise UserError("--run knows its own shapes and ranks: leave --numpy, --width, --frames and --ranks out")
     elif given.function is None or given.overrides:
         raise UserError("name one function as module:function, or a run with --run RUN and its settings")
-    for option in ("width", "frames"):
-        if getattr(given, option) is not None and getattr(given, option) < 1:
-            raise UserError(f"--{option} is {getattr(given, option)}; at least 1")
+    for option, least, most in (("width", 1, 2**16), ("frames", 1, 2**12), ("seed", 0, 2**31)):
+        value = getattr(given, option)
+        if value is not None and not least <= value <= most:
+            raise UserError(f"--{option} is {value}; from {least} to {most}")
     out = None if given.out is None else writable_dir(given.out)
 
     from tmass_dist.audit.checks import audit

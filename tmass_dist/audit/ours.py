@@ -77,7 +77,7 @@ def similarity_of_run(run: Path, overrides: list[str]) -> Ours:
     for needed in (page, path):
         if not needed.is_file():
             raise UserError(f"{run} is not a trained run: {needed} is missing")
-    config = load_config(str(page), overrides)
+    config = load_config(str(page), overrides, allow_env=False)
     try:
         weights = load_file(path)
     except SafetensorError as error:

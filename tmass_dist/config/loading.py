@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -75,9 +76,10 @@ def make_config(
     try:
         return _merge(settings, overrides)
     except UserError as error:
+        line = _without_environment(str(error), [plain, overrides])
         if overrides and _error_of(settings) != str(error):
-            raise  # an override is wrong: the message names its key
-        raise UserError(f"{name}: {error}") from error
+            raise UserError(line) from None  # an override is wrong: the message names its key
+        raise UserError(f"{name}: {line}") from None
 
 
 def _merge(settings: Any, overrides: list[str]) -> Config:
@@ -104,6 +106,14 @@ def _error_of(settings: Any) -> str:
         return ""
     except UserError as error:
         return str(error)
+
+
+def _without_environment(line: str, settings: Any) -> str:
+    """``line`` without the values of the environment variables that the settings read: some are secret."""
+    for name in re.findall(r"oc\s*\.\s*env\s*:\s*(\w+)", str(settings)):
+        if value := os.environ.get(name):
+            line = line.replace(value, f"(the value of {name})")
+    return line
 
 
 def _refuse_resolvers(value: Any, name: str) -> None:

@@ -67,6 +67,8 @@ class DataConfig:
         mixes = len(parts) > 1 or self.batch_from == "mixed"
         require(mixes, "data.batch_from", self.batch_from, "it applies to a data.train with several splits")
         require(self.batch_size >= 2, "data.batch_size", self.batch_size, "a contrastive loss needs at least 2 pairs")
+        for key, most in (("batch_size", 2**20), ("eval_batch_size", 2**20), ("num_workers", 1024)):
+            require(getattr(self, key) <= most, f"data.{key}", getattr(self, key), f"at most {most}")
         require(0 <= self.max_bad <= 1, "data.max_bad", self.max_bad, "it is a share between 0 and 1")
         require(self.num_workers >= 0, "data.num_workers", self.num_workers, "it cannot be negative")
         require(self.eval_batch_size >= 1, "data.eval_batch_size", self.eval_batch_size, "at least 1")

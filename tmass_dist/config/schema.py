@@ -83,6 +83,8 @@ class Config:
             self.evaluation.precision,
             "published_code, model.pooled_by=sample and systems that draw no samples support float32 only",
         )
+        # Random numbers are keyed by 31 bits of it.
+        require(0 <= self.seed < 2**31, "seed", self.seed, f"from 0 to {2**31 - 1}")
         require(self.max_steps is None or self.max_steps >= 1, "max_steps", self.max_steps, "at least 1, or null")
         downloads = any("://" in part.path for part in self.data.train_parts)
         waits = not downloads or self.data.retry_s < self.engine.timeout_s

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+from tmass_dist.cli import is_utf8
 from tmass_dist.data.tars import any_members, split_name
 from tmass_dist.errors import UserError
 
@@ -32,7 +33,7 @@ def captions_of(members: Mapping[str, bytes], caption_keys: Sequence[str]) -> li
     """The captions of a sample, in the order of ``caption_keys``; blank ones and missing keys are left out.
 
     Raises:
-        ValueError: a member is not UTF-8, or not a JSON object.
+        ValueError: a member or a caption is not UTF-8, or a member is not a JSON object.
     """
     texts: list[Any] = []
     fields = _fields(members) if any(key != TEXT for key in caption_keys) else {}
@@ -42,7 +43,10 @@ def captions_of(members: Mapping[str, bytes], caption_keys: Sequence[str]) -> li
         else:
             value = fields.get(key)
             texts += value if isinstance(value, list) else [value]
-    return [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
+    captions = [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
+    if wrong := [caption for caption in captions if not is_utf8(caption)]:
+        raise UserError(f"its caption {wrong[0]!r} is not UTF-8")
+    return captions
 
 
 def _fields(members: Mapping[str, bytes]) -> dict[str, Any]:

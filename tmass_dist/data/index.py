@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from tmass_dist.cli import is_utf8
 from tmass_dist.data.index_checks import COLUMNS, ID_COLUMNS, check_columns, check_header, checksum
 from tmass_dist.data.json_lines import read_json_lines
 from tmass_dist.data.remote import RETRY_S, fetch, is_remote
@@ -161,7 +162,8 @@ class Index:
             sample_id, texts = entry.get("id"), entry.get("captions")
             if not isinstance(sample_id, str) or not isinstance(texts, list):
                 raise UserError(f"{file} line {line_number} has no id (a string) with captions (a list of strings)")
-            texts = [str(text) for text in texts]
+            if wrong := [text for text in texts if not isinstance(text, str) or not is_utf8(text)]:
+                raise UserError(f"{file} line {line_number}: the caption {wrong[0]!r} is not a text")
             if sample_id in number_of:
                 captions.setdefault(sample_id, []).extend(texts)
                 num_captions[number_of[sample_id]] += len(texts)

@@ -105,9 +105,10 @@ def check_lanes(config: DataConfig, world_size: int) -> None:
     Raises:
         UserError: it does not.
     """
-    lanes, divisors = config.lanes, [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+    lanes = config.lanes
     if lanes is None:
         return
+    divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
     if lanes not in divisors:
         raise UserError(
             f"data.lanes={lanes} does not divide data.batch_size={config.batch_size}; use one of {divisors}"

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
+from tmass_dist.cli import is_utf8
 from tmass_dist.data.foreign import read_foreign_sample
 from tmass_dist.data.frames import random_frame_indices, uniform_frame_indices
 from tmass_dist.data.index import Index, Sample
@@ -58,6 +59,8 @@ def read_sample(index: Index, number: int) -> tuple[dict[str, Any], list[bytes]]
         else:
             meta, payload = _read_own_sample(raw, sample.id)
         captions = [*meta["captions"], *index.extra_captions.get(sample.id, [])]
+        if wrong := [text for text in captions if not isinstance(text, str) or not is_utf8(text)]:
+            raise UserError(f"its caption {wrong[0]!r} is not a text")
         if len(captions) != sample.num_captions:
             raise UserError(f"it has {len(captions)} captions and the index says {sample.num_captions}")
         return meta | {"id": video_id, "captions": captions}, payload

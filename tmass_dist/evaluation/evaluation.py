@@ -63,12 +63,14 @@ def evaluate_store(stored: StoredSplit, out: Path, *, bank: Path | None = None) 
     blocks = stored.block_files(out)
     blocks.compute(0, 1)
     post = config.evaluation.post_processing
-    ranks = ranking.rank(blocks.blocks, stored.features.owner_T, stored.num_videos, post, query_bank)
+    with stored.naming():
+        ranks = ranking.rank(blocks.blocks, stored.features.owner_T, stored.num_videos, post, query_bank)
     result = labels(config, stored.features, stored.index, stored.scorer.head.tau)
     if query_bank is not None:
         result["bank"] = str(bank)
     result |= summary(ranks)
-    result["baselines"], baseline_ranks = baseline_rows(stored)
+    with stored.naming():
+        result["baselines"], baseline_ranks = baseline_rows(stored)
     # Only a result that is scored as the baselines are may be compared with them.
     plain = config.evaluation.protocol == "query_conditioned" and post == "none"
     result["gain_over_baselines"] = {

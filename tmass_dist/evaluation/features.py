@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tmass_dist.cli import write_json
+from tmass_dist.cli import is_utf8, write_json
 from tmass_dist.data.remote import sha256_of
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation.arrays import map_array
@@ -264,7 +264,7 @@ def load_features(directory: Path) -> Features:
     try:
         frames_VFD, text_TD = (torch.from_numpy(_mapped(directory / name)) for name in (FRAMES, TEXTS))
         rows = list(_caption_rows(directory / CAPTIONS))
-        number_of = {str(video_id): number for number, video_id in enumerate(index["video_ids"])}
+        number_of = {_text(video_id, INDEX): number for number, video_id in enumerate(index["video_ids"])}
         owner_T = torch.tensor([number_of[video_id] for video_id, _, _ in rows], dtype=torch.int64)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{directory} is no feature store: {error}; encode again") from error
@@ -292,4 +292,10 @@ def _caption_rows(path: Path) -> Iterator[tuple[str, int, str]]:
     with path.open(encoding="utf-8", newline="\n") as file:
         for line in file:
             video_id, slot, caption = json.loads(line)
-            yield str(video_id), int(slot), str(caption)
+            yield _text(video_id, CAPTIONS), int(slot), _text(caption, CAPTIONS)
+
+
+def _text(value: Any, file: str) -> str:
+    if not isinstance(value, str) or not is_utf8(value):
+        raise ValueError(f"{file} holds {value!r}, which is not a text")
+    return value

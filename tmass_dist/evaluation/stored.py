@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tmass_dist.config import Config, load_config
@@ -42,6 +44,16 @@ class StoredSplit:
                 )
         self.features = load_features(store)
         self.scorer = BlockScorer(self._head(), self.features, self.config)
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        """Errors of what is computed from the store name it."""
+        try:
+            yield
+        except UserError as error:
+            if str(self.store) in str(error):
+                raise
+            raise UserError(f"{self.store}: {error}") from error
 
     @property
     def num_videos(self) -> int:

@@ -39,6 +39,7 @@ def search_ranks(scorer: BlockScorer, num_candidates: int) -> Tensor:
             scorer.score(texts, scorer.gallery(features.frames_VFD[tile])) for tile in videos.split(scorer.tile_videos)
         ]
         similarity_TK = torch.cat(tiles, dim=1).gather(1, column_TK)
+        ranking.check_numbers(similarity_TK, texts.start)
         is_own_TK = candidate_TK[texts] == features.owner_T[texts, None]
         own_T1 = similarity_TK.masked_fill(~is_own_TK, -torch.inf).amax(dim=1, keepdim=True)
         position_T = (similarity_TK >= own_T1).sum(dim=1)
@@ -82,7 +83,7 @@ def search_store(stored: StoredSplit, out: Path, num_candidates: int, *, compare
     result |= {"num_candidates": num_candidates, "num_exact": few}
     result["search"] = search_label(stored.num_videos, num_candidates, few)
     exact = ranking.metrics(evaluate_store(stored, out).t2v_T) if compare_exact else None
-    with torch.inference_mode():
+    with torch.inference_mode(), stored.naming():
         found = ranking.metrics(search_ranks(stored.scorer, num_candidates))
     result["t2v"] = found
     rows = {f"search with {num_candidates} candidates": found}

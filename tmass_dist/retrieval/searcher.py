@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tmass_dist.cli import is_utf8
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation.shortlist import TILE_VIDEOS, Shortlist, search_label, shortlist_size
 from tmass_dist.retrieval.gallery import VideoGallery
@@ -94,7 +95,7 @@ class Searcher:
             name: only videos whose id contains this, in any case.
 
         Raises:
-            UserError: an empty query, one that is too long, or ``k`` below 1.
+            UserError: a query that :func:`check_query` refuses, or ``k`` below 1.
         """
         texts = [check_query(text) for text in texts]
         return self.search_encoded(texts, self.model.encode_text(texts), k, candidates, name)
@@ -226,11 +227,13 @@ def check_query(text: str) -> str:
     """The query without surrounding white space.
 
     Raises:
-        UserError: it is empty, or too long.
+        UserError: it is empty, too long, or not UTF-8.
     """
     text = text.strip()
     if not text:
         raise UserError("the query is empty")
+    if not is_utf8(text):
+        raise UserError(f"the query {text!r} is not UTF-8")
     if len(text) > MAX_QUERY:
         raise UserError(f"the query has {len(text)} characters; at most {MAX_QUERY}")
     return text

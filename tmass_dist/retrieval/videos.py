@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tmass_dist.cli import is_utf8
 from tmass_dist.data.index import Index, load_index
 from tmass_dist.data.samples import DamagedError, read_into
 from tmass_dist.data.video import BadVideoError, Timeline, read_video, uniform
@@ -58,7 +59,7 @@ def files_of(directory: Path) -> list[Source]:
     """The video files below ``directory``, by their relative path, which is their id.
 
     Raises:
-        UserError: there is no such directory, or it has no video file.
+        UserError: there is no such directory, it has no video file, or the name of one is not UTF-8.
     """
     if not directory.is_dir():
         raise UserError(f"there is no directory {directory}")
@@ -68,7 +69,10 @@ def files_of(directory: Path) -> list[Source]:
     )
     if not files:
         raise UserError(f"{directory} has no video file; the endings known are {', '.join(sorted(SUFFIXES))}")
-    return [Source(path.relative_to(directory).as_posix(), str(path.resolve())) for path in files]
+    sources = [Source(path.relative_to(directory).as_posix(), str(path.resolve())) for path in files]
+    if wrong := [source.path for source in sources if not is_utf8(source.path)]:
+        raise UserError(f"the names of {len(wrong)} files are not UTF-8, as {wrong[0]!r}; rename them")
+    return sources
 
 
 def samples_of(directory: str | Path, cache: str | None = None) -> list[Source]:

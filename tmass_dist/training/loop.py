@@ -311,13 +311,15 @@ class _TrainingRun:
         return self._stop_requested()
 
     def _save_and_validate(self) -> None:
-        """Save first: a validation that is interrupted is done by the next start."""
+        """Save first: a validation that is interrupted is done by the next start, even if the process was killed."""
         if not self._read_previous():
             self._diagnose_previous()
         self._previous = None
         self._read_flags()
         self.saver.begin(self.step)
         if self.step in self.validations:
+            self.watchdog.progress()
+            self.saver.finish()  # training would go on while it is written, but nothing completes it in a validation
             self._validate()
         self.meter.start(self.step)
 
@@ -357,7 +359,7 @@ class _TrainingRun:
         unit = hours_tag().removeprefix("speed/").replace("_", "-").replace("gpu", "GPU").replace("cpu", "CPU")
         best = read_json(self.run_dir / "checkpoints" / "best.json", dict) or {}
         score = "no best.json"
-        if best:
+        if {"selected_on", "R@1", "step"} <= best.keys():
             labels = ", ".join(label_words({**best, "selected_on": None}))
             score = f"best {best['selected_on']} t2v R@1 {best['R@1']:.1f} ({labels}) at step {best['step']}"
         return f"this start took {elapsed}, {self.monitor.used_hours():.3g} {unit} in all starts, {score}"
