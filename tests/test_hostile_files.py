@@ -8,6 +8,7 @@ import pytest
 
 from shards.foreign_tars import common_kind, read_tar
 from tests.test_evaluation import write_store
+from tmass_dist.cli import printable
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation.arrays import map_array
 from tmass_dist.evaluation.evaluation import evaluate_store
@@ -116,3 +117,72 @@ def test_a_store_whose_scores_are_no_numbers_is_named(tmp_path: Path, candidates
             evaluate_store(stored, tmp_path)
         else:
             search_store(stored, tmp_path, candidates, compare_exact=False)
+
+
+def _gallery(directory: Path, **about: object) -> Path:
+    """A gallery of one video, with changes of ``gallery.json`` or, as ``part``, of its part's."""
+    from tmass_dist.evaluation.search import FrameIndex
+    from tmass_dist.retrieval import build
+
+    directory.mkdir()
+    frames_VFD = np.random.default_rng(0).random((1, 2, 8), dtype=np.float32).astype(np.float16)
+    video = {"id": "a", "path": "a.mp4", "seconds": 1.0, "state": []}
+    part = about.pop("part", {})
+    build.write_part(directory, "part-0", [video], [], frames_VFD, np.zeros((1, 2), np.float32), [b"x", b"y"])
+    if isinstance(part, dict):
+        written = json.loads((directory / "part-0.json").read_text())
+        written["videos"][0] |= part.pop("video", {})
+        (directory / "part-0.json").write_text(json.dumps(written | part))
+    index = FrameIndex(2, 8)
+    index.add(np.arange(1), frames_VFD)
+    path = directory / "frames-000000.usearch"
+    index.save(path)
+    file = {"file": path.name, "bytes": path.stat().st_size, "sha256": ""}
+    written = {"version": 1, "model": "m", "fingerprint": "f", "num_frames": 2, "width": 8, "removed": []}
+    written |= {"parts": ["part-0"], "index": file | about.pop("index", {})}  # type: ignore[operator]
+    (directory / NAME).write_text(json.dumps(written | about))
+    return directory
+
+
+HOSTILE: list[dict] = [
+    {"index": {"file": "../frames-000000.usearch"}},  # an update would delete it
+    {"index": {"file": "/etc/frames-000000.usearch"}},
+    {"index": {"file": "gallery.json"}},
+    {"parts": ["../part-0"]},
+    {"parts": ["part-0", "part-0"]},
+    {"parts": ["part-0\n"]},
+    {"removed": [-1]},
+    {"removed": [1]},
+    {"removed": [True]},
+    {"num_frames": 0},
+    {"num_frames": 3},
+    {"num_frames": 10**9},
+    {"width": -8},
+    {"width": 7},
+    {"fingerprint": 5},
+    {"model": "\ud800"},
+    {"version": None},
+    {"part": {"video": {"id": 5}}},
+    {"part": {"video": {"id": "\ud800"}}},
+    {"part": {"video": {"path": 7}}},
+    {"part": {"video": {"path": "a\0b"}}},
+    {"part": {"video": {"seconds": float("inf")}}},
+    {"part": {"videos": []}},
+    {"part": {"videos": [{"id": "a", "path": "a", "seconds": 1, "state": []}] * 2}},
+    {"part": {"videos": [{"id": "a", "path": "a", "seconds": 1}]}},
+    {"part": {"failed": [5]}},
+    {"part": {"failed": [{"id": "b"}]}},
+    {"part": {"files": {"../x": {"bytes": 1, "sha256": ""}}}},
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=str)
+def test_a_gallery_of_others_stays_in_its_directory_and_is_consistent(tmp_path: Path, change: dict) -> None:
+    assert len(VideoGallery(_gallery(tmp_path / "good"))) == 1
+    with pytest.raises(UserError, match="damaged") as error:
+        VideoGallery(_gallery(tmp_path / "bad", **change))
+    assert str(tmp_path / "bad") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal() -> None:
+    assert printable("a\x1b[31mb\nc é 猫 \ud800") == "a\\x1b[31mb\\nc é 猫 \\ud800"

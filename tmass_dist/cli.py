@@ -167,6 +167,11 @@ def is_utf8(text: str) -> bool:
     return not re.search("[\ud800-\udfff]", text)
 
 
+def printable(text: str) -> str:
+    """The text for a terminal: line breaks and control characters, which a name of a file may hold, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def share_of(text: str, option: str) -> tuple[int, int]:
     """Both numbers of ``I/N``, as given to ``option``.
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tmass_dist.cli import program, run_command
+from tmass_dist.cli import printable, program, run_command
 from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,11 +63,12 @@ def main() -> None:
 def _show(query: str, results: list[Result], size: int) -> None:
     absent = sum(result.absent for result in results)
     note = f", {absent} of the results have no file any more" if absent else ""
-    print(f"{query}  ({size} videos{note})")
-    width = max((len(result.id) for result in results), default=0)
-    for place, result in enumerate(results, start=1):
-        gone = "  (no file)" if result.absent else ""
-        print(f"  {place:>3}  {result.score:.4f}  {result.id:<{width}}  {result.time_s:7.1f} s  {result.path}{gone}")
+    print(f"{printable(query)}  ({size} videos{note})")
+    names = [printable(result.id) for result in results]
+    width = max(map(len, names), default=0)
+    for place, (name, result) in enumerate(zip(names, results), start=1):
+        path = printable(result.path) + ("  (no file)" if result.absent else "")
+        print(f"  {place:>3}  {result.score:.4f}  {name:<{width}}  {result.time_s:7.1f} s  {path}")
 
 
 if __name__ == "__main__":

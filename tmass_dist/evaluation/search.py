@@ -66,7 +66,7 @@ class FrameIndex:
         if path is not None:
             try:
                 (self.index.load if writable else self.index.view)(str(path))
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, FileNotFoundError) as error:
                 raise UserError(f"{path} is damaged: {error}; make it again with tmass index") from error
             if self.index.ndim != width:
                 raise UserError(f"{path} has width {self.index.ndim}, not {width}; make it again with tmass index")

@@ -26,6 +26,7 @@ from tmass_dist.data.remote import sha256_of
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation.arrays import map_array
 from tmass_dist.evaluation.search import FrameIndex
+from tmass_dist.retrieval.gallery_checks import check_gallery, check_part, check_shapes
 
 VERSION, NAME = 1, "gallery.json"
 ARRAYS = ("frames", "times", "thumbnail_ends")
@@ -57,15 +58,12 @@ class Part:
         path = directory / f"{name}.json"
         try:
             about = json.loads(path.read_text(encoding="utf-8"))
-            self.videos: list[dict[str, Any]] = about["videos"]
-            self.failed: list[dict[str, Any]] = about["failed"]
-            self.files: dict[str, dict[str, Any]] = about["files"]
-            for video in self.videos:
-                _ = video["id"], video["path"], float(video["seconds"])
-            for file in self.files.values():
-                _ = int(file["bytes"]), file["sha256"]
-        except (OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            check_part(about)
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is missing or damaged ({error}); {REMEDY}") from error
+        self.videos: list[dict[str, Any]] = about["videos"]
+        self.failed: list[dict[str, Any]] = about["failed"]
+        self.files: dict[str, dict[str, Any]] = about["files"]
         for file, expected in self.files.items():
             path = directory / file
             if not path.is_file() or path.stat().st_size != expected["bytes"]:
@@ -73,6 +71,15 @@ class Part:
 
     def __len__(self) -> int:
         return len(self.videos)
+
+    def check_arrays(self, num_frames: int, width: int) -> None:
+        """Check that the arrays fit the videos; see :func:`check_shapes`."""
+        arrays = {"frames": self.frames, "times": self.times, "thumbnail_ends": self._ends}
+        shapes = {what: (array.shape, array.dtype) for what, array in arrays.items()}
+        try:
+            check_shapes(shapes, len(self), num_frames, width, self.name)
+        except UserError as error:
+            raise UserError(f"{self.directory} is damaged: {error}; {REMEDY}") from error
 
     def _map(self, what: str) -> np.ndarray:
         return map_array(self.directory / f"{self.name}.{what}.npy")
@@ -150,6 +157,7 @@ class VideoGallery:
         rows = 0
         for name in self.about["parts"]:
             self.parts.append(Part(self.directory, name, rows))
+            self.parts[-1].check_arrays(self.num_frames, self.width)
             rows += len(self.parts[-1])
         self.num_rows = rows
         self._starts = np.array([part.first for part in self.parts], np.int64)
@@ -160,6 +168,9 @@ class VideoGallery:
             if part.first + number not in self.removed
         }
         """Row of each video, by id; removed ones are not there."""
+        if len(self.rows) + len(self.removed) != rows or any(row >= rows for row in self.removed):
+            path = self.directory / NAME
+            raise UserError(f"{path} is damaged (a video is there twice, or a removed one was not there); {REMEDY}")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -247,13 +258,8 @@ def read_gallery(directory: Path) -> dict[str, Any]:
         about = json.loads(path.read_text(encoding="utf-8"))
         newer = about["version"] > VERSION
         if not newer:
-            _ = int(about["num_frames"]), int(about["width"]), about["fingerprint"], about["model"]
-            _ = about["index"]["file"], int(about["index"]["bytes"]), about["index"]["sha256"]
-            if not all(isinstance(row, int) for row in about["removed"]):
-                raise TypeError("removed holds other things than rows")
-            if not all(isinstance(name, str) for name in about["parts"]):
-                raise TypeError("parts holds other things than names")
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            check_gallery(about)
+    except (LookupError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); {REMEDY}") from error
     if newer:
         raise UserError(f"{path} was written by a newer version ({about['version']}); this one reads {VERSION}")

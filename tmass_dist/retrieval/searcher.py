@@ -158,6 +158,12 @@ class Searcher:
         if not rows:
             return []
         score_K, attention_KF = self._scorer.score(text, text_D, self.gallery.half_frames(rows))
+        if not torch.isfinite(score_K).all():  # the largest of some numbers and NaN is NaN
+            video = self.gallery.video(rows[int(torch.isfinite(score_K).logical_not().nonzero()[0])])
+            raise UserError(
+                f"the score of {video.id!r} is not a number; check the files of {self.gallery.directory} with "
+                "tmass index --check"
+            )
         order = score_K.topk(min(k, len(rows))).indices.tolist()
         return [self._result(rows[place], float(score_K[place]), attention_KF[place].numpy()) for place in order]
 
