@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launch.results import DIRECTIONS, METRICS, read_result  # noqa: E402
-from tmass_dist.cli import program, run_command, writable_dir  # noqa: E402
+from tmass_dist.cli import program, run_command, writable_dir, write_text  # noqa: E402
 from tmass_dist.config import flat, load_config  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 from tmass_dist.score_labels import label_words  # noqa: E402
@@ -204,20 +204,14 @@ def main() -> None:
     rows = compare(runs)
     print(terminal(rows, shutil.get_terminal_size((100, 24)).columns), end="")
     if arguments.out:
-        _write(writable_dir(arguments.out) / "comparison.md", markdown(rows))
+        write_text(writable_dir(arguments.out) / "comparison.md", markdown(rows))
     if arguments.html:
         from tmass_dist.pages import render_page
 
         writable_dir(arguments.html.parent)
         if arguments.html.is_dir():
             raise UserError(f"--html {arguments.html} is a directory; name a file in it")
-        _write(arguments.html, render_page("compare.html", tables=tables(rows)))
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+        write_text(arguments.html, render_page("compare.html", tables=tables(rows)))
 
 
 if __name__ == "__main__":

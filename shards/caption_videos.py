@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tmass_dist.cli import program, run_command, share_of  # noqa: E402
+from tmass_dist.cli import program, run_command, share_of, write_text  # noqa: E402
 from tmass_dist.data.index import Index, load_index  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 
@@ -138,9 +138,7 @@ def merge(index: Index, path: Path, parts: list[Path]) -> None:
     missing = [video for video in index.ids if video not in lines]
     if missing:
         raise UserError(f"{len(missing)} videos are not described yet: {', '.join(missing[:5])}")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(lines[video] + "\n" for video in index.ids), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(lines[video] + "\n" for video in index.ids))
     for file in parts:
         file.unlink()
 

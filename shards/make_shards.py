@@ -25,7 +25,7 @@ from shards.pack_pool import Job, Limits, Packed, pack_all  # noqa: E402
 from shards.pack_video import Recipe  # noqa: E402
 from shards.shard_writer import ShardWriter  # noqa: E402
 from shards.sources import SOURCES, Row, read_rows  # noqa: E402
-from tmass_dist.cli import program, run_command, share_of, writable_dir, write_json  # noqa: E402
+from tmass_dist.cli import program, run_command, share_of, writable_dir, write_json, write_text  # noqa: E402
 from tmass_dist.data.index import NAME as INDEX  # noqa: E402
 from tmass_dist.data.index import Index, Sample, Shard, make_columns  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
@@ -145,7 +145,7 @@ def _write_index(finished: list[_ShardRecord], num_rows: int, out: Path, setting
     for stale in set(out.glob("shard-*.tar*")) - {out / shard.name for shard in shards}:
         stale.unlink()
     lines = "".join(json.dumps(entry) + "\n" for entry in bad)
-    (out / "quarantine.jsonl").write_text(lines, encoding="utf-8")
+    write_text(out / "quarantine.jsonl", lines)
     first = f"the first: {bad[0]['path']}: {bad[0]['reason']}" if bad else ""
     if not shards:
         raise UserError(f"none of {num_rows} videos could be packed; see {out / 'quarantine.jsonl'}; {first}")

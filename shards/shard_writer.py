@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from shards.own_videos import Row
+from tmass_dist.cli import writing
 from tmass_dist.data.index import Sample, Shard
 from tmass_dist.data.samples import safe_key
 from tmass_dist.data.tars import scan_tar
@@ -33,7 +35,8 @@ class ShardWriter:
         fields = {name: value for name, value in row.items() if name not in ("id", "path", "captions", "tar_range")}
         meta = {"id": row["id"], "captions": row["captions"], "source": row["path"], "fields": fields, **facts}
         content = json.dumps(meta, ensure_ascii=False).encode()
-        self.tar.write({"__key__": safe_key(row["id"]), "json": content, **members})
+        with writing(self.path):
+            self.tar.write({"__key__": safe_key(row["id"]), "json": content, **members})
         self.rows.append(row)
 
     def close(self) -> tuple[Shard, list[Sample]]:
@@ -42,8 +45,9 @@ class ShardWriter:
         Raises:
             OSError: the file does not hold what was written.
         """
-        self.tar.close()
-        self.file.close()
+        with writing(self.path):
+            self.tar.close()
+            self.file.close()
         content = scan_tar(self.temporary)
         if [sample.key for sample in content.samples] != [safe_key(row["id"]) for row in self.rows]:
             raise OSError(f"{self.temporary} does not hold the samples that were written; is the disk sound?")
@@ -56,5 +60,7 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Remove an unfinished shard."""
-        self.file.close()
+        for part in (self.tar, self.file):
+            with suppress(OSError):  # what is still in a buffer may not fit on the disk
+                part.close()
         self.temporary.unlink(missing_ok=True)

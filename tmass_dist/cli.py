@@ -8,7 +8,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -114,9 +115,47 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """The same for text, as UTF-8."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path, mark: str = "") -> Iterator[Path]:
+    """A temporary file beside ``path``, which is renamed to it at the end, and removed if writing it fails.
+
+    Args:
+        path: the file to write.
+        mark: part of the temporary file's name, where several processes may write the same file.
+
+    Raises:
+        MachineError: it cannot be written, for example because the disk is full; the line names ``path``.
+    """
+    temporary = path.with_name(f"{path.name}{mark}.tmp")
+    try:
+        with writing(path):
+            yield temporary
+            os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Errors of writing ``path`` name it: that of a full disk does not, and each library has its own.
+
+    Raises:
+        MachineError: it cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_named = isinstance(error, MachineError) or getattr(error, "filename", None) is not None
+        is_write_error = isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError"
+        if is_named or not is_write_error:
+            raise
+        raise MachineError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_json(path: Path, kind: type) -> Any:

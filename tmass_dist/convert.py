@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tmass_dist.cli import program, run_command, writable_dir
+from tmass_dist.cli import program, replacing, run_command, writable_dir
 from tmass_dist.config import load_config, make_config
 from tmass_dist.errors import UserError
 
@@ -264,9 +264,8 @@ def convert(source: Path, target: Path, page: str | None, overrides: list[str]) 
     if target.suffix == ".safetensors":
         if page or overrides:
             raise UserError("settings belong to an export; name a directory and not a .safetensors file")
-        temporary = target.with_name(target.name + ".tmp")
-        save_file(weights, temporary)
-        temporary.replace(target)
+        with replacing(target) as temporary:
+            save_file(weights, temporary)
         return
     from tmass_dist.models.loading import settings_of
     from tmass_dist.retrieval.model import TMass
@@ -302,9 +301,8 @@ def main() -> None:
         weights = read_weights(source)
         check_weights(weights, str(source))
         theirs = to_authors(weights)
-        temporary = arguments.target.with_name(arguments.target.name + ".tmp")
-        torch.save({"state_dict": theirs}, temporary)
-        temporary.replace(arguments.target)
+        with replacing(arguments.target) as temporary:
+            torch.save({"state_dict": theirs}, temporary)
     print(f"{arguments.target} is written")
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from launch.paper.runs import ROOT, prepare_data, pretrain_towers
 from launch.paper.systems import PUBLISHED_NOISE, SYSTEMS
+from tmass_dist.cli import write_text
 from tmass_dist.errors import UserError
 from tmass_dist.score_labels import LABELS
 
@@ -147,9 +148,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def append_result(path: Path, row: dict[str, Any]) -> None:
     """Add a line; an incomplete last line is removed first."""
     rows = [*read_results(path), row]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(one) + "\n" for one in rows))
 
 
 def run_one(run: LongRun, out: Path) -> dict[str, Any]:

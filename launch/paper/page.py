@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from launch.paper import analyses, figures, tables
 from launch.paper.results import TITLES, Results, Section, count_seeds
+from tmass_dist.cli import write_text
 from tmass_dist.pages import render_page
 
 if TYPE_CHECKING:
@@ -55,9 +56,7 @@ def write_page(layout: Layout, parts: list[str], missing_data: str | None) -> Pa
     shown = [(section, [(caption, _data_url(png)) for caption, png in section.pictures]) for section in sections]
     page = render_page("reproduction.html", folder=Path(__file__).parent, head=head, sections=shown)
     for path, text in ((html, page), (html.with_suffix(".md"), _markdown(head, sections, html))):
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, text)
     return html
 
 

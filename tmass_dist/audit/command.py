@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from tmass_dist.cli import program, writable_dir, write_json
+from tmass_dist.cli import program, writable_dir, write_json, write_text
 from tmass_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,10 +91,7 @@ def write(found: Audit, directory: Path) -> None:
     from tmass_dist.pages import render_page
 
     write_json(directory / "audit.json", found.as_dict())
-    page = render_page("audit.html", audit=found, conclusion=conclusion(found))
-    temporary = directory / "audit.html.tmp"
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(directory / "audit.html")
+    write_text(directory / "audit.html", render_page("audit.html", audit=found, conclusion=conclusion(found)))
 
 
 def main() -> None:

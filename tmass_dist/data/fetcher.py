@@ -20,6 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from tmass_dist.cli import write_json
 from tmass_dist.data.cache import CachePlan
 from tmass_dist.data.remote import DownloadError, cached_path, fetch, is_remote
 from tmass_dist.errors import PeerLostError, UserError
@@ -262,7 +263,5 @@ class Fetcher:
         if error is None:
             return True
         failure = {"by_user": isinstance(error, UserError), "message": str(error)}
-        temporary = shard.beside("failed.tmp")
-        temporary.write_text(json.dumps(failure), encoding="utf-8")
-        os.replace(temporary, shard.beside("failed"))
+        write_json(shard.beside("failed"), failure)
         return False

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tmass_dist.cli import is_utf8
+from tmass_dist.cli import is_utf8, replacing
 from tmass_dist.data.index_checks import COLUMNS, ID_COLUMNS, check_columns, check_header, checksum
 from tmass_dist.data.json_lines import read_json_lines
 from tmass_dist.data.remote import RETRY_S, fetch, is_remote
@@ -205,12 +205,11 @@ class Index:
         header |= {"version": VERSION, "shards": shards}
         if self.caption_keys:
             header["caption_keys"] = self.caption_keys
-        temporary = Path(self.directory) / f"{NAME}.tmp"
         text = json.dumps(header, ensure_ascii=False)
         # The checksum is a column: safetensors writes several entries of metadata in a different order each time.
         digest = np.frombuffer(checksum(text, self.columns).encode(), np.uint8)
-        save_file(self.columns | {"sha256": digest}, temporary, metadata={"index": text})
-        os.replace(temporary, Path(self.directory) / NAME)
+        with replacing(Path(self.directory) / NAME) as temporary:
+            save_file(self.columns | {"sha256": digest}, temporary, metadata={"index": text})
 
 
 def make_columns(samples: Sequence[Sample]) -> dict[str, np.ndarray]:

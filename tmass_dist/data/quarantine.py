@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from tmass_dist import distributed
+from tmass_dist.cli import write_text
 from tmass_dist.data.json_lines import read_json_lines
 from tmass_dist.errors import UserError
 
@@ -46,9 +46,7 @@ class Quarantine:
         self.reasons |= new
         if distributed.is_main():
             lines = [json.dumps({"id": video, "reason": reason}) + "\n" for video, reason in self.reasons.items()]
-            temporary = self.path.with_name(f"{self.path.name}.tmp")
-            temporary.write_text("".join(lines), encoding="utf-8")
-            os.replace(temporary, self.path)
+            write_text(self.path, "".join(lines))
         if len(self.reasons) > self.limit:
             names = "; ".join(list(self.reasons.values())[:5])
             raise UserError(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tmass_dist.cli import replacing
 from tmass_dist.config import Config
 from tmass_dist.distributed import own_device
 from tmass_dist.evaluation.features import Features
@@ -218,9 +219,8 @@ class BlockFiles:
         quiet = True if number > 0 or len(own) < 8 else None  # None: a bar on a terminal only
         scores = self.scorer.scores(missing)
         for texts, block_TV in tqdm(zip(missing, scores), "score", len(missing), unit="block", disable=quiet):
-            temporary = self._path(texts).with_suffix(f".{number}.tmp")
-            save_file({"similarity": block_TV}, temporary, metadata={"sha256": _sha256(block_TV)})
-            temporary.replace(self._path(texts))
+            with replacing(self._path(texts), f".{number}") as temporary:
+                save_file({"similarity": block_TV}, temporary, metadata={"sha256": _sha256(block_TV)})
 
     def blocks(self) -> Iterator[Tensor]:
         """Every block in order; one that is missing or damaged is computed here."""

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tmass_dist.cli import is_utf8, write_json
+from tmass_dist.cli import is_utf8, replacing, write_json, writing
 from tmass_dist.data.remote import sha256_of
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation.arrays import map_array
@@ -115,9 +117,8 @@ def save_part(path: Path, part: Part) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     ids = {"video_ids": part.video_ids, "caption_ids": part.caption_ids, "captions": part.captions}
     tensors = {"frames_VFD": part.frames_VFD.contiguous(), "text_TD": part.text_TD.contiguous()}
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"ids": json.dumps(ids)})
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"ids": json.dumps(ids)})
 
 
 def load_part(path: Path) -> Part | None:
@@ -152,6 +153,7 @@ class StoreWriter:
         self.directory, self.video_ids, self.precision = directory, video_ids, precision
         whole = (len(video_ids), *shape)
         self._frames = np.lib.format.open_memmap(directory / FRAMES, "w+", np.dtype(precision), whole)
+        _reserve(directory / FRAMES)
         self._texts: list[np.ndarray] = []
         self._captions = (directory / CAPTIONS).open("w", encoding="utf-8")
         self._num_videos = 0
@@ -171,8 +173,9 @@ class StoreWriter:
         assert features.video_ids == self.video_ids[self._num_videos : end]
         self._frames[self._num_videos : end] = features.frames_VFD.numpy()
         self._texts.append(features.text_TD.numpy())
-        for (video_id, slot), caption in zip(features.caption_ids, features.captions):
-            self._captions.write(json.dumps([video_id, slot, caption], ensure_ascii=True) + "\n")
+        with writing(self.directory / CAPTIONS):
+            for (video_id, slot), caption in zip(features.caption_ids, features.captions):
+                self._captions.write(json.dumps([video_id, slot, caption], ensure_ascii=True) + "\n")
         self._num_videos = end
 
     def finish(self, head: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -187,10 +190,23 @@ class StoreWriter:
 
         assert self._num_videos == len(self.video_ids)
         self._frames.flush()
-        self._captions.close()
-        np.save(self.directory / TEXTS, np.concatenate(self._texts))
-        save_file({name: value.cpu().contiguous() for name, value in head.items()}, self.directory / HEAD)
+        with writing(self.directory / CAPTIONS):
+            self._captions.close()
+        with writing(self.directory / TEXTS):
+            np.save(self.directory / TEXTS, np.concatenate(self._texts))
+        with writing(self.directory / HEAD):
+            save_file({name: value.cpu().contiguous() for name, value in head.items()}, self.directory / HEAD)
         write_index(self.directory, {"video_ids": self.video_ids, "precision": self.precision, **about})
+
+
+def _reserve(path: Path) -> None:
+    """Reserve the space of a file that is memory-mapped: a full disk would end the process with SIGBUS."""
+    with path.open("r+b") as file, writing(path):
+        try:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
 
 def write_index(directory: Path, about: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from tmass_dist.cli import read_json, write_json
+from tmass_dist.cli import read_json, replacing, write_json
 from tmass_dist.data.index import Index
 from tmass_dist.data.remote import DownloadError, cached_path, is_remote
 from tmass_dist.data.samples import DamagedError, read_into, read_sample
@@ -184,9 +184,8 @@ def _write_sheet(path: Path, rows: list[Any], count: int, side: int) -> None:
     for row, pixels_FHWC in enumerate(rows):
         if pixels_FHWC is not None:
             sheet_HWC[row * side : (row + 1) * side] = np.concatenate(list(pixels_FHWC), axis=1)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(simplejpeg.encode_jpeg(sheet_HWC, quality=75, colorsubsampling="420"))
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(simplejpeg.encode_jpeg(sheet_HWC, quality=75, colorsubsampling="420"))
 
 
 def _original_files(videos: Path, sources: list[str], folder: Path) -> dict[int, str]:
@@ -223,8 +222,7 @@ def _clips(index: Index, numbers: list[int], sources: list[str], folder: Path) -
             except (DamagedError, OSError):
                 continue
             directory.mkdir(exist_ok=True)
-            temporary = path.with_name(f"{path.name}.tmp")
-            temporary.write_bytes(payload[0])
-            temporary.replace(path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(payload[0])
         urls[video] = f"{directory.name}/{path.name}"
     return urls

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tmass_dist.cli import write_text
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation.bootstrap import intervals
 from tmass_dist.evaluation.examples import Scored, as_url, text_examples, video_examples
@@ -162,9 +163,7 @@ class Report:
             "report.html": self.html(queries),
         }
         for name, content in contents.items():
-            temporary = directory / f"{name}.tmp"
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(directory / name)
+            write_text(directory / name, content)
         if queries:
             remove_others(directory / PAGE_FILES, queries)
 

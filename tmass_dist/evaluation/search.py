@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tmass_dist.cli import replacing
 from tmass_dist.errors import UserError
 
 SAME_FRAME = 0.98
@@ -104,9 +105,8 @@ class FrameIndex:
 
     def save(self, path: Path) -> None:
         """Write it to a temporary file and rename it."""
-        temporary = path.with_name(path.name + ".tmp")
-        self.index.save(str(temporary))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            self.index.save(str(temporary))
 
     def candidates(self, text_TD: np.ndarray, number: int) -> list[np.ndarray]:
         """Rows of the videos whose best frame is nearest to each text, nearest first.

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tmass_dist.cli import replacing
 from tmass_dist.config import CONFIG_DIR, ModelConfig
 from tmass_dist.errors import MachineError, UserError
 from tmass_dist.models import library
@@ -222,7 +223,6 @@ def fetch(architecture: str, tag: str, directory: Path) -> Path:
     clip = library.open_clip().create_model(architecture, pretrained=str(locate(architecture, tag)))
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / file_name(architecture, tag)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({name: value.contiguous() for name, value in clip.state_dict().items()}, temporary)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        save_file({name: value.contiguous() for name, value in clip.state_dict().items()}, temporary)
     return path

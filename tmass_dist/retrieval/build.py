@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tmass_dist.cli import write_json
+from tmass_dist.cli import write_json, writing
 from tmass_dist.data.remote import sha256_of
 from tmass_dist.data.video import read_video
 from tmass_dist.distributed import all_gather_objects, barrier, is_main, rank, world_size
@@ -205,10 +205,12 @@ def write_part(
     ends = np.cumsum([len(jpeg) for jpeg in jpegs], dtype=np.int64)
     arrays = {"frames": frames_VFD, "times": times_VF, "thumbnail_ends": ends}
     for what in ARRAYS:
-        with (out / f"{name}.{what}.npy").open("wb") as file:
+        path = out / f"{name}.{what}.npy"
+        with writing(path), path.open("wb") as file:
             np.save(file, arrays[what])
-    # A byte more, since an empty file cannot be memory-mapped.
-    (out / f"{name}.jpegs").write_bytes(b"".join(jpegs) + b"\0")
+    path = out / f"{name}.jpegs"
+    with writing(path):
+        path.write_bytes(b"".join(jpegs) + b"\0")  # a byte more: an empty file cannot be memory-mapped
     files = [f"{name}.{what}.npy" for what in ARRAYS] + [f"{name}.jpegs"]
     sizes = {file: {"bytes": (out / file).stat().st_size, "sha256": sha256_of(out / file)} for file in files}
     write_json(out / f"{name}.json", {"videos": videos, "failed": failed, "files": sizes})

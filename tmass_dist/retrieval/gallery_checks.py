@@ -47,7 +47,9 @@ def check_part(about: Any) -> None:
         _require(isinstance(video, dict) and "state" in video, "a video has no state")
         _require(_is_text(video.get("id")), f"the id of a video is {video.get('id')!r}")
         path, seconds = video.get("path"), video.get("seconds")
-        _require(_is_text(path) and "\0" not in path, f"the path of {video['id']!r} is {path!r}")
+        _require(
+            isinstance(path, str) and is_utf8(path) and "\0" not in path, f"the path of {video['id']!r} is {path!r}"
+        )
         is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds < math.inf
         _require(is_number, f"the seconds of {video['id']!r} are {seconds!r}")
     for entry in failed:

@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, hf_hub_downl
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor, nn
 
+from tmass_dist.cli import replacing
 from tmass_dist.config import Config, load_config, make_config
 from tmass_dist.data.remote import sha256_of
 from tmass_dist.errors import UserError
@@ -199,9 +200,8 @@ class TMass(
         from safetensors.torch import save_file
 
         weights = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
-        temporary = save_directory / f"{EXPORTED_WEIGHTS}.tmp"
-        save_file(weights, temporary)
-        temporary.replace(save_directory / EXPORTED_WEIGHTS)
+        with replacing(save_directory / EXPORTED_WEIGHTS) as temporary:
+            save_file(weights, temporary)
         config = {
             "settings": json.loads(json.dumps(asdict(self.config))),
             "towers": self.description,

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tmass_dist.cli import read_json, write_json
+from tmass_dist.cli import read_json, replacing, write_json
 from tmass_dist.config import Config
 from tmass_dist.data.index import Index
 from tmass_dist.data.samples import read_into
@@ -162,9 +161,8 @@ class Validator:
             return
         if improves([point["R@1"] for point in self.history], self.config.evaluation.window):
             weights = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in plain_weights(model).items()}
-            temporary = self.directory / "best.safetensors.tmp"
-            save_file(weights, temporary)
-            os.replace(temporary, self.directory / "best.safetensors")
+            with replacing(self.directory / "best.safetensors") as temporary:
+                save_file(weights, temporary)
             # What selected the checkpoint, and what else the selection split chooses; evaluations state it.
             chosen = {"query_scoring_tau": choose_tau(features), "code": revision()}
             write_json(self.directory / "best.json", {"step": step, "R@1": t2v["R@1"], **labels, **chosen})
