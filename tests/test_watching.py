@@ -169,6 +169,7 @@ def test_the_profile_holds_the_steps_of_its_range(resumed: Path) -> None:
     with gzip.open(resumed / "profile" / "steps-2-3.trace.json.gz", "rt") as file:
         names = Counter(event.get("name") for event in json.load(file)["traceEvents"])
     assert names["aten::mm"] > 10
+    assert [name for name in names if str(name).startswith("step ")] == ["step 2", "step 3"]
     assert "aten::" in (resumed / "profile" / "steps-2-3.operators.txt").read_text()
 
 

@@ -25,6 +25,7 @@ class StepProfiler:
         self.directory, self.log = run_dir / "profile", log
         self.first, self.last = steps
         self._profiler: Any = None
+        self._marker: Any = None
 
     def begin_step(self, step: int) -> None:
         """Start to record if ``step``, which is about to begin, is in the range. A resumed run records what is left."""
@@ -37,6 +38,16 @@ class StepProfiler:
                 torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
             self._profiler = torch.profiler.profile(activities=kinds, record_shapes=True, profile_memory=True)
             self._profiler.start()
+        if self._profiler is not None:
+            self._end_marker()
+            self._marker = torch.profiler.record_function(f"step {step}")
+            self._marker.__enter__()
+
+    def _end_marker(self) -> None:
+        """End the bar of the last step in the trace."""
+        if self._marker is not None:
+            self._marker.__exit__(None, None, None)
+            self._marker = None
 
     def end_step(self, step: int) -> bool:
         """Write the files if ``step``, which was just started on the device, is the last of the range.
@@ -55,6 +66,7 @@ class StepProfiler:
             return
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        self._end_marker()
         self._profiler.stop()
         self.directory.mkdir(parents=True, exist_ok=True)
         name = f"steps-{self.first}-{step}"
