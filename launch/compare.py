@@ -123,7 +123,7 @@ def _not_comparable(first: Path, second: Path) -> str | None:
 def terminal(rows: list[Row], width: int) -> str:
     """R@1 in both directions, then the differing settings; lines of both are at most ``width`` wide, down to 80."""
     space = max(MIN_NAME, min(MAX_NAME, width - 56))
-    names = {id(row): _shortened(row.name, space) for row in rows}
+    names = _names(rows, space)
     lines = []
     for direction, title in DIRECTIONS.items():
         lines += [f"{title:<{space}}  {'R@1 (95 %)':<22}{'difference from the first':<26}{'MdR':>6}"]
@@ -142,6 +142,14 @@ def terminal(rows: list[Row], width: int) -> str:
         lines.append(key)
         lines += _wrapped([f"  {names[id(row)]:<{space}}  {row.settings[key]}" for row in rows], width)
     return "\n".join(lines) + "\n"
+
+
+def _names(rows: list[Row], width: int) -> dict[int, str]:
+    """A name of at most ``width`` for each row, by its id; with numbers where two would be the same."""
+    names = [_shortened(row.name, width) for row in rows]
+    if len(set(names)) < len(names):
+        names = [f"{n} {_shortened(row.name, width - len(f'{n} '))}" for n, row in enumerate(rows, start=1)]
+    return {id(row): name for row, name in zip(rows, names)}
 
 
 def _shortened(name: str, width: int) -> str:

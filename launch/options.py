@@ -117,11 +117,24 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("overrides", nargs="*", help="dotted overrides, as optim.lr=1e-5")
     parsed = parser.parse_intermixed_args(arguments)
+    _move_single_values(parsed)
     _refuse_options_without_effect(parsed)
     if parsed.tasks is not None and parsed.tasks < 1:
         raise UserError(f"--tasks is {parsed.tasks}; at least 1")
     parsed.tasks = parsed.tasks or 4
     return parsed
+
+
+def _move_single_values(arguments: argparse.Namespace) -> None:
+    """Make overrides of the settings after ``--sweep`` or ``--tune`` that have one value, such as ``run_dir=PATH``."""
+    for name in ("sweep", "tune"):
+        settings = getattr(arguments, name)
+        if settings:
+            single = [one for one in settings if "=" in one and "," not in one and ".." not in one.partition("=")[2]]
+            arguments.overrides += single
+            setattr(arguments, name, [one for one in settings if one not in single])
+            if not getattr(arguments, name):
+                raise UserError(f"--{name} {' '.join(single)}: no setting has several values")
 
 
 def _refuse_options_without_effect(arguments: argparse.Namespace) -> None:

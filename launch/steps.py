@@ -120,14 +120,20 @@ def sweep(page: str, overrides: list[str], grid: list[str], base: Path) -> list[
     """Every combination of ``key=a,b`` settings, each with a run directory named after it.
 
     Raises:
-        UserError: a setting without values, or twice.
+        UserError: a setting without values, twice, or also given for all runs; or ``base`` is the directory of a run.
     """
+    if (base / "config.yaml").is_file():
+        raise UserError(f"{base} is the directory of a run; give the sweep another one, as run_dir={base}-sweep")
     axes: dict[str, list[str]] = {}
+    fixed = {override.partition("=")[0] for override in overrides} | {"run_dir"}
     for setting in grid:
-        key, _, values = setting.partition("=")
+        key, _, joined = setting.partition("=")
+        values = list(dict.fromkeys(value for value in joined.split(",") if value))
         if not values or key in axes:
             raise UserError(f"--sweep {setting}: write key=value,value,... and each key once, as optim.lr=1e-5,3e-5")
-        axes[key] = [value for value in values.split(",") if value]
+        if key in fixed:
+            raise UserError(f"--sweep {setting}: {key} is the same for all runs; leave one of them out")
+        axes[key] = values
     configs = []
     for chosen in itertools.product(*axes.values()):
         settings = [f"{key}={value}" for key, value in zip(axes, chosen)]

@@ -48,6 +48,21 @@ def test_lanes_that_the_ranks_do_not_divide_are_refused() -> None:
     assert "data.lanes=4 is not divisible by 3 ranks; use one of [1, 2, 4] ranks" in _refused(*options)
 
 
+def test_a_sweep_takes_settings_of_one_value_after_it_as_overrides(tmp_path: Path) -> None:
+    axes = ["--sweep", "optim.lr=1e-5,3e-5,1e-5", "seed=7", f"run_dir={tmp_path / 'sweep'}", "max_steps=8,9"]
+    printed = _dry_run("--gpus", "0", *axes)
+    found = re.findall(rf"^run_dir: {tmp_path / 'sweep'}/(.*)$", printed, re.MULTILINE)
+    assert found == [f"optim.lr={lr},max_steps={steps}" for lr in ("1e-5", "3e-5") for steps in (8, 9)]
+    assert printed.count("\nseed: 7\n") == 4
+
+
+def test_a_sweep_that_would_mix_with_other_runs_or_settings_is_refused(tmp_path: Path) -> None:
+    assert "optim.lr is the same for all runs" in _refused("--gpus", "0", "optim.lr=1", "--sweep", "optim.lr=1,2")
+    (tmp_path / "config.yaml").touch()
+    refused = _refused("--gpus", "0", "--sweep", "optim.lr=1,2", f"run_dir={tmp_path}")
+    assert f"give the sweep another one, as run_dir={tmp_path}-sweep" in refused
+
+
 def test_dry_run_with_gpus_prints_the_exact_script(tmp_path: Path) -> None:
     options = ["--nodes", "4", "--time", "1-02:30:00", "--partition", "gpu", "--qos", "high", "--mem", "8G"]
     printed = _dry_run(*options, "--gpus", "8", "data.num_workers=5", f"run_dir={tmp_path / 'run'}")

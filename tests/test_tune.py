@@ -165,6 +165,8 @@ OPTIONS = {
     "--tune optim.lr=0..1 --trials 2 --dry-run": "--dry-run is not for --tune",
     "--tune optim.lr=0..1 --trials 2 --job evaluate": "--tune is for --job train",
     "--train-only --job evaluate": "--train-only is for --job train",
+    "--tune optim.lr=1e-4 seed=1 --trials 2": "--tune optim.lr=1e-4 seed=1: no setting has several values",
+    "--sweep run_dir=runs/x": "--sweep run_dir=runs/x: no setting has several values",
 }
 
 

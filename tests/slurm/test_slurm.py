@@ -259,7 +259,8 @@ def test_goes_on_with_fewer_nodes(cluster: Cluster, settings: list[str], undistu
 
 def test_sweep(cluster: Cluster, settings: list[str], tmp_path: Path) -> None:
     axes = ["--sweep", "optim.lr=1e-3,3e-4", "data.batch_size=8,16"]
-    job = cluster.submit(tmp_path / "sweep", "--nodes", "1", *settings, "max_steps=6", "eval_every=6", *axes)
+    common = [setting for setting in settings if not setting.startswith("data.batch_size=")]
+    job = cluster.submit(tmp_path / "sweep", "--nodes", "1", *common, "max_steps=6", "eval_every=6", *axes)
     job.following("compare").until_completed()
     table = (tmp_path / "sweep" / "comparison.md").read_text()
     assert table.count("query_conditioned") == 4 and "optim.lr=0.0003,data.batch_size=8" not in table
