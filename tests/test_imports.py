@@ -19,6 +19,8 @@ OUTSIDE = {
     "pebble": {"shards/pack_pool.py"},
     "webdataset": {"shards/shard_writer.py"},
     "peft": {"tmass_dist/models/adapters.py"},
+    "mteb": {"tmass_dist/retrieval/mteb.py"},
+    "datasets": {"tmass_dist/retrieval/mteb.py"},
     "usearch": {"tmass_dist/evaluation/search.py"},
     "starlette": {"tmass_dist/web/app.py", "tmass_dist/serve.py"},
     "uvicorn": {"tmass_dist/serve.py"},

@@ -37,6 +37,7 @@ from tmass_dist.models.pooling import XPool
 from tmass_dist.models.tmass import build_model
 from tmass_dist.models.warm_start import EXPORTED_WEIGHTS, export_checksum, normalisation_of, read_export_config
 from tmass_dist.retrieval.card import model_card
+from tmass_dist.score_labels import scoring_labels
 
 HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 """Options of a download."""
@@ -368,6 +369,19 @@ class TMass(
             noise = caption_noise(some, self.config, self.embed_dim, self.device, num_trials) if sampled else None
             rows.append(gallery.score(text_TD[rows_in_block], noise, pooled_by=self._pooled_by(sampled)))
         return torch.cat(rows)
+
+    def labels(self) -> dict[str, Any]:
+        """What the scores of :meth:`similarity` state, with the keys of :data:`tmass_dist.score_labels.LABELS`.
+
+        It has one protocol, no post-processing and float32 arithmetic, whatever the run's evaluation was set to.
+        """
+        labels = scoring_labels(self.config, self.head.tau) | {
+            "protocol": "query_conditioned",
+            "post_processing": "none",
+            "precision": "float32",
+            "selected_on": self.trained.get("selected_on", "unknown"),
+        }
+        return {key: value for key, value in labels.items() if value is not None}
 
     def _pooled_by(self, sampled: bool) -> Any:
         return self.config.model.pooled_by if sampled else "text"

@@ -20,7 +20,6 @@ from tmass_dist.evaluation.shortlist import TILE_VIDEOS, Shortlist, search_label
 from tmass_dist.retrieval.gallery import VideoGallery
 from tmass_dist.retrieval.model import TMass
 from tmass_dist.retrieval.text_scorer import TextScorer
-from tmass_dist.score_labels import scoring_labels
 
 CANDIDATES = 2000
 """Videos with the best frames, unless a call says otherwise; ``benchmarks/search.py`` measures what fewer lose."""
@@ -168,21 +167,11 @@ class Searcher:
         return [self._result(rows[place], float(score_K[place]), attention_KF[place].numpy()) for place in order]
 
     def labels(self, k: int = 10, name: str | None = None) -> dict[str, Any]:
-        """What the scores of :meth:`search` state, with the keys of :data:`tmass_dist.score_labels.LABELS`.
-
-        A search has one protocol, no post-processing and float32 arithmetic, whatever the run's evaluation was set to.
-        """
+        """What the scores of :meth:`search` state; a gallery holds its frames in half precision."""
         total, number = len(self._named(name)), max(k, self.num_candidates)
         listed = Shortlist.applies(self.model.head, self.model.config.model.pooled_by)
-        labels = scoring_labels(self.model.config, self.model.head.tau) | {
-            "search": search_label(total, number, shortlist_size(k) if listed else number),
-            "protocol": "query_conditioned",
-            "post_processing": "none",
-            "precision": "float32",
-            "selected_on": self.model.trained.get("selected_on", "unknown"),
-            "feature_precision": "float16",
-        }
-        return {key: value for key, value in labels.items() if value is not None}
+        search = search_label(total, number, shortlist_size(k) if listed else number)
+        return self.model.labels() | {"search": search, "feature_precision": "float16"}
 
     def similar(self, row: int, k: int = 10) -> list[Result]:
         """Videos like one of the gallery, best first, without itself.

@@ -22,13 +22,15 @@ SUFFIXES = {".mp4", ".m4v", ".webm", ".mkv", ".mov", ".avi", ".mpg", ".mpeg", ".
 
 @dataclass(frozen=True)
 class Source:
-    """One video: a file, or sample ``number`` of a packed split."""
+    """One video: a file, its content, or sample ``number`` of a packed split."""
 
     id: str
     path: str
     """Of the file; "" where only frames were packed."""
     index: Index | None = None
     number: int = 0
+    content: bytes | None = None
+    """Of the file, in place of reading ``path``."""
 
     def state(self) -> list[Any]:
         """What tells whether the video changed since it was encoded."""
@@ -141,7 +143,7 @@ def _read(source: Source, num_frames: int, side: int) -> tuple[np.ndarray, np.nd
         seen.append(timeline)
         return choose(timeline)
 
-    pictures, facts = read_video(Path(source.path), remember, side)
+    pictures, facts = read_video(source.content or Path(source.path), remember, side)
     # The last timeline is that of the frames that were decoded; the first may be the header's.
     times = seen[-1].times_s[facts["frame_indices"]]
     return np.stack(pictures)[..., :3], times, float(facts["seconds"]), facts["frame_indices"]
