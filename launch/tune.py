@@ -24,7 +24,7 @@ from launch.trial_run import TrialRun
 from tmass_dist.cli import read_json, writable_dir
 from tmass_dist.config import Config, differing_keys, load_config, make_config, to_yaml
 from tmass_dist.errors import UserError
-from tmass_dist.score_labels import label_words, scoring_labels
+from tmass_dist.score_labels import LABELS, label_words, scoring_labels
 
 JOURNAL = "study.journal"
 POLL_S = {"local": 0.5, "slurm": 5.0}
@@ -275,8 +275,14 @@ class Tuner:
             self.running.remove(running)
         best = max((scores for scores in _frozen(running.trial).intermediate_values.values()), default=float("nan"))
         words = "complete" if state is None else state.name.lower()
-        protocol = self.config.evaluation.protocol
-        print(f"trial {running.trial.number} {words}: val t2v R@1 {best:.1f} ({protocol})", flush=True)
+        labels = ", ".join(label_words(self._labels_of(running.run.run_dir)))
+        print(f"trial {running.trial.number} {words}: t2v R@1 {best:.1f} ({labels})", flush=True)
+
+    def _labels_of(self, run_dir: Path) -> dict[str, Any]:
+        """Labels of a trial's validations; the tau is that of its selected checkpoint."""
+        labels = {"selected_on": self.config.evaluation.selected_on, **scoring_labels(self.config, None)}
+        best = read_json(run_dir / "checkpoints" / "best.json", dict) or {}
+        return labels | {key: best[key] for key in LABELS if key in best}
 
     def _fail(self, running: Running, reason: str) -> None:
         running.trial.set_user_attr("failure", reason)
@@ -306,10 +312,11 @@ class Tuner:
         print(f"\n{len(self.study.trials)} trials: {counted}")
         if not trials:
             raise UserError(f"no trial of the study in {self.base} is complete")
-        labels = label_words(scoring_labels(self.config, None))
-        print(f"best by validation (t2v R@1, {', '.join(labels)}):")
+        print("best by validation (t2v R@1):")
         for trial in trials[:5]:
-            print(f"  {trial.value:5.1f}  trial-{trial.number:04d}  {' '.join(as_overrides(trial.params))}")
+            name = f"trial-{trial.number:04d}"
+            labels = ", ".join(label_words(self._labels_of(self.base / name)))
+            print(f"  {trial.value:5.1f}  {name}  {' '.join(as_overrides(trial.params))}  ({labels})")
         best = self.base / f"trial-{trials[0].number:04d}"
         print(f"\nbest trial: {best}")
         print(f"evaluate it on the test split: python -m tmass_dist.evaluate --run {best}")

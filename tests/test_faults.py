@@ -250,7 +250,7 @@ def test_one_run_survives_every_fault(
 
     events = EventAccumulator(str(disturbed)).Reload()
     assert [event.step for event in events.Scalars("loss/total")] == list(range(1, steps + 1))
-    validated = [event.step for event in events.Scalars("metrics/val/query_conditioned/t2v_R@1")]
+    validated = [event.step for event in events.Scalars("metrics/val/query_conditioned/M20/t2v_R@1")]
     assert validated == [0, *range(15, steps, 15), steps]  # the demo validates before its first step too
     again = start(overrides, disturbed)  # nothing is left to do
     for rank in (0, 1):

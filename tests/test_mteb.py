@@ -1,4 +1,4 @@
-"""A model in mteb's retrieval tasks: the ranks are those of our own evaluation. The task is of the form of mteb's own."""
+"""A model in mteb's retrieval tasks has the ranks of our own evaluation. The task is of the form of mteb's own."""
 
 import json
 from pathlib import Path

@@ -4,7 +4,7 @@ import torch
 
 from tests.small_model import WIDTH, config_of
 from tmass_dist.models.head import build_head
-from tmass_dist.score_labels import label_words, scoring_labels
+from tmass_dist.score_labels import label_words, score_tags, scoring_labels
 
 
 def test_protocol_samples_precision_and_a_transductive_step_are_named() -> None:
@@ -35,6 +35,21 @@ def test_a_learnt_tau_is_named_and_samples_only_where_they_are_drawn() -> None:
         "precision float32",
     ]
     assert build_head(config_of("model.radius=none", "model.pooling=best_frame").model, WIDTH).tau is None
+
+
+def test_the_tags_of_a_result_state_its_labels() -> None:
+    """The learnt tau is a value: it changes during training, and a tag does not."""
+    settings = ["evaluation.post_processing=dsl", "evaluation.precision=bfloat16", "stochastic.num_trials=7"]
+    labels = scoring_labels(config_of(*settings), None) | {"selected_on": "val", "feature_precision": "float16"}
+    assert score_tags("test", labels, t2v={"R@1": 40.0}, v2t={"MdR": 2.0}) == {
+        "metrics/test/selected_on_val/query_conditioned/M7/dsl/bfloat16/features_float16/t2v_R@1": 40.0,
+        "metrics/test/selected_on_val/query_conditioned/M7/dsl/bfloat16/features_float16/v2t_MdR": 2.0,
+    }
+    query_scored = config_of("model.radius=none", "model.pooling=query_scored")
+    assert score_tags("val", scoring_labels(query_scored, 0.125), t2v={"R@1": 40.0}) == {
+        "metrics/val/query_conditioned/t2v_R@1": 40.0,
+        "metrics/val/query_conditioned/learnt_tau": 0.125,
+    }
 
 
 def test_results_of_older_versions_lack_labels() -> None:

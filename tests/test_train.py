@@ -65,8 +65,8 @@ def test_tensorboard_has_every_tag_once_a_step(whole: Path) -> None:
         "speed/tflops",
         "optim/grad_norm_towers",
         "model/positive_similarity",
-        "metrics/test/query_conditioned/t2v_R@1",
-        "metrics/test/query_conditioned/v2t_R@1",
+        "metrics/test/selected_on_val/query_conditioned/M20/t2v_R@1",
+        "metrics/test/selected_on_val/query_conditioned/M20/v2t_R@1",
     }
     split = {f"speed/{name}_s" for name in ("data", "encode", "head", "communication", "optimizer")}
     assert tags | split <= set(events.Tags()["scalars"])
@@ -74,16 +74,17 @@ def test_tensorboard_has_every_tag_once_a_step(whole: Path) -> None:
     for number, rate in enumerate(events.Scalars("speed/videos_per_s")):  # no moment is counted twice
         assert sum(events.Scalars(name)[number].value for name in split) < 8 / rate.value
     assert "speed/mfu" not in events.Tags()["scalars"]  # nobody knows this CPU's peak
-    assert [image.step for image in events.Images("validation/queries")] == [0, 3, 6]
+    queries = events.Images("metrics/val/query_conditioned/M20/queries")
+    assert [image.step for image in queries] == [0, 3, 6]
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(events.Images("validation/queries")[-1].encoded_image_string))
+    picture = Image.open(io.BytesIO(queries[-1].encoded_image_string))
     assert picture.height > 8 * 90 and np.asarray(picture).std() > 20
     assert "_hparams_/session_start_info" in events.Tags()["tensors"] or "_hparams_/session_start_info" in str(
         events.summary_metadata
     )
     assert [event.step for event in events.Scalars("loss/total")] == [1, 2, 3, 4, 5, 6]
-    assert [event.step for event in events.Scalars("metrics/val/query_conditioned/t2v_R@1")] == [0, 3, 6]
+    assert [event.step for event in events.Scalars("metrics/val/query_conditioned/M20/t2v_R@1")] == [0, 3, 6]
 
 
 def test_export_loads_without_deepspeed_and_gives_the_same_similarities(whole: Path, tmp_path: Path) -> None:

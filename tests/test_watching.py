@@ -86,7 +86,7 @@ def test_tensorboard_holds_every_step_once_and_the_same_values(resumed: Path) ->
     points = [(point.step, point.value) for point in events.Scalars("loss/total")]
     assert points == [(line["step"], pytest.approx(line["loss/total"], rel=1e-6)) for line in lines]
     for direction in ("t2v", "v2t"):
-        validations = events.Scalars(f"metrics/val/query_conditioned/{direction}_R@1")
+        validations = events.Scalars(f"metrics/val/query_conditioned/M20/{direction}_R@1")
         assert [point.step for point in validations] == [0, 6, 12]
     config = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "stochastic:" in config and "save_every: 4" in config

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from launch.paper.results import PUBLISHED, Results, Row, Section
 from launch.paper.systems import SYSTEMS
 from tmass_dist.evaluation.report import COLUMNS
 from tmass_dist.pictures import figure, png
+
+VALIDATION = re.compile(r"metrics/val/query_conditioned/(M\d+/)?t2v_R@1")
+"""The tag of the validations; version 0.1 left M out."""
 
 
 def figure_1(results: Results) -> Section:
@@ -60,7 +64,8 @@ def training_curves(tmass: list[Path], kl: list[Path]) -> bytes:
     for runs, colour, name in ((tmass, "tab:red", "T-MASS"), (kl, "tab:blue", "KL variant")):
         for number, run in enumerate(runs):
             events = EventAccumulator(str(run)).Reload()
-            points = events.Scalars("metrics/val/query_conditioned/t2v_R@1")
+            tags = [tag for tag in events.Tags()["scalars"] if VALIDATION.fullmatch(tag)]
+            points = [point for tag in tags for point in events.Scalars(tag)]
             label = name if number == 0 else None
             left.plot([p.step for p in points], [p.value for p in points], color=colour, marker=".", label=label)
             if name == "KL variant":

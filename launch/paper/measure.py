@@ -14,10 +14,12 @@ import torch
 from tmass_dist.cli import write_json
 from tmass_dist.evaluation import ranking
 from tmass_dist.evaluation.blocks import BlockScorer
-from tmass_dist.evaluation.features import selection_of
-from tmass_dist.evaluation.report import COLUMNS, summary
+from tmass_dist.evaluation.report import COLUMNS, labels, summary
 from tmass_dist.evaluation.stored import StoredSplit
 from tmass_dist.models.head import RetrievalHead
+
+TRIALS = 20
+"""Samples of each text (M), unless a measurement says otherwise."""
 
 
 def is_finished(run: Path) -> bool:
@@ -25,7 +27,9 @@ def is_finished(run: Path) -> bool:
     return (run / "evaluation" / "metrics.json").is_file()
 
 
-def measure(run: Path, *, protocol: str = "query_conditioned", post: str = "none", trials: int = 20) -> dict[str, Any]:
+def measure(
+    run: Path, *, protocol: str = "query_conditioned", post: str = "none", trials: int = TRIALS
+) -> dict[str, Any]:
     """Score a run's stored features, or read the cached measurement.
 
     Args:
@@ -35,7 +39,7 @@ def measure(run: Path, *, protocol: str = "query_conditioned", post: str = "none
 
     Returns:
         Metrics of both directions (``t2v``, ``v2t``), ``t2v_ranks`` and ``owners`` (video number) of every caption,
-        ``seconds`` of scoring, and the labels: protocol, post-processing, M, selection split.
+        ``seconds`` of scoring, and the labels of :data:`tmass_dist.score_labels.LABELS`.
     """
     cached = run / "measured" / f"{protocol},{post},{trials}.json"
     evaluated = run / "evaluation" / "features" / "index.json"
@@ -54,12 +58,8 @@ def measure(run: Path, *, protocol: str = "query_conditioned", post: str = "none
     processing = stored.config.evaluation.post_processing
     ranks = ranking.rank(lambda: blocks, stored.features.owner_T, len(stored.features.video_ids), processing)
     measured = {
-        "protocol": protocol,
-        "post_processing": post,
-        "trials": trials,
-        "selected_on": str(selection_of(stored.index).get("selected_on", "unknown")),
-        "num_texts": len(stored.features.caption_ids),
-        "num_videos": len(stored.features.video_ids),
+        **labels(stored.config, stored.features, stored.index, scorer.head.tau),
+        **({} if trials else {"num_trials": None, "noise": None}),
         "seconds": seconds,
         **summary(ranks),
         "t2v_ranks": ranks.t2v_T.tolist(),

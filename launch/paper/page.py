@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.paper import analyses, figures, tables
+from launch.paper.measure import TRIALS
 from launch.paper.results import TITLES, Results, Section, count_seeds
 from tmass_dist.cli import write_text
 from tmass_dist.pages import render_page
@@ -47,9 +48,10 @@ def write_page(layout: Layout, parts: list[str], missing_data: str | None) -> Pa
     seeds = count_seeds(layout.runs("tmass"))
     head = (
         f"{TITLES[layout.data]}, {seeds} (of training, and of the towers where the benchmark pretrains its own). "
-        "Mean ± standard deviation over seeds, R@K in percent. Checkpoints are chosen on the validation split; "
-        "measured rows say data set, protocol and seeds. The published checkpoints were chosen on the test set, and "
-        "the published evaluation pools each video with its own caption (a leak), as published_code does here "
+        "Mean ± standard deviation over seeds, R@K in percent. Checkpoints are chosen on the validation split. "
+        f"Measured rows say data set, protocol and seeds; unless they say otherwise, they have M = {TRIALS} where "
+        "samples are drawn, no post-processing, and float32 scores. The published checkpoints were chosen on the test "
+        "set, and the published evaluation pools each video with its own caption (a leak), as published_code does here "
         "(docs/protocol.md)."
     )
     html = layout.base / "index.html"

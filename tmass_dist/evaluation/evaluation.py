@@ -18,8 +18,9 @@ from tmass_dist.evaluation.features import selection_of
 from tmass_dist.evaluation.report import COLUMNS, Report, labels, summary
 from tmass_dist.evaluation.retrieved import best_answers
 from tmass_dist.evaluation.stored import StoredSplit
-from tmass_dist.loggers import METRICS_FILE, log_result, score_tags
+from tmass_dist.loggers import METRICS_FILE, log_result
 from tmass_dist.revision import revision
+from tmass_dist.score_labels import score_tags
 
 
 def check_request(config: Config, num_videos: int | None, *, bank: Path | None, num_candidates: int | None) -> None:

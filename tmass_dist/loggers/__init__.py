@@ -8,7 +8,7 @@ from typing import Any
 
 from tmass_dist.config import Config
 from tmass_dist.errors import UserError
-from tmass_dist.loggers.base import Logger, has_scores, score_tags
+from tmass_dist.loggers.base import Logger, has_scores
 from tmass_dist.loggers.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 from tmass_dist.loggers.tensorboard import TensorBoard
 from tmass_dist.loggers.trackers import Trackio, WeightsAndBiases
@@ -21,7 +21,6 @@ __all__ = [
     "log_result",
     "open_loggers",
     "read_metrics",
-    "score_tags",
 ]
 
 

@@ -1,27 +1,10 @@
-"""What every logger of a run's curves does, and the tags of scores."""
+"""What every logger of a run's curves does."""
 
 from __future__ import annotations
 
 from typing import Any
 
-SCORES = "metrics/"
-"""Prefix of the tags of validation and test results."""
-
-
-def score_tags(split: str, result: dict[str, Any], **directions: dict[str, float]) -> dict[str, float]:
-    """Values by tag, such as ``metrics/val/query_conditioned/t2v_R@1``.
-
-    Args:
-        split: that was scored.
-        result: with ``protocol`` and ``post_processing``, which every tag names (``none`` is left out).
-        directions: metrics of ``t2v`` and ``v2t``.
-    """
-    labels = [split, result["protocol"], *({result["post_processing"]} - {"none"})]
-    return {
-        f"{SCORES}{'/'.join(labels)}/{direction}_{name}": value
-        for direction, metrics in directions.items()
-        for name, value in metrics.items()
-    }
+from tmass_dist.score_labels import SCORES
 
 
 def has_scores(values: dict[str, Any]) -> bool:

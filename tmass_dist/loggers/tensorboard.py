@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from tmass_dist.config import Config, flat, to_yaml
-from tmass_dist.loggers.base import SCORES, Logger
+from tmass_dist.loggers.base import Logger
+from tmass_dist.score_labels import SCORES, score_prefix, scoring_labels
 
 ALWAYS_LISTED = (
     "seed",
+    "evaluation.selected_on",
     "data.batch_size",
     "optim.lr",
     "optim.clip_lr",
@@ -47,8 +49,8 @@ class TensorBoard(Logger):
         self._writer: Any = SummaryWriter(str(run_dir), purge_step=step + 1 if step else None)
         self._session_end: Any = None
         # The same in every file: TensorBoard reads them once, and a resumed run may have other optional settings.
-        split, protocol = config.evaluation.selected_on, config.evaluation.protocol
-        scores = [f"{SCORES}{name}/{protocol}" for name in dict.fromkeys((split, "test"))]
+        split, labels = config.evaluation.selected_on, scoring_labels(config, None)
+        scores = [score_prefix(split, labels), score_prefix("test", {**labels, "selected_on": split})]
         if step == 0:
             self._writer.add_text("config", f"```yaml\n{to_yaml(config)}```", 0)
             self._writer.add_text("tags", "\n".join(f"- `{tag}`: {meaning}" for tag, meaning in about.items()), 0)

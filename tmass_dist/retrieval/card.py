@@ -23,7 +23,7 @@ T-MASS (Wang et al., "Text Is MASS", CVPR 2024, arXiv:2403.17998) for text-video
 
 {results}
 
-A score is comparable only with scores of the same protocol, selection split and post-processing.
+A score is comparable only with scores of the same protocol, M, selection split and post-processing.
 
 ## Use
 

@@ -155,7 +155,7 @@ def _videos_of(data: Dataset, batch_size: int) -> Iterator[list[Source]]:
         for name, video in zip(rows["id"], rows["video"]):
             path, content = video["path"] or "", video["bytes"]
             if content is None and "://" in path:
-                with fsspec.open(path, "rb") as file:
-                    content = file.read()
+                filesystem, name_there = fsspec.url_to_fs(path)
+                content = filesystem.cat_file(name_there)
             sources.append(Source(name, path, content=content))
         yield sources

@@ -28,7 +28,9 @@ TAGS = {
     "loss/stochastic": "symmetric InfoNCE of the sampled texts",
     "loss/support": "symmetric InfoNCE of the support texts; absent without stochastic.support_weight",
     "loss/kl": "divergence of the mass from N(0, I), mean over dimensions; absent without stochastic.kl_weight",
-    "metrics": "validation and test results: split, protocol, direction, metric. R@K in percent; MdR and MnR are ranks",
+    "metrics": "validation and test results: split, selection split of a test result, protocol, M (samples of a text; "
+    "absent without samples), post-processing, precision if not float32, direction, metric. R@K in percent; MdR and "
+    "MnR are ranks; learnt_tau is the temperature of query scoring",
     "model/logit_scale": "temperature, exp of the learnt logarithm, at most 100",
     "model/mean_radius": "mean radius R of rank 0's pairs, in units of the text embedding; absent without a text mass",
     "model/radius": "histogram of the mean radii of rank 0's pairs; absent without a text mass",
@@ -53,7 +55,7 @@ TAGS = {
     "speed/mfu": "speed/tflops as a share of the GPU's bfloat16 peak; set engine.peak_tflops for an unknown GPU",
     "speed/memory_gb": "peak memory of rank 0, GB",
     "speed/gpu_hours": "hours times GPUs of all starts so far; speed/cpu_hours: hours times threads of all CPU ranks",
-    "validation/queries": "the same few texts at each validation: the correct video, and below it the top-ranked one",
+    "metrics/.../queries": "the same few texts at each validation: the correct video, and below it the top-ranked one",
 }
 """Meaning of each tag; shown in TensorBoard's text tab."""
 

@@ -23,12 +23,11 @@ from tmass_dist.evaluation.blocks import BlockScorer
 from tmass_dist.evaluation.encode import encode_batches, ranks_of
 from tmass_dist.evaluation.features import Features, merge
 from tmass_dist.evaluation.ranking import metrics
-from tmass_dist.loggers import score_tags
 from tmass_dist.models.adapters import plain_weights
 from tmass_dist.models.tmass import RetrievalModel
 from tmass_dist.pictures import sheet
 from tmass_dist.revision import revision
-from tmass_dist.score_labels import label_words, scoring_labels
+from tmass_dist.score_labels import label_words, score_prefix, score_tags, scoring_labels
 from tmass_dist.training.engine import Engine
 from tmass_dist.training.monitor import Monitor
 
@@ -73,7 +72,8 @@ class Validator:
         self.selection, self.tokenize = selection, tokenize
         self.config, self.device, self.on_batch = config, device, on_batch
         self.directory = Path(config.run_dir) / "checkpoints"
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, Any]] = []
+        """Step, R@1 and labels of each validation but that of step 0."""
         self.last_metrics: dict[str, float] = {}
         """Of the last validation: text to video."""
 
@@ -116,7 +116,8 @@ class Validator:
         labels = {"selected_on": self.config.evaluation.selected_on, **scoring_labels(self.config, model.head.tau)}
         self._log(step, t2v, v2t, labels, monitor, log)
         if is_main():
-            monitor.image("validation/queries", self._queries(model, features), step)
+            prefix = score_prefix(labels["selected_on"], {**labels, "selected_on": None})
+            monitor.image(f"{prefix}/queries", self._queries(model, features), step)
         if step:
             self._record(step, t2v, labels, features, model)
         return True
@@ -146,8 +147,9 @@ class Validator:
         log: logging.Logger,
     ) -> None:
         split = labels["selected_on"]
+        labels = {**labels, "selected_on": None}  # this validation selects: its weights are the present ones
         monitor.scalars(score_tags(split, labels, t2v=t2v, v2t=v2t), step)
-        words = label_words({**labels, "selected_on": None})
+        words = label_words(labels)
         log.info("step %d: %s R@1: t2v %.1f, v2t %.1f (%s)", step, split, t2v["R@1"], v2t["R@1"], ", ".join(words))
         self.last_metrics = t2v
 
@@ -156,7 +158,7 @@ class Validator:
     ) -> None:
         from safetensors.torch import save_file
 
-        self.history.append({"step": step, "R@1": t2v["R@1"]})
+        self.history.append({"step": step, "R@1": t2v["R@1"], **labels})
         if not is_main():
             return
         if improves([point["R@1"] for point in self.history], self.config.evaluation.window):
