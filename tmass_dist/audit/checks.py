@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tmass_dist.audit.comparisons import Subject
+from tmass_dist.audit.earlier_calls import CallCopy, compare_calls, first_calls
 from tmass_dist.audit.inputs import SHAPES, Caller, CallError, Inputs, Similarity, describe, draw
 from tmass_dist.audit.result import Audit, Check, Verdict
 from tmass_dist.audit.statistics import DEPTHS, SIGMA, Counts, above_chance, against_chance, sigmas
@@ -19,6 +20,8 @@ NULL_SEEDS = 8
 NULL_VIDEOS = {"square": 100, "texts != videos": 50, "ragged": 50}
 VIDEOS = 24
 """Videos of all checks but the null."""
+NullHits = dict[tuple[str, int], list[Counts]] | str
+"""Of each direction and depth, for each seed; or why there are none."""
 Ranks = Callable[[Any, Any], Any]
 """``ranks(similarity_TV, owner_T) -> (T,)``: rank from 1 of each text's video, as an evaluation counts it."""
 
@@ -50,6 +53,23 @@ def audit(
     """
     call = Caller(similarity, numpy)
     made = {shape: draw(shape, 1000 * seed + 2, VIDEOS, frames, width) for shape in SHAPES}
+    with first_calls(call) as first_call:  # before any call is made in this process
+        checks, noisy = _all_checks(call, made, first_call, seed, name)
+    if ranks is not None:
+        checks.append(_constant_ranks(ranks, numpy))
+    if call.changes_inputs:
+        checks.append(Check("inputs", "fail", None, "", "the function writes into its inputs; it got copies here"))
+    return Audit(name or getattr(similarity, "__name__", "similarity"), noisy, tuple(checks))
+
+
+def _all_checks(
+    call: Caller, made: dict[str, Inputs], first_call: CallCopy, seed: int, name: str
+) -> tuple[list[Check], bool]:
+    """Every check of the similarity, and whether it is noisy.
+
+    Raises:
+        UserError: the function fails on every shape of inputs.
+    """
     shapes, checks = _shapes(call, made)
     if not shapes:
         raise UserError(
@@ -60,17 +80,16 @@ def audit(
         subject = Subject(call, {shape: made[shape] for shape in shapes})
     except CallError as error:
         raise UserError(f"{name or 'the function'} failed when it was called again: {error}") from error
-    checks.append(subject.repeated())
-    checks += _null(call, shapes, 1000 * seed, frames, width)
+    remembers = compare_calls(call, subject.inputs, first_call)
+    # What remembers earlier calls is asked as an evaluation does, by a first call.
+    null_call = first_call if remembers.verdict in ("leak", "fail") else None
+    checks += [subject.repeated(), remembers]
+    checks += _null({shape: _null_hits(call, null_call, made[shape], shape, seed) for shape in shapes})
     checks.append(subject.owners())
     checks += [subject.order(what) for what in ("texts", "videos", "captions of a video")]
     checks += [subject.removal("queries"), subject.removal("videos")]
     checks.append(_ties(subject))
-    if ranks is not None:
-        checks.append(_constant_ranks(ranks, numpy))
-    if call.changes_inputs:
-        checks.append(Check("inputs", "fail", None, "", "the function writes into its inputs; it got copies here"))
-    return Audit(name or getattr(similarity, "__name__", "similarity"), subject.noisy, tuple(checks))
+    return checks, subject.noisy
 
 
 def _shapes(call: Caller, made: dict[str, Inputs]) -> tuple[list[str], list[Check]]:
@@ -92,20 +111,38 @@ def _shapes(call: Caller, made: dict[str, Inputs]) -> tuple[list[str], list[Chec
     return accepted, checks
 
 
-def _null(call: Caller, shapes: list[str], seed: int, frames: int, width: int) -> list[Check]:
+def _null_hits(call: Caller, first_call: CallCopy | None, like: Inputs, shape: str, seed: int) -> NullHits:
+    """Hits among random texts and videos.
+
+    Args:
+        call: the function.
+        first_call: the same as the first call of a process, where that makes a difference.
+        like: inputs whose frames and width are right.
+        shape: of the inputs.
+        seed: of the audit.
+    """
+    by_test: dict[tuple[str, int], list[Counts]] = {}
+    for number in range(NULL_SEEDS):
+        inputs = draw(shape, 1000 * seed + 10 + number, NULL_VIDEOS[shape], *like.frames_VFD.shape[1:])
+        try:
+            scores = first_call(inputs, number, 1) if first_call is not None else [call(inputs, number)]
+            if isinstance(scores, str):
+                raise CallError(scores)
+            [scores_TV] = scores
+        except CallError as error:
+            return f"the function failed with {NULL_VIDEOS[shape]} videos: {error}"
+        for test, counts in against_chance(scores_TV, inputs.owner_T).items():
+            by_test.setdefault(test, []).append(counts)
+    return by_test
+
+
+def _null(hits: dict[str, NullHits]) -> list[Check]:
     """Retrieval among random texts and videos, by shape; chance is all that an honest function reaches."""
     checks = []
-    num_tests = len(shapes) * len(DEPTHS) * 2
-    for shape in shapes:
-        by_test: dict[tuple[str, int], list[Counts]] = {}
-        try:
-            for number in range(NULL_SEEDS):
-                inputs = draw(shape, seed + 10 + number, NULL_VIDEOS[shape], frames, width)
-                for test, counts in against_chance(call(inputs, number), inputs.owner_T).items():
-                    by_test.setdefault(test, []).append(counts)
-        except CallError as error:
-            meaning = f"the function failed with {NULL_VIDEOS[shape]} videos: {error}"
-            checks.append(Check(f"null: {shape}", "skipped", None, "", meaning))
+    num_tests = len(hits) * len(DEPTHS) * 2
+    for shape, by_test in hits.items():
+        if isinstance(by_test, str):
+            checks.append(Check(f"null: {shape}", "skipped", None, "", by_test))
             continue
         leaks = any(above_chance(counts, num_tests) for counts in by_test.values())
         found, chance = (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tmass_dist.audit.inputs import Caller, CallError, Inputs, is_number
 from tmass_dist.audit.result import Check, Verdict
-from tmass_dist.audit.statistics import gain, spread, standard_errors, tolerance
+from tmass_dist.audit.statistics import difference_of_own, distance, gain, spread, tolerance
 
 CALLS = 8
 """Calls whose mean stands for a function that draws fresh noise."""
@@ -55,8 +55,8 @@ class Subject:
     def __init__(self, call: Caller, inputs: dict[str, Inputs]) -> None:
         self.call, self.inputs = call, inputs
         first = {shape: call(one, 0) for shape, one in inputs.items()}
-        self.same_seed = max(_distance(call(inputs[shape], 0), scores) for shape, scores in first.items())
-        self.other_seed = max(_distance(call(inputs[shape], 1), scores) for shape, scores in first.items())
+        self.same_seed = max(distance(call(inputs[shape], 0), scores) for shape, scores in first.items())
+        self.other_seed = max(distance(call(inputs[shape], 1), scores) for shape, scores in first.items())
         self.rounding = {shape: tolerance(scores) for shape, scores in first.items()}
         self.limit = dict(self.rounding)
         self.noisy = max(self.same_seed, self.other_seed) > min(self.limit.values())
@@ -65,7 +65,7 @@ class Subject:
         if self.noisy:
             again = {shape: self._scores(one, CALLS) for shape, one in inputs.items()}
             for shape, scores in again.items():
-                noise = _distance(scores.mean(0), self.usual[shape].mean(0))
+                noise = distance(scores.mean(0), self.usual[shape].mean(0))
                 self.limit[shape] = max(self.limit[shape], LIMIT_NOISE * noise)
                 self.usual[shape] = torch.cat([self.usual[shape], scores])
 
@@ -90,13 +90,13 @@ class Subject:
         """
         scores_RTV = self._scores(change.inputs, 2 * CALLS)
         scores_TV, usual_TV = scores_RTV.mean(0), change.of_usual(self.usual[change.shape].mean(0))
-        distance, appears = _distance(scores_TV, usual_TV), bool((is_number(scores_TV) != is_number(usual_TV)).any())
-        counts = appears or distance > self.limit[change.shape]
+        most, appears = distance(scores_TV, usual_TV), bool((is_number(scores_TV) != is_number(usual_TV)).any())
+        counts = appears or most > self.limit[change.shape]
         if counts and not appears:
             before_TV, again_TV, after_TV = (scores.mean(0) for scores in self._in_turn(change))
-            noise = max(self.rounding[change.shape], LIMIT_NOISE * _distance(before_TV, again_TV))
-            counts = _distance(after_TV, again_TV) > noise
-        return _Difference(counts, distance / max(spread(usual_TV), 1e-30), scores_RTV)
+            noise = max(self.rounding[change.shape], LIMIT_NOISE * distance(before_TV, again_TV))
+            counts = distance(after_TV, again_TV) > noise
+        return _Difference(counts, most / max(spread(usual_TV), 1e-30), scores_RTV)
 
     def _in_turn(self, change: _Change) -> list[Tensor]:
         """Scores ``(R, T, V)`` of usual inputs, of usual inputs once more, and of changed ones, called in turn.
@@ -151,13 +151,9 @@ class Subject:
 
     def _own_pairs_lose(self, change: _Change, scores_RTV: Tensor) -> bool:
         """Do scores of own pairs fall against those of others when the texts leave their places?"""
-        own_TV = torch.zeros(scores_RTV.shape[1:], dtype=torch.bool)
-        own_TV[torch.arange(len(own_TV)), change.inputs.owner_T] = True
 
         def lost(before_RTV: Tensor, after_RTV: Tensor) -> float:
-            lost_TV = before_RTV.mean(0) - after_RTV.mean(0)
-            numbers_TV = is_number(lost_TV)
-            return standard_errors(lost_TV[own_TV & numbers_TV], lost_TV[numbers_TV])
+            return difference_of_own(before_RTV.mean(0) - after_RTV.mean(0), change.inputs.owner_T)
 
         if lost(change.of_usual(self.usual[change.shape]), scores_RTV) <= LIMIT_T:
             return False
@@ -212,12 +208,6 @@ class Subject:
         )
         verdict: Verdict = "transductive" if fails else "pass"
         return Check(f"other {what}", verdict, worst, "greatest change, spreads", meaning)
-
-
-def _distance(one: Tensor, other: Tensor) -> float:
-    """Greatest difference of scores that are numbers in both."""
-    both = is_number(one) & is_number(other)
-    return (one - other)[both].abs().max().item() if both.any() else 0.0
 
 
 def _everywhere(shape: str, inputs: Inputs) -> _Change:

@@ -111,6 +111,20 @@ def spread(scores: Tensor) -> float:
     return numbers.std().item() if len(numbers) > 1 else 0.0
 
 
+def distance(one: Tensor, other: Tensor) -> float:
+    """Greatest difference of scores that are numbers in both."""
+    both = is_number(one) & is_number(other)
+    return (one - other)[both].abs().max().item() if both.any() else 0.0
+
+
+def difference_of_own(difference_TV: Tensor, owner_T: Tensor) -> float:
+    """By how many standard errors differences of own pairs lie above those of all pairs."""
+    own_TV = torch.zeros(difference_TV.shape, dtype=torch.bool)
+    own_TV[torch.arange(len(own_TV)), owner_T] = True
+    numbers_TV = is_number(difference_TV)
+    return standard_errors(difference_TV[own_TV & numbers_TV], difference_TV[numbers_TV])
+
+
 def standard_errors(sample_N: Tensor, all_M: Tensor) -> float:
     """By how many standard errors the mean of a sample lies above that of all values."""
     if len(sample_N) < 2:
