@@ -67,14 +67,14 @@ def main() -> None:
     out = writable_dir(arguments.out).resolve()
     layout = Layout(arguments.data, arguments.size, arguments.seeds or size.seeds, steps, out)
     writable_dir(layout.base)
-    systems = systems_of(parts, arguments.data, size.largest_batch)
+    systems = systems_of(parts, size.largest_batch)
     from launch.paper.runs import prepare_demo, train_missing
 
     missing_data = layout.missing_data()
     failed: dict[Path, str] = {}
     if missing_data is None and not arguments.page_only:
         if arguments.data == "demo":
-            prepare_demo(layout)
+            prepare_demo(layout, systems)
         failed = train_missing(layout, systems, arguments.cluster, shlex.split(arguments.submit))
     from launch.paper.page import write_page
 

@@ -92,7 +92,7 @@ def test_the_simulated_accelerator_counts_waits_and_refuses_two_devices() -> Non
 
 
 STEPS = {
-    **{name: system.overrides for name, system in SYSTEMS.items() if name != "tmass-b16"},
+    **{name: system.overrides for name, system in SYSTEMS.items()},
     "mean pooling": ("model.pooling=mean",),
     "several heads": ("model.num_heads=2",),
     "one pair a tile": ("engine.head_memory_mb=1",),  # the least; `step` makes it small enough for several tiles

@@ -46,7 +46,7 @@ def test_every_part_names_known_systems_and_every_system_is_a_config() -> None:
     assert {name for names in PARTS.values() for name in names} == set(SYSTEMS)
     for system in SYSTEMS.values():
         load_config("demo.yaml", [*system.overrides, f"data.batch_size={system.batch_size}"])
-    assert "batch-256" not in systems_of(list(PARTS), "demo", SIZES["ci"].largest_batch)
+    assert "batch-256" not in systems_of(list(PARTS), SIZES["ci"].largest_batch)
 
 
 def test_published_figures_are_those_of_the_supplementary() -> None:

@@ -37,9 +37,10 @@ class Layout:
         """A system's run directories, one for each seed."""
         return [self.base / system / f"seed-{seed}" for seed in range(self.seeds)]
 
-    def towers(self, seed: int) -> Path:
-        """Directory of the embedded benchmark's pretrained towers for a seed."""
-        return self.base / f"towers-{seed if self.size.own_towers else 0}"
+    def towers(self, system: str, seed: int) -> Path:
+        """Weights of the embedded benchmark's pretrained towers of a system for a seed; ``.json`` describes them."""
+        name = "demo-patch4" if SYSTEMS[system].finer_patches else "demo"
+        return self.base / f"towers-{seed if self.size.own_towers else 0}" / f"{name}.safetensors"
 
     def for_data(self, data: str) -> Layout:
         """The layout of another data set in the same output directory."""
@@ -52,12 +53,11 @@ class Layout:
         settings = [f"seed={seed}", f"run_dir={run_dir}", f"data.batch_size={spec.batch_size}"]
         if self.data == "demo":
             settings += PUBLISHED_NOISE
-            towers = self.towers(seed)
+            towers = self.towers(system, seed)
             settings += [f"data.{split}={self.base / 'data' / split}" for split in ("train", "val", "test")]
-            settings += [
-                f"model.architecture={towers / 'demo.json'}",
-                f"model.pretrained={towers / 'demo.safetensors'}",
-            ]
+            settings += [f"model.architecture={towers.with_suffix('.json')}", f"model.pretrained={towers}"]
+        elif spec.finer_patches:
+            settings.append("model.architecture=ViT-B-16-quickgelu")
         if self.steps is not None:
             steps = self.steps if spec.as_many_steps else max(1, self.steps * 32 // spec.batch_size)
             settings += [f"max_steps={steps}", f"eval_every={max(1, steps // 6)}"]

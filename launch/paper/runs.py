@@ -17,20 +17,29 @@ from tmass_dist.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def prepare_demo(layout: Layout) -> None:
-    """Generate and pack the videos and pretrain the towers, where that is not done yet."""
+def prepare_demo(layout: Layout, systems: list[str]) -> None:
+    """Generate and pack the videos and pretrain the towers of ``systems``, where that is not done yet."""
     prepare_data(layout.base / "data", layout.size.videos)
-    if not (layout.towers(0) / "demo.safetensors").is_file():
-        shutil.copytree(ROOT / "configs" / "towers", layout.towers(0), dirs_exist_ok=True)
-    seeds = [seed for seed in range(layout.seeds) if not (layout.towers(seed) / "demo.safetensors").is_file()]
+    missing = {
+        path: seed
+        for system in systems
+        for seed in range(layout.seeds)
+        for path in [layout.towers(system, seed)]
+        if not path.is_file()
+    }
+    for path in [path for path in missing if path.parent == layout.towers("tmass", 0).parent]:
+        path.parent.mkdir(exist_ok=True)
+        for suffix in (".json", ".safetensors"):
+            shutil.copy(ROOT / "configs" / "towers" / f"{path.stem}{suffix}", path.parent)
+        del missing[path]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # They run at the same time, so each gets one thread.
-        list(pool.map(lambda seed: pretrain_towers(layout.towers(seed), seed), seeds))
+        list(pool.map(lambda path: pretrain_towers(path.parent, missing[path], path.stem), missing))
 
 
-def pretrain_towers(directory: Path, seed: int) -> None:
-    """Pretrain the embedded benchmark's towers on one thread."""
-    _run("shards/demo_towers.py", "--out", str(directory), "--seed", str(seed), threads=1)
+def pretrain_towers(directory: Path, seed: int, name: str = "demo") -> None:
+    """Pretrain a pair of the embedded benchmark's towers, ``NAME.safetensors``, on one thread."""
+    _run("shards/demo_towers.py", "--out", str(directory), "--seed", str(seed), "--name", name, threads=1)
 
 
 def prepare_data(data: Path, videos: tuple[int, int, int]) -> None:
