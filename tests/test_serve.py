@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ from tmass_dist.models.tmass import build_model
 from tmass_dist.retrieval import build
 from tmass_dist.retrieval.searcher import open_searcher
 from tmass_dist.retrieval.videos import files_of
+from tmass_dist.web import service
 
 CLIPS = ROOT / "tests" / "clips"
 HOSTILE = '<img src=x onerror="document.title=1">.mp4'
@@ -172,6 +174,50 @@ def test_a_video_whose_file_is_gone_is_not_found(server: Server) -> None:
     assert result["id"] == "later-gone.mp4" and result["video"] is None
     status, _, body = server.get(f"/video/{result['row']}")
     assert status == 404 and "no longer exists" in json.loads(body)["error"]
+
+
+def test_a_gallery_that_names_other_files_does_not_serve_them(gallery: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("not to be served")
+    (tmp_path / "link.mp4").symlink_to(secret)
+    copy = shutil.copytree(gallery, tmp_path / "gallery")
+    [part] = copy.glob("part-*.json")
+    about = json.loads(part.read_text())
+    about["videos"][0]["path"], about["videos"][1]["path"] = str(secret), str(tmp_path / "link.mp4")
+    part.write_text(json.dumps(about))
+    server = Server(copy)
+    try:
+        server.wait()
+        for row in (0, 1):
+            status, _, body = server.get(f"/video/{row}")
+            assert status == 404 and "no video file of the gallery" in json.loads(body)["error"]
+        assert [r["video"] for r in server.json("/api/search", q="x", k=4)[1]["results"] if r["row"] < 2] == [None] * 2
+    finally:
+        server.stop()
+
+
+def test_more_searches_than_may_wait_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "WORKERS", 2)
+    monkeypatch.setattr(service, "MAX_WAITING", 3)
+    busy, done = service.Service(lambda: pytest.fail("not loaded here")), threading.Event()
+
+    async def ask_for(number: int) -> list[str]:
+        answers = []
+
+        async def ask() -> None:
+            try:
+                answers.append(await busy.run(lambda: "found" if done.wait(60) else "too late"))
+            except service.BusyError as error:
+                answers.append(str(error))
+                done.set()
+
+        async with anyio.create_task_group() as group:
+            for _ in range(number):
+                group.start_soon(ask)
+        return answers
+
+    assert sorted(anyio.run(ask_for, 6)) == ["found"] * 5 + ["too many searches at once; try again in a moment"]
+    assert anyio.run(ask_for, 5) == ["found"] * 5  # there is room again
 
 
 def test_unicode_and_markup_are_only_text(server: Server) -> None:

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tmass_dist.errors import UserError
 from tmass_dist.pages import TEMPLATES
+from tmass_dist.retrieval.videos import SUFFIXES
 from tmass_dist.web.service import MAX_RESULTS, BusyError, NotReadyError, Service
 
 STATIC = Path(__file__).parent / "static"
@@ -83,6 +84,9 @@ def make_app(service: Service, hosts: list[str]) -> Starlette:
         path = Path(_known(service, request.path_params["row"]).path)
         if not path.name:
             raise HTTPException(404, "only the frames of this video were packed")
+        # As tmass index chooses files: a gallery of someone else may name any file of this machine.
+        if path.suffix.lower() not in SUFFIXES or path.is_symlink():
+            raise HTTPException(404, "this is no video file of the gallery")
         if not path.is_file():
             raise HTTPException(404, "the file of this video no longer exists")
         return FileResponse(path)  # it answers byte ranges, which seeking needs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
@@ -136,4 +137,4 @@ class Service:
 
 
 def _is_playable(result: Result) -> bool:
-    return result.path.lower().endswith(PLAYABLE) and not result.absent
+    return result.path.lower().endswith(PLAYABLE) and not result.absent and not Path(result.path).is_symlink()
