@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, ModelCard, PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 
 from tmass_dist.cli import replacing
@@ -37,10 +36,8 @@ from tmass_dist.models.pooling import XPool
 from tmass_dist.models.tmass import build_model
 from tmass_dist.models.warm_start import EXPORTED_WEIGHTS, export_checksum, normalisation_of, read_export_config
 from tmass_dist.retrieval.card import model_card
+from tmass_dist.retrieval.hub import HUB_OPTIONS, HubModel, download, in_one_line
 from tmass_dist.score_labels import scoring_labels
-
-HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-"""Options of a download."""
 
 
 @contextlib.contextmanager
@@ -56,7 +53,7 @@ def _quiet() -> Iterator[None]:
 
 class TMass(
     nn.Module,
-    PyTorchModelHubMixin,
+    HubModel,
     library_name="tmass-dist",
     paper_url="https://arxiv.org/abs/2403.17998",
     tags=["text-video-retrieval", "video", "clip"],
@@ -166,33 +163,16 @@ class TMass(
             if (source / "config.yaml").is_file():
                 return cls.of_run(source)
             raise UserError(f"{source} holds no model: it has neither config.json (an export) nor config.yaml (a run)")
-        hub = {key: options[key] for key in HUB_OPTIONS if key in options}
-        try:
-            name = str(pretrained_model_name_or_path)
-            if source.is_dir():
-                config = source / "config.json"
-            else:
-                config = Path(hf_hub_download(name, "config.json", **hub))
-                hf_hub_download(name, EXPORTED_WEIGHTS, **hub)  # into the same directory
-            read_export_config(config)  # it checks both files; the library would go on with damaged settings
+        name = str(pretrained_model_name_or_path)
+        with in_one_line(name):
+            # It checks weights and settings; the library would go on with damaged settings.
+            read_export_config((source if source.is_dir() else download(name, options)) / "config.json")
             return super().from_pretrained(name, **options)
-        except (
-            HFValidationError,
-            HfHubHTTPError,
-            OSError,
-        ) as error:  # OSError: also what is not in the library's cache
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise UserError(
-                f"there is no model {source}: no such directory, and the Hub does not give it ({reason[0]})"
-            ) from error
-        except TypeError as error:
-            raise UserError(f"{source / 'config.json'} is not the config of a model of this kind: {error}") from error
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, **options: Any) -> TMass:
         hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-        local = Path(model_id) / EXPORTED_WEIGHTS
-        path = local if Path(model_id).is_dir() else Path(hf_hub_download(model_id, EXPORTED_WEIGHTS, **hub))
+        path = (Path(model_id) if Path(model_id).is_dir() else download(model_id, hub)) / EXPORTED_WEIGHTS
         model = cls(**options)
         load_weights(model, read_weights(path), str(path))
         return model
@@ -218,41 +198,6 @@ class TMass(
             (save_directory / EXPORTED_WEIGHTS).with_suffix(".json").write_text(selection, encoding="utf-8")
         if self.description:  # for `tmass evaluate`, which reads settings that name a file
             (save_directory / "towers.json").write_text(json.dumps(self.description) + "\n", encoding="utf-8")
-
-    def save_pretrained(
-        self, save_directory: str | Path, *, model_card_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> str | None:
-        """Write an export: weights, settings and card.
-
-        Args:
-            save_directory: made if it does not exist.
-            model_card_kwargs: of :meth:`generate_model_card`; by default the card names the directory.
-            options: of ``huggingface_hub``.
-        """
-        directory = Path(save_directory)
-        (directory / "README.md").unlink(missing_ok=True)  # the library would keep it, whatever model it describes
-        card = {"name": directory.name} | (model_card_kwargs or {})
-        return super().save_pretrained(directory, model_card_kwargs=card, **options)
-
-    def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None, **options: Any
-    ) -> str:
-        """Upload the model to the Hugging Face Hub; ``from_pretrained(repo_id)`` then loads it anywhere.
-
-        Args:
-            repo_id: ``organisation/name``, or a name of your own; made if it does not exist.
-            private: whether a new repository is private.
-            token: that may write there; by default the one of ``hf auth login``.
-            options: of ``huggingface_hub``: ``commit_message``, ``branch``, ``create_pr``, ...
-
-        Returns:
-            Address of the commit.
-        """
-        name = HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
-        card = options.pop("model_card_kwargs", None) or {}
-        return super().push_to_hub(
-            name, private=private, token=token, model_card_kwargs=card | {"name": name}, **options
-        )
 
     def generate_model_card(self, name: str = "MODEL", **_: Any) -> ModelCard:
         """The card: what the model is, how it was selected, its results with their protocol, and how to use it."""
