@@ -61,7 +61,12 @@ def live_job(run: Path) -> tuple[str, str] | None:
 
 
 def refuse_live(run: Path) -> None:
-    """Raises: UserError: a job that still runs or waits writes to this directory."""
+    """Raises: UserError: a job that still runs or waits, or a process of this machine, writes to this directory."""
     live = live_job(run)
     if live is not None:
         raise UserError(f"{run} is in use by job {live[0]} ({live[1]}); cancel it, or use another run_dir")
+    if (run / ".lock").exists():
+        from tmass_dist.training.run_lock import RunLock
+
+        with RunLock(run):  # now, and not by a job that would first replace the state of the other one
+            pass

@@ -169,3 +169,9 @@ def test_an_error_starts_a_line_of_its_own_below_a_progress_bar(capsys: pytest.C
     assert _exit_code_of(UserError("set it")) == 2
     bar.close()
     assert "\nerror: set it\n" in capsys.readouterr().err
+
+
+def test_towers_import_no_logger() -> None:
+    """timm would import wandb, which leaves directories in /tmp when a rank ends at once."""
+    code = "import sys; from tmass_dist.models.library import open_clip; open_clip(); print('wandb' in sys.modules)"
+    assert run("-c", code).stdout.strip() == "False"

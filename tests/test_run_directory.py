@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from launch import submit
+from launch.submitted import refuse_live, write_local_state
 from tests.conftest import run
 from tests.processes import processes_with, until
 from tests.ranks import on_ranks
@@ -29,6 +31,20 @@ def test_the_second_start_says_who_holds_the_directory(tmp_path: Path) -> None:
     with RunLock(tmp_path, patience_s=0.1):
         pass
     assert not (tmp_path / "lock.json").exists()
+
+
+def test_a_submission_to_a_directory_in_use_leaves_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jobs").mkdir()
+    write_local_state(tmp_path, "local-1", "RUNNING")
+    monkeypatch.setattr(RunLock.__init__, "__defaults__", (0.1,))
+    with RunLock(tmp_path):
+        arguments = ["--cluster", "local", "--config", "demo.yaml", f"run_dir={tmp_path}", "model.pretrained=null"]
+        monkeypatch.setattr("sys.argv", ["submit.py", *arguments])
+        with pytest.raises(UserError, match=f"{tmp_path} is in use by process {os.getpid()} "):
+            submit.main()
+        assert json.loads((tmp_path / "lock.json").read_text())["process"] == os.getpid()
+    assert json.loads((tmp_path / "jobs" / "local.json").read_text())["state"] == "RUNNING"
+    refuse_live(tmp_path)
 
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:

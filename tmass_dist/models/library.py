@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -30,9 +32,24 @@ def usable_torchvision() -> None:
 def open_clip() -> Any:
     """The package open_clip, imported at the first call."""
     usable_torchvision()
-    import open_clip as library
+    # timm imports wandb for one function, which makes directories in /tmp that stay there if a rank ends at once.
+    with _without("wandb"):
+        import open_clip as library
 
     return library
+
+
+@contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Imports in this context do not find ``module``, unless it is imported already."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 class Catalog(NamedTuple):
@@ -66,15 +83,10 @@ def _catalog_of_files() -> Catalog:
     # The module of the tags alone, in a package of its own that has no __init__.
     package = ModuleType("_open_clip_files")
     package.__path__ = directories
-    without_torch = "torch" not in sys.modules and "safetensors.torch" not in sys.modules
-    if without_torch:
-        sys.modules["safetensors.torch"] = None  # pyright: ignore[reportArgumentType] - the module does without it
     sys.modules[package.__name__] = package
-    try:
+    # The module of the tags does without safetensors.torch, which imports torch.
+    with nullcontext() if "torch" in sys.modules else _without("safetensors.torch"):
         return Catalog(architectures, _weights(importlib.import_module(f"{package.__name__}.pretrained")))
-    finally:
-        if without_torch:
-            del sys.modules["safetensors.torch"]
 
 
 def _weights(module: Any) -> dict[str, dict[str, dict[str, Any]]]:
