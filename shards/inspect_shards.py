@@ -33,6 +33,8 @@ def main() -> None:
     from tmass_dist.data.samples import read_into
     from tmass_dist.pictures import sheet
 
+    if arguments.out.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"--out is {arguments.out}; name a .png or .jpg file")
     index = load_index(arguments.directory, arguments.cache)
     numbers = np.arange(len(index))
     if arguments.shard:

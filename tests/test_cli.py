@@ -162,6 +162,19 @@ def test_with_a_log_the_traceback_goes_there(tmp_path: Path, capsys: pytest.Capt
     assert "Traceback" in (tmp_path / "log").read_text()
 
 
+def test_a_log_that_cannot_be_opened_leaves_the_traceback_on_stderr(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = logging.FileHandler(tmp_path, delay=True)  # a directory
+    logging.getLogger("tmass_dist").addHandler(handler)
+    try:
+        assert _exit_code_of(RuntimeError("broken")) == 1
+    finally:
+        logging.getLogger("tmass_dist").removeHandler(handler)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1] == "error: RuntimeError: broken"
+
+
 def test_an_error_starts_a_line_of_its_own_below_a_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     from tqdm import tqdm
 

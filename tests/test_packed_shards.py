@@ -47,6 +47,8 @@ def test_a_contact_sheet(demo_shards: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0 and "4 of 10 videos" in done.stdout, done.stderr
     assert np.asarray(Image.open(tmp_path / "s.png")).std() > 10
+    done = run("shards/inspect_shards.py", str(demo_shards), "--out", str(tmp_path))
+    assert done.returncode == 2 and done.stderr == f"error: --out is {tmp_path}; name a .png or .jpg file\n"
     done = run("shards/inspect_shards.py", str(demo_shards), "--shard", "shard-9.tar")
     assert done.returncode == 2 and "it has shard-000000.tar" in done.stderr
 

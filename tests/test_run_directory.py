@@ -133,6 +133,7 @@ MANIFESTS = {
     "shapes are a number": '{"step": 2, "world_size": 1, "parts": {"part-00000.safetensors": "SUM"}, "shapes": 3}',
     "updates are text": '{"step": 2, "world_size": 1, "parts": {"part-00000.safetensors": "SUM"}, "num_updates": "2"}',
     "not unicode": b"\xff\xfe\x00",
+    "deep": "[" * 20_000,
 }
 
 

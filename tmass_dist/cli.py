@@ -46,18 +46,30 @@ def report_error(error: Exception) -> int:
         return USER_ERROR
     if not isinstance(error, MachineError):
         line = f"{type(error).__name__}: {line}"
-    files = _log_files()
-    if files:
-        record = logging.LogRecord("tmass_dist", logging.ERROR, "", 0, line, None, (type(error), error, None))
-        record.exc_info = (type(error), error, error.__traceback__)
-        for handler in files:
-            handler.handle(record)
-        line += f" (traceback in {files[0].baseFilename})"
+    if log := _log_traceback(line, error):
+        line += f" (traceback in {log})"
     elif not isinstance(error, PeerLostError):
         _new_line()
         traceback.print_exception(error)
     print_error(line)
     return MACHINE_FAILURE
+
+
+def _log_traceback(line: str, error: Exception) -> str | None:
+    """Write ``line`` and the traceback to the run's log; its path, or None if there is none that can be written."""
+    files = [
+        handler for handler in logging.getLogger("tmass_dist").handlers if isinstance(handler, logging.FileHandler)
+    ]
+    if not files:
+        return None
+    exc_info = (type(error), error, error.__traceback__)
+    record = logging.LogRecord("tmass_dist", logging.ERROR, "", 0, line, None, exc_info)
+    try:
+        for handler in files:
+            handler.handle(record)
+    except OSError:  # the log itself cannot be opened
+        return None
+    return files[0].baseFilename
 
 
 def print_error(line: str) -> None:
@@ -70,10 +82,6 @@ def _new_line() -> None:
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     if any(not bar.disable for bar in list(getattr(tqdm, "_instances", ()))):
         print(file=sys.stderr)
-
-
-def _log_files() -> list[logging.FileHandler]:
-    return [handler for handler in logging.getLogger("tmass_dist").handlers if isinstance(handler, logging.FileHandler)]
 
 
 def _is_named_file(error: Exception) -> bool:

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _NAME = re.compile(r"step-(\d{8})")
 MANIFEST = "manifest.json"
+_WRONG_CONTENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, RecursionError)
+"""Errors that say what a checkpoint holds, and not that a file server does not answer."""
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -203,7 +205,7 @@ def _damage(folder: Path) -> str | None:
                 return f"{folder / name} is damaged"
             with safe_open(folder / name, "pt"):
                 pass
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError, TypeError, SafetensorError) as error:
+    except (*_WRONG_CONTENT, SafetensorError) as error:
         return f"{folder} is incomplete ({error})"
     return None
 
