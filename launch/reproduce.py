@@ -68,13 +68,14 @@ def main() -> None:
     layout = Layout(arguments.data, arguments.size, arguments.seeds or size.seeds, steps, out)
     writable_dir(layout.base)
     systems = systems_of(parts, size.largest_batch)
-    from launch.paper.runs import prepare_demo, train_missing
+    from launch.paper.runs import prepare_data, prepare_towers, train_missing
 
     missing_data = layout.missing_data()
     failed: dict[Path, str] = {}
     if missing_data is None and not arguments.page_only:
         if arguments.data == "demo":
-            prepare_demo(layout, systems)
+            prepare_data(layout.base / "data", layout.size.videos)
+            prepare_towers(layout, systems)
         failed = train_missing(layout, systems, arguments.cluster, shlex.split(arguments.submit))
     from launch.paper.page import write_page
 

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from launch.paper.layout import Layout
 from launch.paper.measure import measure
+from launch.paper.runs import prepare_towers
 from launch.paper.systems import PARTS, SIZES, SYSTEMS, systems_of
 from tests.conftest import ROOT, run
 from tmass_dist.config import load_config
+from tmass_dist.models.backbone import build_towers
 
 PUBLISHED = yaml.safe_load((ROOT / "launch" / "paper" / "published.yaml").read_text())
 
@@ -47,6 +50,20 @@ def test_every_part_names_known_systems_and_every_system_is_a_config() -> None:
     for system in SYSTEMS.values():
         load_config("demo.yaml", [*system.overrides, f"data.batch_size={system.batch_size}"])
     assert "batch-256" not in systems_of(list(PARTS), SIZES["ci"].largest_batch)
+
+
+def test_finer_patches_are_towers_of_the_benchmark_or_those_of_clip(tmp_path: Path) -> None:
+    """Table 2: ViT-B/16 on real data; on the embedded benchmark, committed towers or towers of each seed."""
+    layout = Layout("demo", "ci", 1, 3, tmp_path)
+    prepare_towers(layout, ["tmass", "tmass-finer"])  # without pretraining: they are committed
+    for system, patches in (("tmass", 16), ("tmass-finer", 64)):
+        config = load_config("demo.yaml", layout.overrides(system, 0))
+        towers = build_towers(config.model.architecture, config.model.pretrained)
+        assert towers.clip.visual.positional_embedding.shape[0] == patches + 1
+    full = Layout("demo", "full", 2, None, tmp_path)
+    assert [full.towers("tmass-finer", seed).parent.name for seed in (0, 1)] == ["towers-0", "towers-1"]
+    real = load_config("msrvtt.yaml", Layout("msrvtt", "full", 1, None, tmp_path).overrides("tmass-finer", 0))
+    assert real.model.architecture == "ViT-B-16-quickgelu" and real.model.pretrained == "openai"
 
 
 def test_published_figures_are_those_of_the_supplementary() -> None:

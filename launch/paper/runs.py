@@ -17,9 +17,8 @@ from tmass_dist.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def prepare_demo(layout: Layout, systems: list[str]) -> None:
-    """Generate and pack the videos and pretrain the towers of ``systems``, where that is not done yet."""
-    prepare_data(layout.base / "data", layout.size.videos)
+def prepare_towers(layout: Layout, systems: list[str]) -> None:
+    """Copy the committed towers and pretrain those of other seeds, where ``systems`` need them and they are missing."""
     missing = {
         path: seed
         for system in systems
@@ -28,7 +27,7 @@ def prepare_demo(layout: Layout, systems: list[str]) -> None:
         if not path.is_file()
     }
     for path in [path for path in missing if path.parent == layout.towers("tmass", 0).parent]:
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         for suffix in (".json", ".safetensors"):
             shutil.copy(ROOT / "configs" / "towers" / f"{path.stem}{suffix}", path.parent)
         del missing[path]
