@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +108,9 @@ def test_a_trial_below_the_median_is_pruned_and_keeps_its_directory(data: list[s
     assert done.returncode == 0, done.stdout + done.stderr
     trial = _trials(base)[5]
     assert trial.state.name == "PRUNED" and "trial 5 pruned" in done.stdout
+    labels = "(protocol query_conditioned, M = 20, checkpoint selected on val, post-processing none, precision float32"
+    shown = re.findall(r"^(?:trial 5 pruned: t2v R@1 |  100\.0  trial-).*", done.stdout, re.MULTILINE)
+    assert len(shown) == 6 and all(labels in line for line in shown)
     run_dir = base / "trial-0005"
     assert list((run_dir / "checkpoints").glob("step-*")) and not (run_dir / "complete.json").exists()
     assert "best trial: " in done.stdout and "trial-0005" not in done.stdout.split("best trial: ")[1].splitlines()[0]

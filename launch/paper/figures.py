@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from launch.paper.measure import TRIALS
 from launch.paper.results import PUBLISHED, Results, Row, Section
 from launch.paper.systems import SYSTEMS
 from tmass_dist.evaluation.report import COLUMNS
@@ -21,7 +22,10 @@ def figure_1(results: Results) -> Section:
     rows = results.measured_rows("T-MASS", "tmass") + results.measured_rows(SYSTEMS["kl"].title, "kl")
     bound = f"below {results.published['figure_1']['kl_below']:.0f}"
     rows.append(Row(["KL, MSR-VTT", PUBLISHED, bound, "", "", "", ""], "published"))
-    note = "R@1 on the validation split and the KL term during training, weight 1, prior N(0, I)."
+    note = (
+        f"R@1 (query_conditioned, M = {TRIALS}) on the validation split and the KL term during training, weight 1, "
+        "prior N(0, I)."
+    )
     return Section("Figure 1", note, ["row", "source", *COLUMNS], rows, pictures)
 
 
