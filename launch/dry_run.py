@@ -14,6 +14,7 @@ from launch.resources import Resources
 from launch.steps import Step
 from tmass_dist.config import Config, differing_keys, load_config, to_yaml
 from tmass_dist.errors import UserError
+from tmass_dist.training.checks import absolute
 
 if TYPE_CHECKING:
     from tmass_dist.data.index import Index
@@ -133,7 +134,7 @@ def _run_dir_conflict(run: Config) -> str | None:
         return f"cannot write to {existing}; choose another run_dir"
     saved = Path(run.run_dir) / "config.yaml"
     try:
-        differing = differing_keys(load_config(str(saved)), run) if saved.is_file() else []
+        differing = differing_keys(absolute(load_config(str(saved))), run) if saved.is_file() else []
     except UserError as error:
         return str(error)
     return f"{run.run_dir} holds a run with another config ({'; '.join(differing)})" if differing else None

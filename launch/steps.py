@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import shlex
 from dataclasses import dataclass
@@ -12,9 +11,9 @@ from typing import Any
 from launch.job import CommandJob, RankedJob
 from launch.resources import Resources
 from tmass_dist.config import Config, load_config
-from tmass_dist.data.remote import is_remote
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation.settings import BLOCK_SETTINGS, scoring_overrides
+from tmass_dist.training.checks import absolute
 
 
 @dataclass(frozen=True)
@@ -28,29 +27,6 @@ class Step:
     tasks: list[Any]
     resources: Resources
     after: str = "afterok"
-
-
-def absolute(config: Config) -> Config:
-    """The config with absolute paths, which are valid wherever the job starts."""
-
-    def resolved(path: str) -> str:
-        return path if is_remote(path) else str(Path(path).resolve())
-
-    paths: Any = {name: resolved(path) for name in ("val", "test") if (path := getattr(config.data, name))}
-    paths["train"] = [dataclasses.replace(part, path=resolved(part.path)) for part in config.data.train_parts]
-    files = {
-        key: str(Path(value).resolve())
-        for key in ("architecture", "pretrained")
-        if (value := getattr(config.model, key)) and Path(value).is_file()
-    }
-    captions = tuple(str(Path(path).resolve()) if Path(path).is_file() else path for path in config.data.captions)
-    return dataclasses.replace(
-        config,
-        run_dir=str(Path(config.run_dir).resolve()),
-        init_from=str(Path(config.init_from).resolve()) if config.init_from else None,
-        data=dataclasses.replace(config.data, captions=captions, **paths),
-        model=dataclasses.replace(config.model, **files),
-    )
 
 
 def training(config: Config, resources: Resources, folder: Path, *, then: str | None = "evaluate") -> Step:

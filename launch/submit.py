@@ -25,6 +25,7 @@ from tmass_dist.cli import run_command, write_json  # noqa: E402
 from tmass_dist.config import Config, load_config  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 from tmass_dist.revision import COMMIT_FILE, revision  # noqa: E402
+from tmass_dist.training.checks import absolute  # noqa: E402
 
 
 def submit(arguments: argparse.Namespace) -> None:
@@ -96,7 +97,7 @@ def _read_config(arguments: argparse.Namespace) -> tuple[str, Config]:
         page = str(Path(arguments.run_dir) / "config.yaml")
     if page is None:
         raise UserError("--config is needed: a page of configs/, or a path")
-    return page, steps.absolute(load_config(page, _overrides(arguments)))
+    return page, absolute(load_config(page, _overrides(arguments)))
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -12,6 +13,9 @@ from safetensors.torch import load_file
 
 from tests.conftest import run
 from tmass_dist import __version__
+from tmass_dist.config import load_config, to_yaml
+from tmass_dist.errors import UserError
+from tmass_dist.training.checks import check
 
 
 def _submit(data: list[str], run_dir: Path, *more: str) -> subprocess.CompletedProcess[str]:
@@ -119,6 +123,22 @@ def test_another_config_in_the_same_directory_is_refused(data: list[str], whole:
     done = _submit(data, whole, "optim.lr=0.5")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert "optim.lr: saved 0.001, given 0.5" in done.stderr
+
+
+def test_relative_and_absolute_paths_of_the_same_data_are_one_run(
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``tmass submit`` makes paths absolute, and ``torchrun -m tmass_dist.train`` does not."""
+    (tmp_path / "run").mkdir()
+    here = Path(data[0].partition("=")[2]).parent
+    monkeypatch.chdir(here)
+    relative = [f"{key}={os.path.relpath(path)}" for key, _, path in (one.partition("=") for one in data)]
+    config = load_config("demo.yaml", [*relative, f"run_dir={tmp_path / 'run'}"])
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    check(load_config("demo.yaml", [*data, f"run_dir={tmp_path / 'run'}"]), 1)
+    monkeypatch.chdir(here.parent)  # there are no such data
+    with pytest.raises(UserError, match=r"holds a run with another config \(data\.train: saved"):
+        check(load_config("demo.yaml", [*data, f"run_dir={tmp_path / 'run'}"]), 1)
 
 
 def test_a_batch_that_does_not_divide_is_refused_before_anything_starts(data: list[str], tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tmass_dist.cli import writable_dir
 from tmass_dist.config import Config, differing_keys, flat, load_config
@@ -41,6 +41,30 @@ def usable_ranks(config: Config, num_ranks: int) -> int:
     saved = saved_config(config)
     lanes = config.data.lanes or (saved and saved.data.lanes) or config.data.batch_size
     return max(n for n in range(1, num_ranks + 1) if config.data.batch_size % n == 0 and lanes % n == 0)
+
+
+def absolute(config: Config) -> Config:
+    """The config with absolute paths, which are valid wherever a job starts."""
+    from tmass_dist.data.remote import is_remote
+
+    def resolved(path: str) -> str:
+        return path if is_remote(path) else str(Path(path).resolve())
+
+    paths: Any = {name: resolved(path) for name in ("val", "test") if (path := getattr(config.data, name))}
+    paths["train"] = [replace(part, path=resolved(part.path)) for part in config.data.train_parts]
+    files = {
+        key: str(Path(value).resolve())
+        for key in ("architecture", "pretrained")
+        if (value := getattr(config.model, key)) and Path(value).is_file()
+    }
+    captions = tuple(str(Path(path).resolve()) if Path(path).is_file() else path for path in config.data.captions)
+    return replace(
+        config,
+        run_dir=str(Path(config.run_dir).resolve()),
+        init_from=str(Path(config.init_from).resolve()) if config.init_from else None,
+        data=replace(config.data, captions=captions, **paths),
+        model=replace(config.model, **files),
+    )
 
 
 def saved_config(config: Config) -> Config | None:
@@ -138,7 +162,8 @@ def check_and_load(config: Config, world: int, *, look_at_files: bool = True) ->
     if look_at_files:
         writable_dir(config.run_dir)
     if saved:
-        differing = differing_keys(replace(saved, data=choose_order(saved.data, 1, saved.data)), config)
+        saved = replace(saved, data=choose_order(saved.data, 1, saved.data))
+        differing = differing_keys(absolute(saved), absolute(config))
         if differing:
             other = _other_run_dir(config, differing)
             raise UserError(

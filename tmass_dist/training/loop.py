@@ -339,8 +339,8 @@ class _TrainingRun:
     def _close(self) -> bool:
         is_complete = self._is_at_the_end() and self.validator.has_validated(self.step)
         if is_complete and self.step < self.num_steps:
-            line = "patience=%s: training ends at step %d of %d, because the last %s validations brought no new best"
-            self.log.info(line, self.config.patience, self.step, self.num_steps, self.config.patience)
+            line = "patience=%s: training ends at step %d of %d, because so many validations brought no new best"
+            self.log.info(line, self.config.patience, self.step, self.num_steps)
         self.monitor.close(complete=is_complete)
         distributed.barrier()
         if is_complete:
