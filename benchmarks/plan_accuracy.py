@@ -35,6 +35,10 @@ CASES: dict[str, tuple[str, int, list[str]]] = {
     "demo-2-ranks": ("demo.yaml", 2, []),
     "demo-4-ranks": ("demo.yaml", 4, []),
     "demo-micro": ("demo.yaml", 1, ["engine.micro_batch=8"]),
+    **{
+        f"demo-2-ranks-micro-stage-{stage}": ("demo.yaml", 2, ["engine.micro_batch=4", f"engine.zero_stage={stage}"])
+        for stage in (1, 2, 3)
+    },
     "demo-checkpointing": ("demo.yaml", 1, ["engine.checkpoint_activations=true"]),
     **{
         f"demo{'-4-ranks' if ranks == 4 else ''}-stage-{stage}": ("demo.yaml", ranks, [f"engine.zero_stage={stage}"])
@@ -147,7 +151,7 @@ def compare(case: str) -> list[dict[str, Any]]:
     }
     planned = Counter(cost.exchanged) + Counter()
     if num_ranks > 1:
-        for name, numbers in gradient_exchanges(cost, stage).items():
+        for name, numbers in gradient_exchanges(cost, config, num_ranks).items():
             planned[name.rpartition(", ")[2]] += numbers
     counted = Counter(real["exchanged"])
     if num_ranks > 1:

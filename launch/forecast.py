@@ -17,6 +17,7 @@ from launch.hardware import Gpu
 from launch.resources import Resources
 from tmass_dist.config import Config, to_yaml
 from tmass_dist.errors import UserError
+from tmass_dist.training.checks import usable_ranks
 
 GIB = 2**30
 USABLE = 0.92
@@ -35,6 +36,8 @@ class StepCost:
 
     num_parameters: int
     num_trainable: int
+    num_in_towers: int
+    """Trained numbers of the towers, which have a gradient in the backward pass of each micro-batch."""
     num_groups: int
     """Parameter groups; from ZeRO 1 on the ranks sum the squared gradient norm of each."""
     persistent: int
@@ -135,6 +138,11 @@ class Forecast:
     """None without the data."""
 
     @property
+    def name(self) -> str:
+        """The run and the number of its GPUs, for messages."""
+        return f"the run {Path(self.config.run_dir).name} on {self.num_ranks} GPU{'s' * (self.num_ranks > 1)}"
+
+    @property
     def memory(self) -> dict[str, int]:
         """Bytes on each GPU by part, at the moment when their sum is largest."""
         stage = self.config.engine.zero_stage
@@ -174,7 +182,7 @@ class Forecast:
         if self.num_ranks == 1:
             return {}
         loss = {f"loss, {kind}": numbers for kind, numbers in self.cost.exchanged.items()}
-        return loss | gradient_exchanges(self.cost, self.config.engine.zero_stage)
+        return loss | gradient_exchanges(self.cost, self.config, self.num_ranks)
 
     @property
     def tflops(self) -> float:
@@ -209,20 +217,24 @@ class Forecast:
         return self.cost.weights + 4 * moments * self.cost.num_trainable
 
 
-def gradient_exchanges(cost: StepCost, stage: int) -> dict[str, int]:
+def gradient_exchanges(cost: StepCost, config: Config, num_ranks: int) -> dict[str, int]:
     """Numbers of a step that ZeRO exchanges; DeepSpeed pads them to whole shares. Measured: docs/scale.md."""
-    numbers = cost.num_trainable
+    stage, numbers = config.engine.zero_stage, cost.num_trainable
     if stage == 0:
         return {"gradients, allreduce": numbers}
     gathers = 2 if stage == 3 and numbers > LIVE_WEIGHTS else 1
     kind = "reduce_scatter" if stage == 3 else "allreduce"
     norms = {"gradient norms, allreduce": cost.num_groups}
-    return {f"gradients, {kind}": numbers, "weights, allgather": gathers * numbers} | norms
+    gradients = numbers
+    if stage > 1:  # no rank can keep all gradients until the last micro-batch, so each of them is reduced
+        local = config.data.batch_size // num_ranks
+        gradients += (-(-local // (config.engine.micro_batch or local)) - 1) * cost.num_in_towers
+    return {f"gradients, {kind}": gradients, "weights, allgather": gathers * numbers} | norms
 
 
 def forecast(config: Config, gpu: Gpu, resources: Resources, steps_per_epoch: int | None) -> Forecast:
-    """Simulate a step with bfloat16 as the GPU has it."""
-    ranks = resources.ranks
+    """Simulate a step with bfloat16 as the GPU has it, on as many of the ranks as the batch allows."""
+    ranks = usable_ranks(config, resources.ranks)
     bf16 = config.engine.bf16 in (True, "auto") and gpu.has_bf16
     engine = dataclasses.replace(config.engine, bf16=bf16)
     exact = dataclasses.replace(config, engine=engine)
@@ -232,35 +244,52 @@ def forecast(config: Config, gpu: Gpu, resources: Resources, steps_per_epoch: in
 def settings_that_fit(plan: Forecast) -> list[str]:
     """Overrides with which a run fits that does not fit as it is: the cheapest of our means first.
 
+    A setting that does not lower the peak is left out. Where the peak moves from the update of the optimiser to the
+    backward pass, a setting that was of no use before is tried again.
+
     Raises:
         UserError: it cannot fit at any setting; the message says how much the least needs.
     """
-    local = plan.config.data.batch_size // plan.num_ranks
-    head = min(plan.config.engine.head_memory_mb or 512, 512)
-    tried = plan
-    means: list[dict[str, Any]] = [{"head_memory_mb": head}] if plan.cost.head_peak > GIB else []
-    means += [{"checkpoint_activations": True}]
-    means += [{"zero_stage": 2}, {"micro_batch": max(1, local // 4)}, {"micro_batch": 1}, {"zero_stage": 3}]
-    chosen: dict[str, Any] = {}
-    for change in means:
-        if any(getattr(tried.config.engine, key) == value for key, value in change.items()):
-            continue
-        if change.get("zero_stage", 9) <= tried.config.engine.zero_stage or (
-            plan.num_ranks == 1 and "zero_stage" in change
-        ):
-            continue
-        chosen |= change
-        engine = dataclasses.replace(tried.config.engine, **change)
-        config = dataclasses.replace(tried.config, engine=engine)
-        cost = tried.cost if "zero_stage" in change else simulate(config, plan.num_ranks)
-        tried = dataclasses.replace(tried, config=config, cost=cost)
-        if tried.fits:
-            return [f"engine.{key}={str(value).lower()}" for key, value in chosen.items()]
+    own = dataclasses.replace(plan.config.engine, zero_stage=0)
+    costs = {own: plan.cost}  # of every stage: ZeRO's shards are no part of it
+    best, chosen, lowered = plan, {}, True
+    while lowered:
+        lowered = False
+        for change in _means(best):
+            engine = dataclasses.replace(best.config.engine, **change)
+            config = dataclasses.replace(best.config, engine=engine)
+            key = dataclasses.replace(engine, zero_stage=0)
+            if key not in costs:
+                costs[key] = simulate(config, plan.num_ranks)
+            tried = dataclasses.replace(best, config=config, cost=costs[key])
+            if tried.total >= best.total:
+                continue
+            best, chosen, lowered = tried, chosen | change, True
+            if best.fits:
+                return _overrides(chosen)
+    needed = math.ceil(10 * best.total / GIB / USABLE) / 10
     raise UserError(
-        f"this run cannot fit into {plan.gpu.memory_gb:g} GB: the least is {tried.total / GIB / USABLE:.0f} GB, with "
-        f"{' '.join(f'engine.{key}={str(value).lower()}' for key, value in chosen.items())}; use more ranks, a smaller "
-        "model or a smaller batch"
+        f"{plan.name} cannot fit into {plan.gpu.memory_gb:g} GB: the least is {needed:g} GB, with "
+        f"{' '.join(_overrides(chosen)) or 'the settings that it has'}; use more ranks, a smaller model or a smaller "
+        "batch"
     )
+
+
+def _means(plan: Forecast) -> list[dict[str, Any]]:
+    """Changes of ``engine`` that may lower the memory, the cheapest first."""
+    engine, local = plan.config.engine, plan.config.data.batch_size // plan.num_ranks
+    alone = plan.num_ranks == 1
+    stages = [0] if alone and engine.zero_stage else [] if alone else range(engine.zero_stage + 1, 4)
+    cheap, dear = ([{"zero_stage": stage} for stage in stages if (stage == 3) == is_dear] for is_dear in (False, True))
+    head = min(engine.head_memory_mb or 512, 512)
+    tiles = [{"head_memory_mb": head}] if plan.cost.head_peak > GIB and head != engine.head_memory_mb else []
+    again = [] if engine.checkpoint_activations else [{"checkpoint_activations": True}]
+    micro = [{"micro_batch": n} for n in (max(2, local // 4), 1) if n < min(engine.micro_batch or local, local)]
+    return [*cheap, *tiles, *again, *micro, *dear]
+
+
+def _overrides(engine: dict[str, Any]) -> list[str]:
+    return [f"engine.{key}={str(value).lower()}" for key, value in engine.items()]
 
 
 def describe(plan: Forecast, cached: int | None) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 
 from tmass_dist.errors import UserError
 
@@ -51,7 +52,8 @@ def find_gpu(
     """A known GPU, with the values that are given in place of the known ones.
 
     Args:
-        name: as ``--gpu`` or ``sinfo`` names it, for example ``h100`` or ``nvidia_h100_80gb_hbm3``.
+        name: as ``--gpu`` or ``sinfo`` names it, for example ``h100`` or ``nvidia_a100-sxm4-40gb``. A memory in it, as
+            these 40 GB, is the GPU's. A slice of a GPU (MIG) is not known.
         memory_gb, peak_tflops, mfu: of the options with these names.
 
     Raises:
@@ -62,8 +64,7 @@ def find_gpu(
             raise UserError(
                 f"{option} is {value}; it must be positive" + (" and at most 1" if option == "--mfu" else "")
             )
-    matches = sorted((known for known in _KNOWN if known in (name or "").lower()), key=len)
-    known = _KNOWN[matches[-1]] if matches else None
+    known = _known(name or "")
     if known is None and (memory_gb is None or peak_tflops is None):
         raise UserError(
             f"{f'--gpu {name} is not known' if name else 'which GPU? give --gpu'}; known: {', '.join(_KNOWN)}. "
@@ -80,3 +81,15 @@ def find_gpu(
         node_gb_s=base.node_gb_s,
         network_gb_s=base.network_gb_s,
     )
+
+
+def _known(name: str) -> Gpu | None:
+    words = name.lower()
+    if re.search(r"\dg\.\d+gb", words):  # as 1g.10gb
+        return None
+    # An L40 is no L4, an A1000 no A100, and a GH200 no H200.
+    matches = sorted((known for known in _KNOWN if re.search(rf"(?<!g){known}(?!\d)", words)), key=len)
+    if not matches:
+        return None
+    memory = re.search(r"(\d+)gb", words)
+    return replace(_KNOWN[matches[-1]], **({"memory_gb": float(memory[1])} if memory else {}))

@@ -143,6 +143,9 @@ def step_cost(config: Config, num_ranks: int, *, num_tokens: int | None = None) 
     return StepCost(
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_in_towers=sum(
+            p.numel() for p in model.towers.parameters() if p.requires_grad and p is not model.towers.logit_scale
+        ),
         num_groups=len(parameter_groups(model, config.optim)),
         persistent=sum(4 * p.numel() for p in model.parameters() if p.numel() <= PERSISTENT_NUMBERS),
         image_size=model.towers.image_size,

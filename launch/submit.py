@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 from launch import slurm, steps  # noqa: E402
 from launch.failures import FINAL_ERROR  # noqa: E402
 from launch.job import CommandJob  # noqa: E402
+from launch.nodes import Node  # noqa: E402
 from launch.options import parse, read_resources  # noqa: E402
 from launch.resources import Resources  # noqa: E402
 from launch.submitted import refuse_live  # noqa: E402
@@ -36,7 +37,8 @@ def submit(arguments: argparse.Namespace) -> None:
     resources, nodes = read_resources(arguments, config.data.num_workers, ROOT / "configs" / "clusters")
     base = Path(config.run_dir)
     runs, plan = _plan(arguments, page, config, resources)
-    for run in runs:
+    trained = [config] if arguments.job == "all" else runs  # with data that may have to be packed first
+    for run in trained:
         if resources.min_nodes is None:
             check_batch(run, resources.ranks)
     folder, name = base / "jobs", arguments.name or base.name
@@ -51,6 +53,8 @@ def submit(arguments: argparse.Namespace) -> None:
     if arguments.dry_run:
         from launch.dry_run import show
 
+        if arguments.gpu is not None or arguments.gpu_memory_gb is not None:  # else it only takes time
+            _refuse_what_cannot_fit(arguments, trained, resources, nodes)
         show(plan, runs, resources, nodes, folder, name)
         return
     if resources.cluster == "slurm":
@@ -58,10 +62,7 @@ def submit(arguments: argparse.Namespace) -> None:
     refuse_live(base)
     for run in runs:
         check(run, 1 if resources.min_nodes else resources.ranks)
-    if runs and not arguments.force:
-        from launch.plan import refuse_what_cannot_fit
-
-        refuse_what_cannot_fit(arguments, config, resources, nodes)
+    _refuse_what_cannot_fit(arguments, trained, resources, nodes)
     folder.mkdir(parents=True, exist_ok=True)
     for note in folder.glob(f"{FINAL_ERROR}-*.txt"):
         note.unlink()
@@ -71,6 +72,15 @@ def submit(arguments: argparse.Namespace) -> None:
         _submit_locally(plan, folder, base, curves)
     else:
         _submit_to_slurm(plan, folder, base, curves, name, wait=arguments.wait)
+
+
+def _refuse_what_cannot_fit(
+    arguments: argparse.Namespace, trained: list[Config], resources: Resources, nodes: list[Node]
+) -> None:
+    if trained and not arguments.force:
+        from launch.plan import refuse_what_cannot_fit
+
+        refuse_what_cannot_fit(arguments, trained, resources, nodes)
 
 
 def _tune(arguments: argparse.Namespace, page: str, config: Config, resources: Resources) -> None:
