@@ -218,18 +218,27 @@ class Forecast:
 
 
 def gradient_exchanges(cost: StepCost, config: Config, num_ranks: int) -> dict[str, int]:
-    """Numbers of a step that ZeRO exchanges; DeepSpeed pads them to whole shares. Measured: docs/scale.md."""
+    """Numbers of a step that ZeRO exchanges; DeepSpeed pads them to whole shares. Measured: docs/scale.md.
+
+    With micro-batches from ZeRO 2 on, no rank can keep all gradients, so those of each micro-batch are reduced. At
+    ZeRO 3 each micro-batch gathers the weights without a graph, forward and backward; those that are kept whole are
+    gathered about three times a step. This is the one estimate: what DeepSpeed fetches ahead in vain is not counted.
+    """
     stage, numbers = config.engine.zero_stage, cost.num_trainable
     if stage == 0:
         return {"gradients, allreduce": numbers}
-    gathers = 2 if stage == 3 and numbers > LIVE_WEIGHTS else 1
+    local = config.data.batch_size // num_ranks
+    num_micro = -(-local // (config.engine.micro_batch or local))
+    gradients = numbers + (num_micro - 1) * cost.num_in_towers if stage > 1 else numbers
+    weights = numbers
+    if stage == 3 and num_micro > 1:
+        kept = min(numbers, cost.persistent // 4)
+        weights = 3 * kept + 3 * num_micro * (numbers - kept)
+    elif stage == 3 and numbers > LIVE_WEIGHTS:
+        weights = 2 * numbers
     kind = "reduce_scatter" if stage == 3 else "allreduce"
     norms = {"gradient norms, allreduce": cost.num_groups}
-    gradients = numbers
-    if stage > 1:  # no rank can keep all gradients until the last micro-batch, so each of them is reduced
-        local = config.data.batch_size // num_ranks
-        gradients += (-(-local // (config.engine.micro_batch or local)) - 1) * cost.num_in_towers
-    return {f"gradients, {kind}": gradients, "weights, allgather": gathers * numbers} | norms
+    return {f"gradients, {kind}": gradients, "weights, allgather": weights} | norms
 
 
 def forecast(config: Config, gpu: Gpu, resources: Resources, steps_per_epoch: int | None) -> Forecast:
