@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import tempfile
 import time
@@ -37,6 +38,8 @@ def heartbeat_rounds(num_ranks: int, num_rounds: int = 5) -> dict[str, float]:
         Requests of a round: of all ranks, of rank 0 and of another rank; seconds of a round, with the clients working
         as fast as they can, and of rank 0's part of it.
     """
+    # torch looks up the name of every 25th client. Without a name server that answers, each look-up takes its timeout.
+    os.environ["RES_OPTIONS"] = "attempts:1 timeout:1"
     from torch.distributed import TCPStore
 
     from tmass_dist.training.heartbeats import Heartbeats
