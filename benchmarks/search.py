@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -182,6 +183,12 @@ def measure(
     }
 
 
+def processor_seconds(pid: int) -> float:
+    """Processor time that a process has used, in user and in system mode."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def through_the_page(gallery: Path, queries_of_each: int = 25) -> dict[str, Any]:
     """Latency of ``/api/search``, text tower included, under 8 clients; and the server's resident memory."""
     command = [sys.executable, "-m", "tmass_dist", "serve", str(gallery), "--port", "0"]
@@ -207,11 +214,13 @@ def through_the_page(gallery: Path, queries_of_each: int = 25) -> dict[str, Any]
 
         client(99)
         seconds.clear()
+        before = processor_seconds(server.pid)
         threads = [threading.Thread(target=client, args=(n,)) for n in range(CLIENTS)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
+        used = processor_seconds(server.pid) - before
         status = Path(f"/proc/{server.pid}/status").read_text()
         kilobytes = {
             key: int(value.split()[0])
@@ -221,6 +230,8 @@ def through_the_page(gallery: Path, queries_of_each: int = 25) -> dict[str, Any]
             "clients": CLIENTS,
             "api_ms_p50": round(1e3 * float(np.percentile(seconds, 50)), 1),
             "api_ms_p95": round(1e3 * float(np.percentile(seconds, 95)), 1),
+            # Of the server. On N idle cores, C clients wait about C / N of this.
+            "processor_ms_per_query": round(1e3 * used / len(seconds), 1),
             "resident_gb": round(kilobytes["VmRSS"] / 2**20, 3),
             "resident_peak_gb": round(kilobytes["VmHWM"] / 2**20, 3),
         }

@@ -151,6 +151,7 @@ def test_more_results_have_a_longer_shortlist_and_some_heads_have_none(
     gallery: tuple[TMass, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shortlist, "SHORTLIST", 20)
+    monkeypatch.setattr(shortlist, "PER_RESULT", 20)
     searcher = Searcher(_model(), VideoGallery(gallery[1]), 300)
     [rows] = searcher.candidates(_features(searcher.model.embed_dim)[1][:1], 300)
     text_D = _features(searcher.model.embed_dim)[1][0]

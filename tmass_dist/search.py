@@ -1,6 +1,6 @@
 """Search a gallery by text: ``python -m tmass_dist.search GALLERY "a dog jumps into a lake"``.
 
-The candidates are the videos with the best single frame. The best 200 of them by an approximate score get the model's
+The candidates are the videos with the best single frame. The best 400 of them by an approximate score get the model's
 exact score; in a gallery without more videos than candidates, every video gets it. The moment is the time of the frame
 that the attention weighs most.
 """
