@@ -140,8 +140,15 @@ def terminal(rows: list[Row], width: int) -> str:
     lines += ["labels of the results", *_wrapped([f"  {one}" for one in said], width)]
     for key in rows[0].settings:
         lines.append(key)
-        lines += _wrapped([f"  {names[id(row)]:<{space}}  {row.settings[key]}" for row in rows], width)
+        lines += _wrapped([f"  {names[id(row)]:<{space}}  {_shown(row.settings[key])}" for row in rows], width)
     return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    """A setting as it is written on the command line: ``null``, ``true``, ``[a,b]``."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_shown, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _names(rows: list[Row], width: int) -> dict[int, str]:
@@ -169,7 +176,7 @@ def tables(rows: list[Row]) -> list[tuple[str, list[str], list[list[str]]]]:
     results = []
     for row in rows:
         numbers = [_with_interval(row, column) for column in columns]
-        results.append([row.name, *(str(row.settings[key]) for key in keys), *numbers, row.labels])
+        results.append([row.name, *(_shown(row.settings[key]) for key in keys), *numbers, row.labels])
     found = [("Results", ["run", *keys, *heads, "labels"], results)]
     if len(rows) > 1:
         title = f"Differences from {rows[0].name} (95 % interval: paired bootstrap over videos)"

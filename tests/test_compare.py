@@ -64,6 +64,9 @@ def test_lines_fit_a_terminal_and_names_stay_apart() -> None:
         assert len({line.split()[0] for line in lines if line.startswith("a-run")}) == 2
     middle = [Row(Path(f"optim.lr=1e-{k},data.batch_size=32,model.radius=exp_mean"), {}) for k in (4, 5)]
     assert [line[:10] for line in terminal(middle, 80).splitlines()[1:3]] == ["1 optim.lr", "2 optim.lr"]
+    settings = {"log.to": ("tensorboard", "wandb"), "engine.save_every": None, "data.augment": True}
+    shown = " ".join(terminal([Row(Path("a"), settings)], 80).split())
+    assert shown.endswith("log.to a [tensorboard,wandb] engine.save_every a null data.augment a true")
     text = markdown([Row(Path("a|b"), {"data.train": "x|y"})])
     assert "| a\\|b | x\\|y | - |" in text
 
