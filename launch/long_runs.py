@@ -1,7 +1,7 @@
 """Compare heads after long training on the embedded benchmark: ``python launch/long_runs.py --out DIR``.
 
 Each result is one line of ``docs/long_runs.jsonl``. Running the command again continues with the runs that are missing;
-``--table`` trains nothing and prints the table of docs/findings.md.
+``--table`` trains nothing and prints the tables of docs/findings.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from launch.paper.long_runs import (  # noqa: E402
     read_results,
     run_one,
 )
-from launch.paper.long_table import long_table  # noqa: E402
+from launch.paper.long_table import calibration_table, long_table  # noqa: E402
 from tmass_dist.cli import program, run_command, writable_dir  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 from tmass_dist.score_labels import label_words  # noqa: E402
@@ -47,7 +47,8 @@ def main() -> None:
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
     if arguments.table:
-        print(long_table(read_results(arguments.results)))
+        done = read_results(arguments.results)
+        print(f"{long_table(done)}\n\n{calibration_table(done)}")
         return
     from filelock import FileLock, Timeout
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launch.paper.long_runs import Setting, append_result, chosen_rates, hits_of, missing_runs, read_results
-from launch.paper.long_table import long_table
+from launch.paper.long_table import calibration_table, long_table
 from tests.conftest import ROOT
 from tmass_dist.errors import UserError
 
@@ -61,9 +61,34 @@ def test_hits_are_counted_for_each_video() -> None:
     assert hits_of(torch.tensor([1, 2, 1, 1]), torch.tensor([0, 0, 2, 2])) == "102"
 
 
+def _with_calibration(
+    system: str, seed: int, rate: float, recall: float, **signals: tuple[float, float, float]
+) -> dict:
+    found = {name: {"auroc": value, "interval_95": [low, high]} for name, (value, low, high) in signals.items()}
+    return _row(system, seed, rate, recall) | {"calibration": found}
+
+
+def test_calibration_is_averaged_over_the_seeds_of_the_chosen_rate() -> None:
+    done = [
+        _row("xpool", 0, 1.0, 50.0),  # of a version that did not keep it
+        _with_calibration("best-frame", 0, 1.0, 60.0, score=(0.6, 0.55, 0.65)),
+        _with_calibration("best-frame", 0, 3.0, 50.0, score=(0.9, 0.85, 0.95)),  # not the best rate
+        _with_calibration("best-frame", 1, 1.0, 40.0, score=(0.4, 0.35, 0.45)),
+        _with_calibration("tmass", 0, 1.0, 40.0, score=(0.5, 0.4, 0.6), radius=(0.3, 0.2, 0.4)),
+    ]
+    lines = calibration_table(done).splitlines()
+    assert lines[0] == "| setting | system | seeds | score | radius |"
+    assert lines[2:] == [
+        "| trained, 1200 steps | best frame, trained | 2 | 0.50 (above on 1, below on 1) |  |",
+        "| trained, 1200 steps | T-MASS | 1 | 0.50 (above on 0, below on 0) | 0.30 (above on 0, below on 1) |",
+    ]
+    assert calibration_table(done[:1]) == "no calibration"
+
+
 def test_the_table_of_the_findings_is_made_from_the_committed_results() -> None:
     path = ROOT / "docs" / "long_runs.jsonl"
     rows = read_results(path)
     assert all(sum(map(int, row["hits"]["result"])) / 14.4 == pytest.approx(row["t2v"]["R@1"]) for row in rows)
-    assert long_table(rows) in (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    findings = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    assert long_table(rows) in findings and calibration_table(rows) in findings
     assert json.loads(path.read_text().splitlines()[0])["protocol"] == "query_conditioned"

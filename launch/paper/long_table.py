@@ -32,6 +32,7 @@ def _table(done: list[dict[str, Any]], setting: Setting) -> str:
         "gain over X-Pool",
         "95 %",
         "seeds in the gain",
+        "step of the best validation",
     ]
     columns += [f"{name} of its towers" for name in BASELINES]
     tower = "image tower trained (bfloat16)" if setting.image_tower == "trained" else "image tower frozen"
@@ -60,6 +61,7 @@ def _table(done: list[dict[str, Any]], setting: Setting) -> str:
             rate += " (edge)"
         cells = [SYSTEMS[name].title, rate, str(len(recalls)), ", ".join(f"{r:.1f}" for r in recalls)]
         cells += [mean_and_deviation(recalls), *gain]
+        cells.append(", ".join(str(row["selected_step"]) for row in best[name].values()))
         for baseline in BASELINES:
             values = [
                 v for row in best[name].values() for key, v in row["baselines"].items() if key.startswith(baseline)
@@ -81,3 +83,36 @@ def _hits(row: dict[str, Any]) -> np.ndarray:
 def _signed(values: list[float]) -> str:
     text = mean_and_deviation(values)
     return text if text.startswith("-") else f"+{text}"
+
+
+def calibration_table(done: list[dict[str, Any]]) -> str:
+    """Markdown: how well each signal of a search tells the queries that succeed, for the runs that say so.
+
+    A cell has the mean AUROC over the seeds, and on how many of them the 95 % interval (over videos) is above and below
+    one half.
+    """
+    rows = [row for row in done if row.get("calibration")]
+    if not rows:
+        return "no calibration"
+    signals = list(dict.fromkeys(name for row in rows for name in row["calibration"]))
+    lines = [f"| setting | system | seeds | {' | '.join(signals)} |", f"|{'---|' * (3 + len(signals))}"]
+    for setting in sorted({setting_of(row) for row in rows}):
+        of_setting = [row for row in rows if setting_of(row) == setting]
+        by_rate = measured_rates(of_setting, setting)
+        for name in [name for name in COMPARED if name in by_rate]:
+            runs = list(_seeds(of_setting, name, best_rate(by_rate[name])).values())
+            cells = [f"{setting.image_tower}, {setting.steps} steps", SYSTEMS[name].title, str(len(runs))]
+            lines.append(f"| {' | '.join(cells + [_auroc(runs, signal) for signal in signals])} |")
+    return "\n".join(lines)
+
+
+def _auroc(runs: list[dict[str, Any]], signal: str) -> str:
+    found = [row["calibration"][signal] for row in runs if signal in row["calibration"]]
+    if not found:
+        return ""
+    mean = sum(one["auroc"] for one in found) / len(found)
+    above, below = (
+        sum(one["interval_95"][0] > 0.5 for one in found),
+        sum(one["interval_95"][1] < 0.5 for one in found),
+    )
+    return f"{mean:.2f} (above on {above}, below on {below})"
