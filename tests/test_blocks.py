@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.test_evaluation import D, F, V, write_store
+from tests.stores import D, F, V, write_store
 from tmass_dist.config import Config, load_config
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation import blocks, ranking

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import run
-from tests.test_evaluation import V, write_store
+from tests.stores import V, write_store
 from tmass_dist import evaluate
 from tmass_dist.config import Config, flat, load_config
 from tmass_dist.errors import UserError

@@ -3,7 +3,6 @@
 import csv
 import itertools
 import json
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -14,45 +13,13 @@ from torch import Tensor
 
 from tests.conftest import ROOT, run
 from tests.oracle import dsl
-from tmass_dist.config import ModelConfig, load_config, to_yaml
+from tests.stores import D, F, V, make_part, write_store
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation import blocks, ranking
 from tmass_dist.evaluation import features as store
 from tmass_dist.evaluation.evaluation import evaluate_store
 from tmass_dist.evaluation.retrieved import best_answers
 from tmass_dist.evaluation.stored import StoredSplit
-from tmass_dist.models.head import build_head
-
-V, F, D = 90, 12, 32
-
-
-def make_part(video_numbers: list[int]) -> store.Part:
-    """Features of some videos, each drawn by its number; one to three captions per video."""
-    frames, texts, caption_ids = [], [], []
-    for number in video_numbers:
-        generator = torch.Generator().manual_seed(number)
-        frames.append(torch.randn(F, D, generator=generator))
-        for slot in range(1 + number % 3):
-            texts.append(frames[-1].mean(dim=0) + 0.3 * torch.randn(D, generator=generator))
-            caption_ids.append((f"v{number}", slot))
-    captions = [f"<script>alert(1)</script> & caption {v} {s}" for v, s in caption_ids]
-    return store.Part([f"v{n}" for n in video_numbers], torch.stack(frames), caption_ids, captions, torch.stack(texts))
-
-
-def write_store(
-    directory: Path, *, precision: str = "float32", overrides: tuple[str, ...] = (), **about: object
-) -> Path:
-    """A store of all videos, written in three pieces, by an untrained head of the demo config."""
-    ids = [f"v{n}" for n in range(V)]
-    config = load_config("demo.yaml", list(overrides))
-    writer = store.StoreWriter(directory, ids, (F, D), precision)
-    for numbers in (range(31), range(31, 80), range(80, V)):
-        writer.add(store.merge([make_part(list(numbers))], [ids[n] for n in numbers]))
-    known: dict[str, object] = {"config": to_yaml(config), "split": "test", "checkpoint": "best.safetensors"}
-    known |= {"fingerprint": "made-from", "weights_sha256": "w", "selection": {"selected_on": "val"}}
-    head = build_head(ModelConfig(num_frames=F, radius=config.model.radius), D)
-    writer.finish(head.state_dict(), known | about)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -199,115 +166,6 @@ def test_a_gpu_scores_as_the_cpu_does(made: Path, tmp_path: Path, overrides: lis
     scorer.head.cpu()
     for one, other in zip(on_gpu, scorer.scores()):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["frames.npy", "texts.npy", "captions.jsonl", "head.safetensors"])
-@pytest.mark.parametrize("damage", ["bit", "torn", "missing"])
-def test_a_damaged_file_of_a_store_is_named(made: Path, tmp_path: Path, name: str, damage: str) -> None:
-    directory = tmp_path / "store"
-    shutil.copytree(made, directory)
-    content = (directory / name).read_bytes()
-    if damage == "bit":
-        (directory / name).write_bytes(content[:-50] + bytes([content[-50] ^ 1]) + content[-49:])
-    elif damage == "torn":
-        (directory / name).write_bytes(content[: len(content) // 2])
-    else:
-        (directory / name).unlink()
-    state = "missing" if damage == "missing" else "damaged"
-    assert f"{name} is {state}" in _one_line(_evaluate("--features", str(directory), "--out", str(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": 99}, "a newer version"),
-        ({"version": 1}, "an older version"),
-        ({"version": "?"}, "an older version"),
-        ({"checkpoint": "other"}, "its checksum differs"),
-        ({"video_ids": ["v1"]}, "its checksum differs"),
-        ("[[[[", "is damaged"),
-        ("[" * 100_000, "is damaged"),
-        ("7", "is damaged"),
-    ],
-)
-def test_a_damaged_index_is_one_line(made: Path, tmp_path: Path, change: dict | str, message: str) -> None:
-    directory = tmp_path / "store"
-    shutil.copytree(made, directory)
-    index = json.loads((directory / "index.json").read_text())
-    (directory / "index.json").write_text(change if isinstance(change, str) else json.dumps(index | change))
-    assert message in _one_line(_evaluate("--features", str(directory), "--out", str(tmp_path)))
-
-
-def test_an_index_with_a_right_checksum_and_missing_entries_is_one_line(made: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "store"
-    shutil.copytree(made, directory)
-    about = store.read_index(directory)
-    for key, value in (("config", None), ("fingerprint", 3), ("video_ids", {}), ("weights_sha256", None)):
-        store.write_index(directory, about | {key: value})
-        assert f"{key} is missing" in _one_line(_evaluate("--features", str(directory), "--out", str(tmp_path)))
-    store.write_index(directory, about | {"video_ids": about["video_ids"][1:]})
-    assert "no feature store" in _one_line(_evaluate("--features", str(directory), "--out", str(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"selection": 7}, ""),
-        ({"selection": {"selected_on": ["val"], "query_scoring_tau": "0"}}, ""),
-        ({"selection": {"query_scoring_tau": 0}}, ""),
-        ({"before_training": [1]}, "scores before training"),
-        ({"before_training": {"row": {"t2v": {"R@1": "<b>"}}}}, "scores before training"),
-        ({"shards": 7}, ""),
-        ({"shards": "https://127.0.0.1:9/nowhere"}, ""),
-        ({"split": "<script>"}, ""),
-    ],
-)
-def test_facts_in_an_index_of_others_break_nothing(
-    made: Path, tmp_path: Path, change: dict[str, object], message: str
-) -> None:
-    directory = tmp_path / "store"
-    shutil.copytree(made, directory)
-    store.write_index(directory, store.read_index(directory) | change)
-    done = _evaluate("--features", str(directory), "--out", str(tmp_path / "out"))
-    if message:
-        assert message in _one_line(done)
-        return
-    assert done.returncode == 0, done.stderr
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert "not chosen here" in done.stdout and page.count("<script") == 1
-
-
-def test_features_that_are_not_finite_are_named() -> None:
-    parts = [make_part(list(range(n, V, 2))) for n in range(2)]
-    parts[1].frames_VFD[1, 0, 0] = torch.nan
-    parts[1].text_TD[parts[1].caption_ids.index(("v5", 0))] = torch.inf
-    with pytest.raises(UserError, match="2 features are not finite numbers: v3, v5 caption 0"):
-        store.merge(parts, [f"v{n}" for n in range(V)])
-    with pytest.raises(UserError, match="45 videos were encoded by no rank: v1, v3"):
-        store.merge(parts[:1], [f"v{n}" for n in range(V)])
-
-
-def test_a_store_cannot_read_the_environment(made: Path, tmp_path: Path) -> None:
-    directory = tmp_path / "store"
-    shutil.copytree(made, directory)
-    about = store.read_index(directory)
-    config = about["config"].replace("run_dir: runs/demo", "run_dir: ${oc.env:SECRET_OF_TEST}")
-    assert config != about["config"]
-    store.write_index(directory, about | {"config": config})
-    command = ["-m", "tmass_dist.evaluate", "--features", str(directory), "--out", str(tmp_path)]
-    refused = run(*command, SECRET_OF_TEST="hunter2")
-    assert "--allow-env" in _one_line(refused) and "hunter2" not in refused.stderr + refused.stdout
-    assert run(*command, "--allow-env", SECRET_OF_TEST="hunter2").returncode == 0
-
-
-def test_the_bank_is_compared_by_its_weights_and_named_in_the_result(made: Path, tmp_path: Path) -> None:
-    command = ["--features", str(made), "--out", str(tmp_path / "out"), "--post-processing", "qbnorm", "--bank"]
-    bank = write_store(tmp_path / "bank", checkpoint="a/copy/of/best.safetensors")
-    done = _evaluate(*command, str(bank))
-    assert done.returncode == 0 and "qbnorm (transductive)" in done.stdout, done.stderr
-    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["bank"] == str(bank)
-    other = write_store(tmp_path / "other", weights_sha256="another")  # at the same path, other weights
-    assert "weights_sha256 differs" in _one_line(_evaluate(*command, str(other)))
 
 
 def test_two_stages_are_exact_with_every_candidate(made: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from tests import forked
 from tests.conftest import ROOT, run
 from tests.processes import until
+from tests.stores import write_store
 from tests.test_evaluate_run import make_run
-from tests.test_evaluation import write_store
 from tmass_dist.evaluation.encode import BATCHES_PER_CHUNK
 
 SLOW = {

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from shards.shard_writer import ShardWriter
-from tests.test_evaluation import make_part, write_store
+from tests.stores import make_part, write_store
 from tmass_dist.cli import replacing, write_json, write_text, writing
 from tmass_dist.data.quarantine import Quarantine
 from tmass_dist.errors import MachineError

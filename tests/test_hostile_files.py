@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from shards.foreign_tars import common_kind, read_tar
-from tests.test_evaluation import write_store
+from tests.stores import write_store
 from tmass_dist.cli import printable
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation.arrays import map_array

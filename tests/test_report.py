@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.conftest import run
+from tests.stores import V, write_store
 from tests.test_evaluate_run import make_run
-from tests.test_evaluation import V, write_store
 from tmass_dist.data.index import load_index
 from tmass_dist.evaluation.evaluation import evaluate_store
 from tmass_dist.evaluation.examples import choose

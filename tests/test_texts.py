@@ -17,7 +17,7 @@ from shards.foreign_tars import read_tar
 from shards.shard_writer import ShardWriter
 from shards.sources import read_rows
 from tests.conftest import ROOT
-from tests.test_evaluation import write_store
+from tests.stores import write_store
 from tmass_dist.data.index import Index, make_columns
 from tmass_dist.data.samples import DamagedError, read_sample
 from tmass_dist.errors import UserError

@@ -76,7 +76,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stored features of a split, with a head."""
-    from tests.test_evaluation import write_store
+    from tests.stores import write_store
 
     return write_store(tmp_path_factory.mktemp("store") / "features")
 

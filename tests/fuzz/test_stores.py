@@ -167,7 +167,7 @@ def test_a_damaged_block_of_scores_is_computed_again(store: Path, change: Change
 @given(change=CHANGES)
 @cases(150)
 def test_a_damaged_part_of_an_encoding_is_made_again(change: Change) -> None:
-    from tests.test_evaluation import make_part
+    from tests.stores import make_part
 
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "part.safetensors"
