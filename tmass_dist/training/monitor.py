@@ -29,8 +29,8 @@ TAGS = {
     "loss/support": "symmetric InfoNCE of the support texts; absent without stochastic.support_weight",
     "loss/kl": "divergence of the mass from N(0, I), mean over dimensions; absent without stochastic.kl_weight",
     "metrics": "validation and test results: split, selection split of a test result, protocol, M (samples of a text; "
-    "absent without samples), post-processing, precision if not float32, direction, metric. R@K in percent; MdR and "
-    "MnR are ranks; learnt_tau is the temperature of query scoring",
+    "absent without samples), post-processing (dsl and qbnorm are transductive), precision if not float32, direction, "
+    "metric. R@K in percent; MdR and MnR are ranks; learnt_tau is the temperature of query scoring",
     "model/logit_scale": "temperature, exp of the learnt logarithm, at most 100",
     "model/mean_radius": "mean radius R of rank 0's pairs, in units of the text embedding; absent without a text mass",
     "model/radius": "histogram of the mean radii of rank 0's pairs; absent without a text mass",
