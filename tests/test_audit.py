@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -263,6 +264,20 @@ def test_each_check_finds_its_own() -> None:
     assert of(square, "other queries") == "skipped"
     shares = audit(own_caption)
     assert of(shares, "order of captions of a video") == "fail" and of(shares, "order of videos") == "pass"
+
+
+def test_earlier_calls_are_not_tested_where_copies_of_the_process_die() -> None:
+    """As with a model on a GPU, which a copy of the process cannot use."""
+    this = os.getpid()
+
+    def only_here(text_TD: Tensor, frames_VFD: Tensor, owner_T: Tensor) -> Tensor:
+        if os.getpid() != this:
+            os._exit(1)
+        return cosine(text_TD, frames_VFD, owner_T)
+
+    found = audit(only_here)
+    assert of(found, "earlier calls") == "skipped" and not found.leak
+    assert conclusion(found) == "no leak found; not tested: earlier calls"
 
 
 def test_what_depends_on_other_queries_or_videos_is_transductive_and_no_leak() -> None:
