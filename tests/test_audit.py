@@ -545,7 +545,7 @@ def test_a_module_that_cannot_be_used_is_a_user_error(source: str, said: str, tm
         (["nowhere.py:f"], "no file nowhere.py"),
         (["math:no_such_function"], "math has no function no_such_function"),
         (["builtins:print", "x=1"], "name one function"),
-        (["builtins:print", "--width", "0"], "--width is 0; at least 1"),
+        (["builtins:print", "--width", "0"], "--width is 0; from 1 to 65536"),
         (["builtins:len"], "builtins:len works on no shape of inputs"),
         (["--run", "nowhere"], "nowhere is not a trained run: nowhere/config.yaml is missing"),
         (["--run", "nowhere", "--numpy"], "--run knows its own shapes"),
