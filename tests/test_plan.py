@@ -273,6 +273,7 @@ def test_a_gpu_whose_name_contains_that_of_another_is_not_known(name: str) -> No
     assert (own.memory_gb, own.peak_tflops) == (12, 3)
 
 
+@pytest.mark.slow
 def test_each_run_of_a_sweep_and_the_fewest_nodes_are_checked(plan: Forecast, tmp_path: Path) -> None:
     arguments = parse(["--config", "demo.yaml", "--gpu", "h100"])
     arguments.gpu_memory_gb = (plan.total + 5e6) / GIB / USABLE  # 8 ranks fit
