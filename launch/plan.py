@@ -37,8 +37,8 @@ def show_plan(arguments: argparse.Namespace, config: Config, resources: Resource
     fewest = _on_fewest_nodes(config, gpu, resources)
     if fewest:
         print(
-            f"on the {resources.min_nodes} of --min-nodes: {fewest.num_ranks} ranks, {fewest.total / forecast.GIB:.2f} "
-            f"GB on each GPU: {'fits' if fewest.fits else 'does not fit'}"
+            f"with --min-nodes {resources.min_nodes}: {fewest.num_ranks} ranks, {fewest.total / forecast.GIB:.2f} GB "
+            f"on each GPU: {'fits' if fewest.fits else 'does not fit'}"
         )
     for one in filter(None, (fewest, plan)):  # what fits on the fewest nodes fits on all
         if not one.fits:

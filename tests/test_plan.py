@@ -219,9 +219,16 @@ def test_what_does_not_fit_is_not_submitted_without_force(data: list[str], tmp_p
 
 def test_the_command_prints_the_plan(data: list[str]) -> None:
     command = ["launch/submit.py", "--config", "demo.yaml", "--plan", "--gpus", "2", "--gpu", "a100", *data]
+    command += ["--nodes", "2", "--min-nodes", "1"]
     done = run(*command, "max_steps=null", PATH="/nowhere")
     assert done.returncode == 0, done.stderr
-    for words in ("plan: 2 x a100 (80 GB, 312 TFLOP/s)", "in all: fits", "gradients, allreduce", "GPU-hours"):
+    for words in (
+        "plan: 4 x a100 (80 GB, 312 TFLOP/s)",
+        "in all: fits",
+        "with --min-nodes 1: 2 ranks, 0.",
+        "gradients, allreduce",
+        "GPU-hours",
+    ):
         assert words in done.stdout, done.stdout
     assert "training shards: " in done.stdout and "(40% of " in done.stdout
 
