@@ -29,7 +29,7 @@ VIDEOS_PER_CALL = 4096
 """Videos that are added to an index at a time; it bounds the memory."""
 EXPANSION = 512
 """Fewest frames that a search of the graph keeps in hand; more find more and take longer."""
-FRAMES_PER_CANDIDATE = 2
+FRAMES_PER_CANDIDATE = 3
 """Frames searched for each candidate at first: near frames are often of the same video."""
 
 
@@ -127,9 +127,11 @@ class FrameIndex:
             counts = getattr(found, "counts", [keys.shape[1]])  # usearch has them only for several queries
             rows = [_first_of_each(line[:count] // self.num_frames)[:number] for line, count in zip(keys, counts)]
             # Videos with many near frames may leave fewer than K videos among the frames.
-            if frames >= size or min(map(len, rows)) >= number:
+            fewest = min(map(len, rows))
+            if frames >= size or fewest >= number:
                 return rows
-            frames = min(size, 4 * frames)
+            # As many as should do, and no more: the time of a search grows with its frames.
+            frames = min(size, max(frames * 5 // 4, frames * number * 6 // (5 * max(fewest, 1))) + 1)
 
 
 def _first_of_each(rows: np.ndarray) -> np.ndarray:
