@@ -29,7 +29,7 @@ VIDEOS_PER_CALL = 4096
 """Videos that are added to an index at a time; it bounds the memory."""
 EXPANSION = 512
 """Fewest frames that a search of the graph keeps in hand; more find more and take longer."""
-FRAMES_PER_CANDIDATE = 3
+FRAMES_PER_CANDIDATE = 2
 """Frames searched for each candidate at first: near frames are often of the same video."""
 
 

@@ -66,12 +66,12 @@ def make_app(service: Service, hosts: list[str]) -> Starlette:
 
     async def search(request: Request) -> Response:
         query, name, k = request.query_params.get("q", ""), request.query_params.get("name"), _number(request)
-        return JSONResponse(await service.run(lambda: service.search(query, k, name)))
+        return JSONResponse(await service.search(query, k, name))
 
     async def similar(request: Request) -> Response:
         row, k = _row(request.query_params.get("row", "")), _number(request)
         _known(service, row)
-        return JSONResponse(await service.run(lambda: service.similar(row, k)))
+        return JSONResponse(await service.similar(row, k))
 
     async def thumbnail(request: Request) -> Response:
         row, frame = request.path_params["row"], request.path_params["frame"]

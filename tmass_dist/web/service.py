@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
 import anyio.to_thread
+from torch import Tensor
 
 from tmass_dist.errors import UserError
 from tmass_dist.pages import PLAYABLE
 from tmass_dist.retrieval.searcher import Result, Searcher, check_query
 from tmass_dist.score_labels import label_words
-from tmass_dist.web.text_batches import TextBatches
+from tmass_dist.web.text_batches import MOST, TextBatches
 
 Value = TypeVar("Value")
 
-WORKERS, MAX_WAITING, MAX_RESULTS = 8, 64, 100
-"""Searches that run at once, searches that may wait for them, and results of a search."""
+WORKERS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Searches that run at once. More would only take turns on the processors, and each the other's cache."""
+MAX_WAITING, MAX_RESULTS = 64, 100
+"""Searches that may wait, and results of a search."""
 
 
 class BusyError(RuntimeError):
@@ -43,7 +48,7 @@ class Service:
         self._texts: TextBatches | None = None
         self._failure: str | None = None
         self._waiting = 0
-        self._limiter: anyio.CapacityLimiter | None = None
+        self._limits: tuple[anyio.CapacityLimiter, anyio.CapacityLimiter] | None = None
 
     def start(self) -> None:
         """Load in the background; meanwhile the page says so."""
@@ -80,39 +85,57 @@ class Service:
         empty = "The gallery is empty. Add videos with: tmass index MODEL --videos DIR --out GALLERY"
         return {"state": "ready", "message": "" if size else empty, "videos": size}
 
+    async def search(self, query: str, k: int, name: str | None) -> dict[str, Any]:
+        """Answer of ``/api/search``.
+
+        Raises:
+            UserError: what was asked cannot be answered.
+            NotReadyError: there is no model.
+            BusyError: too many searches are waiting.
+        """
+        searcher, texts, text = self.searcher, self._texts, check_query(query)
+        assert texts is not None
+        with self._place():
+            # Texts that wait are encoded together, so more of them may be under way than searches.
+            text_D = await self._in_thread(lambda: texts.encode(text), texts=True)
+            return await self._in_thread(lambda: self._found(searcher, query, text, text_D, k, name or None))
+
+    async def similar(self, row: int, k: int) -> dict[str, Any]:
+        """Answer of ``/api/similar``; it raises what :meth:`search` does."""
+        searcher = self.searcher
+        results = await self.run(lambda: searcher.similar(row, k))
+        return {"similar_to": searcher.gallery.video(row).id, **self._answer(results)}
+
     async def run(self, work: Callable[[], Value]) -> Value:
         """Run ``work`` in a thread.
 
         Raises:
             BusyError: too many calls are waiting.
         """
-        if self._limiter is None:
-            self._limiter = anyio.CapacityLimiter(WORKERS)
+        with self._place():
+            return await self._in_thread(work)
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
         if self._waiting >= WORKERS + MAX_WAITING:
             raise BusyError("too many searches at once; try again in a moment")
         self._waiting += 1
         try:
-            return await anyio.to_thread.run_sync(work, limiter=self._limiter)
+            yield
         finally:
             self._waiting -= 1
 
-    def search(self, query: str, k: int, name: str | None) -> dict[str, Any]:
-        """Answer of ``/api/search``."""
-        searcher, text = self.searcher, check_query(query)
-        assert self._texts is not None
-        [results] = searcher.search_encoded([text], self._texts.encode(text)[None], k, name=name or None)
-        labels = searcher.labels(k, name or None)
-        return {
-            "query": query,
-            "labels": labels,
-            "label": ", ".join(label_words(labels)),
-            **self._answer(results),
-        }
+    async def _in_thread(self, work: Callable[[], Value], texts: bool = False) -> Value:
+        if self._limits is None:
+            self._limits = anyio.CapacityLimiter(WORKERS), anyio.CapacityLimiter(MOST)
+        return await anyio.to_thread.run_sync(work, limiter=self._limits[texts])
 
-    def similar(self, row: int, k: int) -> dict[str, Any]:
-        """Answer of ``/api/similar``."""
-        video = self.searcher.gallery.video(row)
-        return {"similar_to": video.id, **self._answer(self.searcher.similar(row, k))}
+    def _found(
+        self, searcher: Searcher, query: str, text: str, text_D: Tensor, k: int, name: str | None
+    ) -> dict[str, Any]:
+        [results] = searcher.search_encoded([text], text_D[None], k, name=name)
+        labels = searcher.labels(k, name)
+        return {"query": query, "labels": labels, "label": ", ".join(label_words(labels)), **self._answer(results)}
 
     def _answer(self, results: list[Result]) -> dict[str, Any]:
         return {
