@@ -104,8 +104,9 @@ def refuse_unreachable(what: str, remedy: str) -> None:
 
 
 def _hub_files(architecture: str, tag: str) -> tuple[str, list[str]]:
-    """Repository of the weights on the Hub, and the names that the file may have, in order of preference."""
-    repository, _, name = library.catalog().weights[architecture][tag].get("hf_hub", "").rpartition("/")
+    """Repository of the weights on the Hub ("": not there), and names the file may have, in order of preference."""
+    known = library.catalog().weights.get(architecture, {}).get(tag, {})  # a JSON file of towers has no tags
+    repository, _, name = known.get("hf_hub", "").rpartition("/")
     if not name:
         return repository, ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
     return repository, list(dict.fromkeys([Path(name).with_suffix(".safetensors").name, name]))
