@@ -168,7 +168,7 @@ def measure(
         seconds.append(time.perf_counter() - started)
         found = [result.row for result in results]
         candidates += searcher.candidates(row_D[None], searcher.num_candidates)
-        shortlists.append(searcher.shortlist(row_D, candidates[-1], 10)[0])
+        shortlists.append(searcher.shortlist(row_D, candidates[-1], 10))
         hits += len(set(found) & set(exact_K.tolist()))
         first += found[0] == exact_K[0]
     return {

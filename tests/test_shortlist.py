@@ -155,7 +155,7 @@ def test_more_results_have_a_longer_shortlist_and_some_heads_have_none(
     searcher = Searcher(_model(), VideoGallery(gallery[1]), 300)
     [rows] = searcher.candidates(_features(searcher.model.embed_dim)[1][:1], 300)
     text_D = _features(searcher.model.embed_dim)[1][0]
-    assert [len(searcher.shortlist(text_D, rows, k)[0]) for k in (1, 5, 200)] == [20, 100, 300]
+    assert [len(searcher.shortlist(text_D, rows, k)) for k in (1, 5, 200)] == [20, 100, 300]
     for overrides in (["model.pooling=query_scored"], ["model.pooling=xpool_best_frame"], ["model.pooled_by=sample"]):
         other = _model(*overrides)
         assert not Shortlist.applies(other.head, other.config.model.pooled_by)

@@ -117,14 +117,11 @@ class Searcher:
         number = max(k, candidates or self.num_candidates)
         among = self._named(name)
         if len(among) <= number:
-            rows = sorted(among)
-            frames_VFD = self.gallery.half_frames(rows)
-            return [self.best(text, text_D, rows, frames_VFD, k) for text, text_D in zip(texts, text_TD)]
-        rows_T = self.candidates(text_TD, number, None if name is None else sorted(among))
-        return [
-            self.best(text, text_D, *self.shortlist(text_D, rows, k), k)
-            for text, text_D, rows in zip(texts, text_TD, rows_T)
-        ]
+            rows_T = [sorted(among) for _ in texts]
+        else:
+            rows_T = self.candidates(text_TD, number, None if name is None else sorted(among))
+            rows_T = [self.shortlist(row_D, rows, k) for row_D, rows in zip(text_TD, rows_T)]
+        return [self.best(text, row_D, rows, k) for text, row_D, rows in zip(texts, text_TD, rows_T)]
 
     def candidates(self, text_TD: Tensor, number: int, among: list[int] | None = None) -> list[list[int]]:
         """Rows of the videos with the best single frame for each text, best first; ``among`` some, or all."""
@@ -134,16 +131,14 @@ class Searcher:
         best_VT = torch.cat([best_frames(sentence_TD.cpu(), tile.float()) for tile in self._tiles(among)])
         return [[among[place] for place in best_V.topk(number).indices.tolist()] for best_V in best_VT.T]
 
-    def shortlist(self, text_D: Tensor, rows: list[int], k: int) -> tuple[list[int], Tensor]:
-        """Those of a text's candidates that shall get the exact score, for ``k`` results, and their frames."""
+    def shortlist(self, text_D: Tensor, rows: list[int], k: int) -> list[int]:
+        """Those of a text's candidates that shall get the exact score, for ``k`` results."""
         number = shortlist_size(k)
         if len(rows) <= number or not Shortlist.applies(self.model.head, self.model.config.model.pooled_by):
-            return rows, self.gallery.half_frames(rows)
+            return rows
         rows = sorted(rows)  # as they lie in the files
-        tiles = list(self._tiles(rows))
-        score_K = self._scorer.shortlist.scores(text_D.to(self.model.device), tiles)
-        chosen = score_K.topk(number).indices.sort().values
-        return [rows[place] for place in chosen.tolist()], torch.cat(tiles)[chosen]
+        score_K = self._scorer.shortlist.scores(text_D.to(self.model.device), self._tiles(rows))
+        return [rows[place] for place in score_K.topk(number).indices.sort().values.tolist()]
 
     def _named(self, name: str | None) -> Collection[int]:
         """Rows of the videos whose id contains ``name``, in any case; of all videos without it."""
@@ -157,11 +152,11 @@ class Searcher:
         for start in range(0, len(rows), TILE_VIDEOS):
             yield self.gallery.half_frames(rows[start : start + TILE_VIDEOS])
 
-    def best(self, text: str, text_D: Tensor, rows: list[int], frames_VFD: Tensor, k: int) -> list[Result]:
-        """The ``k`` of these videos, with these frames, that have the highest exact scores, best first."""
+    def best(self, text: str, text_D: Tensor, rows: list[int], k: int) -> list[Result]:
+        """The ``k`` of these videos with the highest exact scores, best first."""
         if not rows:
             return []
-        score_K, attention_KF = self._scorer.score(text, text_D, frames_VFD)
+        score_K, attention_KF = self._scorer.score(text, text_D, self.gallery.half_frames(rows))
         if not torch.isfinite(score_K).all():  # the largest of some numbers and NaN is NaN
             video = self.gallery.video(rows[int(torch.isfinite(score_K).logical_not().nonzero()[0])])
             raise UserError(

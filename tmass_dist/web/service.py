@@ -17,7 +17,7 @@ from tmass_dist.errors import UserError
 from tmass_dist.pages import PLAYABLE
 from tmass_dist.retrieval.searcher import Result, Searcher, check_query
 from tmass_dist.score_labels import label_words
-from tmass_dist.web.text_batches import MOST, TextBatches
+from tmass_dist.web.text_batches import TextBatches
 
 Value = TypeVar("Value")
 
@@ -48,7 +48,7 @@ class Service:
         self._texts: TextBatches | None = None
         self._failure: str | None = None
         self._waiting = 0
-        self._limits: tuple[anyio.CapacityLimiter, anyio.CapacityLimiter] | None = None
+        self._limiter: anyio.CapacityLimiter | None = None
 
     def start(self) -> None:
         """Load in the background; meanwhile the page says so."""
@@ -96,9 +96,10 @@ class Service:
         searcher, texts, text = self.searcher, self._texts, check_query(query)
         assert texts is not None
         with self._place():
-            # Texts that wait are encoded together, so more of them may be under way than searches.
-            text_D = await self._in_thread(lambda: texts.encode(text), texts=True)
-            return await self._in_thread(lambda: self._found(searcher, query, text, text_D, k, name or None))
+            waiting = texts.add(text)  # the next search that starts encodes all texts that wait for one
+            return await self._in_thread(
+                lambda: self._found(searcher, query, text, texts.embedding(waiting), k, name or None)
+            )
 
     async def similar(self, row: int, k: int) -> dict[str, Any]:
         """Answer of ``/api/similar``; it raises what :meth:`search` does."""
@@ -125,10 +126,10 @@ class Service:
         finally:
             self._waiting -= 1
 
-    async def _in_thread(self, work: Callable[[], Value], texts: bool = False) -> Value:
-        if self._limits is None:
-            self._limits = anyio.CapacityLimiter(WORKERS), anyio.CapacityLimiter(MOST)
-        return await anyio.to_thread.run_sync(work, limiter=self._limits[texts])
+    async def _in_thread(self, work: Callable[[], Value]) -> Value:
+        if self._limiter is None:
+            self._limiter = anyio.CapacityLimiter(WORKERS)
+        return await anyio.to_thread.run_sync(work, limiter=self._limiter)
 
     def _found(
         self, searcher: Searcher, query: str, text: str, text_D: Tensor, k: int, name: str | None

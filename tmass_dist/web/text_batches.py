@@ -28,17 +28,25 @@ class TextBatches:
         self._waiting: list[tuple[str, Future[Tensor]]] = []
         self._change, self._tower = threading.Lock(), threading.Lock()
 
-    def encode(self, text: str) -> Tensor:
-        """The embedding ``(D,)`` of a text. It may differ by rounding from that of another batch."""
+    def add(self, text: str) -> Future[Tensor]:
+        """Have a text wait: the next batch encodes it. :meth:`embedding` takes what this returns."""
         future: Future[Tensor] = Future()
         with self._change:
             self._waiting.append((text, future))
+        return future
+
+    def embedding(self, future: Future[Tensor]) -> Tensor:
+        """The embedding ``(D,)`` of a text. It may differ by rounding from that of another batch."""
         # Whoever gets the tower first encodes for all that wait. The others then find their embeddings ready.
         while not future.done():
             with self._tower:
                 if not future.done():
                     self._encode_waiting()
         return future.result()
+
+    def encode(self, text: str) -> Tensor:
+        """The embedding of a text that has not waited."""
+        return self.embedding(self.add(text))
 
     def _encode_waiting(self) -> None:
         with self._change:
