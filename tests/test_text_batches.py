@@ -14,6 +14,10 @@ def _embeddings(texts: list[str]) -> Tensor:
     return torch.tensor([[float(text)] for text in texts])
 
 
+def _encode(batches: TextBatches, text: str) -> Tensor:
+    return batches.embedding(batches.add(text))
+
+
 def test_texts_that_wait_are_encoded_together_and_each_call_gets_its_own() -> None:
     sizes: list[int] = []
     first_started, all_wait = threading.Event(), threading.Event()
@@ -27,9 +31,9 @@ def test_texts_that_wait_are_encoded_together_and_each_call_gets_its_own() -> No
     batches = TextBatches(encode)
     number = 2 * MOST + 1
     with ThreadPoolExecutor(number + 1) as pool:
-        first = pool.submit(batches.encode, "0")
+        first = pool.submit(_encode, batches, "0")
         assert first_started.wait(60)
-        others = [pool.submit(batches.encode, str(text)) for text in range(1, number + 1)]
+        others = [pool.submit(_encode, batches, str(text)) for text in range(1, number + 1)]
         while len(batches._waiting) < number:
             threading.Event().wait(0.001)
         all_wait.set()
@@ -41,5 +45,5 @@ def test_texts_that_wait_are_encoded_together_and_each_call_gets_its_own() -> No
 def test_a_failure_is_raised_in_its_call_and_the_next_call_is_answered() -> None:
     batches = TextBatches(_embeddings)
     with pytest.raises(ValueError, match="could not convert"):
-        batches.encode("no number")
-    assert batches.encode("3").tolist() == [3.0]
+        _encode(batches, "no number")
+    assert _encode(batches, "3").tolist() == [3.0]
