@@ -160,6 +160,8 @@ def measure(
     """Recall against the exact top 10, what loses it, and the latency of single queries whose text is encoded."""
     import torch
 
+    from tmass_dist.evaluation.shortlist import shortlist_size
+
     hits, first, seconds, candidates, shortlists = 0, 0, [], [], []
     for text, row_D, exact_K in zip(texts, text_TD, exact_TK):
         started = time.perf_counter()
@@ -168,7 +170,8 @@ def measure(
         seconds.append(time.perf_counter() - started)
         found = [result.row for result in results]
         candidates += searcher.candidates(row_D[None], searcher.num_candidates)
-        shortlists.append(searcher.shortlist(row_D, candidates[-1], 10))
+        size = shortlist_size(10)
+        shortlists.append([result.row for result in searcher.best(text, row_D, candidates[-1], size, size)])
         hits += len(set(found) & set(exact_K.tolist()))
         first += found[0] == exact_K[0]
     return {

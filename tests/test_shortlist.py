@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tmass_dist import TMass
 from tmass_dist.config import load_config
-from tmass_dist.evaluation import shortlist
+from tmass_dist.evaluation import search, shortlist
 from tmass_dist.evaluation.blocks import BlockScorer
 from tmass_dist.evaluation.features import Features
 from tmass_dist.evaluation.shortlist import Shortlist
@@ -155,10 +155,32 @@ def test_more_results_have_a_longer_shortlist_and_some_heads_have_none(
     searcher = Searcher(_model(), VideoGallery(gallery[1]), 300)
     [rows] = searcher.candidates(_features(searcher.model.embed_dim)[1][:1], 300)
     text_D = _features(searcher.model.embed_dim)[1][0]
-    assert [len(searcher.shortlist(text_D, rows, k)) for k in (1, 5, 200)] == [20, 100, 300]
+    sizes = [shortlist.shortlist_size(k) for k in (1, 5, 200)]
+    assert [len(searcher.best("text 0", text_D, rows, 300, size)) for size in sizes] == [20, 100, 300]
     for overrides in (["model.pooling=query_scored"], ["model.pooling=xpool_best_frame"], ["model.pooled_by=sample"]):
         other = _model(*overrides)
         assert not Shortlist.applies(other.head, other.config.model.pooled_by)
+
+
+def test_a_large_gallery_may_give_fewer_candidates_and_says_so(
+    gallery: tuple[TMass, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(search, "EXHAUSTIVE", 0)
+    monkeypatch.setattr(search, "FRAMES_PER_CANDIDATE", 1)
+    model, opened = _model(), VideoGallery(gallery[1])
+    searcher, text_D = Searcher(model, opened, 200), opened.frames([7])[0, 0]
+    [few] = opened.index.candidates(text_D[None].numpy(), 200, fewest=1)
+    [all_of_them] = opened.index.candidates(text_D[None].numpy(), 200)
+    assert len(few) < 200 == len(all_of_them)
+    assert few.tolist() == all_of_them[: len(few)].tolist()
+    [more] = opened.index.candidates(text_D[None].numpy(), 200, fewest=len(few) + 1)
+    assert len(more) > len(few)
+    assert searcher.labels()["search"] == "exact scores of at most 200 candidates"
+    monkeypatch.setattr(shortlist, "SHORTLIST", 50)
+    monkeypatch.setattr(shortlist, "PER_RESULT", 5)
+    assert searcher.labels()["search"] == "exact scores of the best 50 of at most 200 candidates"
+    assert "at most" not in searcher.labels(name="v1")["search"]  # a part of the gallery is compared frame by frame
+    assert len(searcher.search_encoded(["text"], text_D[None], k=10)[0]) == 10
 
 
 def test_a_gallery_that_changed_while_it_was_open_is_one_line(gallery: tuple[TMass, Path]) -> None:

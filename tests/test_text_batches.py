@@ -1,7 +1,7 @@
 """Texts of concurrent calls are encoded together; a failure reaches each call of its batch, and no other."""
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,36 +14,69 @@ def _embeddings(texts: list[str]) -> Tensor:
     return torch.tensor([[float(text)] for text in texts])
 
 
-def _encode(batches: TextBatches, text: str) -> Tensor:
-    return batches.embedding(batches.add(text))
+async def _in_thread(work: Callable[[], None]) -> None:
+    await asyncio.to_thread(work)
 
 
 def test_texts_that_wait_are_encoded_together_and_each_call_gets_its_own() -> None:
     sizes: list[int] = []
-    first_started, all_wait = threading.Event(), threading.Event()
 
     def encode(texts: list[str]) -> Tensor:
         sizes.append(len(texts))
-        first_started.set()
-        assert all_wait.wait(60)
         return _embeddings(texts)
 
-    batches = TextBatches(encode)
-    number = 2 * MOST + 1
-    with ThreadPoolExecutor(number + 1) as pool:
-        first = pool.submit(_encode, batches, "0")
-        assert first_started.wait(60)
-        others = [pool.submit(_encode, batches, str(text)) for text in range(1, number + 1)]
-        while len(batches._waiting) < number:
-            threading.Event().wait(0.001)
-        all_wait.set()
-        assert first.result(60).tolist() == [0.0]
-        assert [other.result(60).tolist() for other in others] == [[float(text)] for text in range(1, number + 1)]
-    assert sizes == [1, MOST, MOST, 1]
+    async def calls() -> list[Tensor]:
+        thread_is_free = asyncio.Event()
+
+        async def in_thread(work: Callable[[], None]) -> None:
+            await thread_is_free.wait()
+            await asyncio.to_thread(work)
+
+        batches = TextBatches(encode, in_thread)
+        first = [asyncio.create_task(batches.embedding(str(text))) for text in range(2 * MOST)]
+        await asyncio.sleep(0)
+        others = [asyncio.create_task(batches.embedding(str(text))) for text in range(2 * MOST, 2 * MOST + 1)]
+        await asyncio.sleep(0)  # also those that came while the first waited for a thread
+        thread_is_free.set()
+        return await asyncio.gather(*first, *others)
+
+    found = asyncio.run(calls())
+    assert [one.tolist() for one in found] == [[float(text)] for text in range(2 * MOST + 1)]
+    assert sizes == [MOST, MOST, 1]
 
 
-def test_a_failure_is_raised_in_its_call_and_the_next_call_is_answered() -> None:
-    batches = TextBatches(_embeddings)
-    with pytest.raises(ValueError, match="could not convert"):
-        _encode(batches, "no number")
-    assert _encode(batches, "3").tolist() == [3.0]
+def test_a_failure_is_raised_in_the_calls_of_its_batch_and_the_next_call_is_answered() -> None:
+    async def calls() -> None:
+        batches = TextBatches(_embeddings, _in_thread)
+        both = await asyncio.gather(batches.embedding("no number"), batches.embedding("2"), return_exceptions=True)
+        assert all(isinstance(error, ValueError) and "could not convert" in str(error) for error in both)
+        assert (await batches.embedding("3")).tolist() == [3.0]
+
+    asyncio.run(calls())
+
+
+def test_a_failure_to_get_a_thread_is_raised_too() -> None:
+    async def no_thread(_: Callable[[], None]) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def calls() -> None:
+        batches = TextBatches(_embeddings, no_thread)
+        both = await asyncio.gather(batches.embedding("1"), batches.embedding("2"), return_exceptions=True)
+        assert [str(error) for error in both] == ["can't start new thread"] * 2
+
+    asyncio.run(calls())
+
+
+def test_a_call_that_is_cancelled_takes_nothing_from_the_others() -> None:
+    async def calls() -> None:
+        batches = TextBatches(_embeddings, _in_thread)
+        cancelled = asyncio.create_task(batches.embedding("1"))
+        other = asyncio.create_task(batches.embedding("2"))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert (await other).tolist() == [2.0]
+        assert (await batches.embedding("3")).tolist() == [3.0]
+
+    asyncio.run(calls())

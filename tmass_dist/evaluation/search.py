@@ -29,7 +29,7 @@ VIDEOS_PER_CALL = 4096
 """Videos that are added to an index at a time; it bounds the memory."""
 EXPANSION = 512
 """Fewest frames that a search of the graph keeps in hand; more find more and take longer."""
-FRAMES_PER_CANDIDATE = 2
+FRAMES_PER_CANDIDATE = 1.5
 """Frames searched for each candidate at first: near frames are often of the same video."""
 
 
@@ -108,30 +108,39 @@ class FrameIndex:
         with replacing(path) as temporary:
             self.index.save(str(temporary))
 
-    def candidates(self, text_TD: np.ndarray, number: int) -> list[np.ndarray]:
+    @property
+    def is_exhaustive(self) -> bool:
+        """Whether a search compares all frames."""
+        return len(self.index) <= EXHAUSTIVE
+
+    def candidates(self, text_TD: np.ndarray, number: int, fewest: int | None = None) -> list[np.ndarray]:
         """Rows of the videos whose best frame is nearest to each text, nearest first.
 
         Args:
             text_TD: text embeddings, of any norm.
             number: K; fewer are returned where the index has fewer videos.
+            fewest: in the graph, fewer than K are returned if there are so many among the ``FRAMES_PER_CANDIDATE * K``
+                nearest frames: a second search of more frames takes longer than the first. By default all K.
         """
         query = _int8(np.asarray(text_TD, np.float32))
-        size, frames = len(self.index), min(len(self.index), FRAMES_PER_CANDIDATE * number)
+        size = len(self.index)
+        frames = min(size, round(FRAMES_PER_CANDIDATE * number))
+        enough = number if fewest is None or self.is_exhaustive else min(fewest, number)
         if not size:
             return [np.empty(0, np.int64) for _ in query]
         while True:
             with self._lock:
                 self.index.expansion_search = max(EXPANSION, frames)
-                found = self.index.search(query, frames, exact=size <= EXHAUSTIVE)
+                found = self.index.search(query, frames, exact=self.is_exhaustive)
             keys = np.asarray(found.keys, np.int64).reshape(len(query), -1)
             counts = getattr(found, "counts", [keys.shape[1]])  # usearch has them only for several queries
             rows = [_first_of_each(line[:count] // self.num_frames)[:number] for line, count in zip(keys, counts)]
-            # Videos with many near frames may leave fewer than K videos among the frames.
-            fewest = min(map(len, rows))
-            if frames >= size or fewest >= number:
+            # Videos with many near frames may leave too few videos among the frames.
+            found_fewest = min(map(len, rows))
+            if frames >= size or found_fewest >= enough:
                 return rows
             # As many as should do, and no more: the time of a search grows with its frames.
-            frames = min(size, max(frames * 5 // 4, frames * number * 6 // (5 * max(fewest, 1))) + 1)
+            frames = min(size, max(frames * 5 // 4, frames * number * 6 // (5 * max(found_fewest, 1))) + 1)
 
 
 def _first_of_each(rows: np.ndarray) -> np.ndarray:

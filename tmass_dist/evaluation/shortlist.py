@@ -12,6 +12,7 @@ deviations. It orders candidates well, and takes a fifth of the time; ``docs/per
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +35,21 @@ def shortlist_size(num_results: int) -> int:
     return max(SHORTLIST, PER_RESULT * num_results)
 
 
-def search_label(num_videos: int, num_candidates: int, num_exact: int) -> str:
-    """What a search states of its candidates: which videos got the exact score."""
+def search_label(num_videos: int, num_candidates: int, num_exact: int, *, at_most: bool = False) -> str:
+    """What a search states of its candidates: which videos got the exact score.
+
+    Args:
+        num_videos: of the gallery.
+        num_candidates: K.
+        num_exact: how many of them get the exact score.
+        at_most: whether a query may have fewer candidates.
+    """
     if num_candidates >= num_videos:
         return "exact scores of all videos"
+    candidates = f"{'at most ' if at_most else ''}{num_candidates} candidates"
     if num_exact >= num_candidates:
-        return f"exact scores of {num_candidates} candidates"
-    return f"exact scores of the best {num_exact} of {num_candidates} candidates"
+        return f"exact scores of {candidates}"
+    return f"exact scores of the best {num_exact} of {candidates}"
 
 
 class Shortlist:
@@ -75,15 +84,10 @@ class Shortlist:
             text_D: the text's embedding, on the head's device.
             tiles: the videos, some at a time: ``(V, F, D)`` raw embeddings in time order, of any floating type.
         """
-        pool = self.pool
+        pool, direction, found = self.pool, self.direction(text_D), []
         assert isinstance(pool, XPool)
         queries_HD = frame_queries(pool, text_D)
         columns_CD = torch.cat([torch.full_like(text_D, 1 / len(text_D))[None], queries_HD])
-        # The layers, transposed, from the last to the first; a LayerNorm subtracts the mean and multiplies.
-        after_D = _centred(text_D * pool.norm_out.weight)
-        direction_D = _centred((after_D + after_D @ pool.linear.weight) * pool.norm_attended.weight)
-        direction_K, constant = self.projection_KD @ direction_D, direction_D @ self.projection_bias_D
-        found = []
         for tile in tiles:
             frames_VFD = tile.to(text_D.device).float()
             products_VFC = F.linear(frames_VFD, columns_CD)
@@ -91,11 +95,30 @@ class Shortlist:
             summed_VHD, _ = attended_sums(
                 pool, queries_HD, frames_VFD, products_VFC[..., 0], products_VFC[..., 1:], norm_VF
             )
-            summed_VK = summed_VHD.flatten(1)
-            found.append(
-                (summed_VK @ direction_K + constant) / torch.linalg.vector_norm(summed_VK, dim=1).clamp_min(1e-12)
-            )
+            found.append(direction.scores(summed_VHD))
         return torch.cat(found).cpu()
+
+    def direction(self, text_D: Tensor) -> Direction:
+        """What the approximate scores of a text need of it."""
+        pool = self.pool
+        assert isinstance(pool, XPool)
+        # The layers, transposed, from the last to the first; a LayerNorm subtracts the mean and multiplies.
+        after_D = _centred(text_D * pool.norm_out.weight)
+        direction_D = _centred((after_D + after_D @ pool.linear.weight) * pool.norm_attended.weight)
+        return Direction(self.projection_KD @ direction_D, direction_D @ self.projection_bias_D)
+
+
+class Direction(NamedTuple):
+    """A text, taken back through the layers of the pooling to the sums of frames."""
+
+    direction_K: Tensor
+    constant: Tensor
+
+    def scores(self, summed_VHD: Tensor) -> Tensor:
+        """Approximate scores ``(V,)`` of videos; ``summed_VHD`` as :func:`attended_sums` returns it."""
+        summed_VK = summed_VHD.flatten(1)
+        norm_V = torch.linalg.vector_norm(summed_VK, dim=1).clamp_min(1e-12)
+        return (summed_VK @ self.direction_K + self.constant) / norm_V
 
 
 def frame_queries(pool: XPool, text_D: Tensor) -> Tensor:

@@ -100,9 +100,9 @@ class Part:
         Raises:
             UserError: the file has gone since the gallery was opened.
         """
-        path = self.directory / f"{self.name}.frames.npy"
+        path, bytes_of_file = self._frames_file
         size = out_VFD[0].nbytes
-        start = self.files[path.name]["bytes"] - len(self) * size  # after the header
+        start = bytes_of_file - len(self) * size  # after the header
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -113,6 +113,12 @@ class Part:
                     raise UserError(f"{path} is missing or damaged; {REMEDY}")
         finally:
             os.close(file)
+
+    @cached_property
+    def _frames_file(self) -> tuple[str, int]:
+        """Path and size of the file of the frames, kept since a search reads from many parts."""
+        name = f"{self.name}.frames.npy"
+        return str(self.directory / name), self.files[name]["bytes"]
 
     @cached_property
     def times(self) -> np.ndarray:
@@ -161,6 +167,7 @@ class VideoGallery:
             rows += len(self.parts[-1])
         self.num_rows = rows
         self._starts = np.array([part.first for part in self.parts], np.int64)
+        self._removed_rows = np.array(sorted(self.removed), np.int64)
         self.rows: dict[str, int] = {
             video["id"]: part.first + number
             for part in self.parts
@@ -198,9 +205,9 @@ class VideoGallery:
             UserError: no such row, or it was removed.
         """
         row_V = np.asarray(rows, np.int64)
-        wrong = [row for row in rows if not 0 <= row < self.num_rows] or sorted(self.removed.intersection(rows))
-        if wrong:
-            raise UserError(f"there is no video {wrong[0]} in {self.directory}")
+        wrong_V = (row_V < 0) | (row_V >= self.num_rows) | np.isin(row_V, self._removed_rows)
+        if wrong_V.any():
+            raise UserError(f"there is no video {row_V[wrong_V][0]} in {self.directory}")
         part_V = np.searchsorted(self._starts, row_V, side="right") - 1
         frames_VFD = np.empty((len(row_V), self.num_frames, self.width), np.float16)
         # One file after the other, each for all neighbouring rows that are in it.

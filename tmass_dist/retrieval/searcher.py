@@ -1,6 +1,6 @@
 """Search in a gallery: candidates by frames, the model's exact score, and the moment that matches best."""
 
-# Shapes: T texts, V videos, F frames, K candidates, D embedding width.
+# Shapes: T texts, V videos, F frames, K candidates, S of the shortlist, D embedding width.
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ class Searcher:
     Args:
         model: the model.
         gallery: the gallery.
-        candidates: videos with the best frames that are considered, unless a call says otherwise.
+        candidates: videos with the best frames that are considered, unless a call says otherwise. In a large gallery
+            they are at most so many: those with the nearest 1.5 times as many frames.
 
     Raises:
         UserError: another model made the gallery, or ``candidates`` is below 1.
@@ -76,6 +77,7 @@ class Searcher:
         self.model, self.gallery, self.num_candidates = model, gallery, candidates
         _ = gallery.index  # a damaged one is named now, and not by the first search that needs it
         self._scorer = TextScorer(model)
+        self._has_shortlist = Shortlist.applies(model.head, model.config.model.pooled_by)
         # Queries are texts: the image tower, the larger half of the model, is not needed again.
         model.towers.clip.visual = torch.nn.Identity()
 
@@ -117,28 +119,25 @@ class Searcher:
         number = max(k, candidates or self.num_candidates)
         among = self._named(name)
         if len(among) <= number:
-            rows_T = [sorted(among) for _ in texts]
-        else:
-            rows_T = self.candidates(text_TD, number, None if name is None else sorted(among))
-            rows_T = [self.shortlist(row_D, rows, k) for row_D, rows in zip(text_TD, rows_T)]
-        return [self.best(text, row_D, rows, k) for text, row_D, rows in zip(texts, text_TD, rows_T)]
+            return [self.best(text, text_D, sorted(among), k) for text, text_D in zip(texts, text_TD)]
+        rows_T = self.candidates(text_TD, number, None if name is None else sorted(among), shortlist_size(k))
+        return [
+            self.best(text, text_D, rows, k, shortlist_size(k)) for text, text_D, rows in zip(texts, text_TD, rows_T)
+        ]
 
-    def candidates(self, text_TD: Tensor, number: int, among: list[int] | None = None) -> list[list[int]]:
-        """Rows of the videos with the best single frame for each text, best first; ``among`` some, or all."""
+    def candidates(
+        self, text_TD: Tensor, number: int, among: list[int] | None = None, fewest: int | None = None
+    ) -> list[list[int]]:
+        """Rows of the videos with the best single frame for each text, best first; ``among`` some, or all.
+
+        ``fewest`` is as in :meth:`FrameIndex.candidates`.
+        """
         sentence_TD = text_TD[:, : self.model.embed_dim]  # of late interaction, the embedding of the whole text
         if among is None:
-            return [rows.tolist() for rows in self.gallery.index.candidates(sentence_TD.cpu().numpy(), number)]
+            found = self.gallery.index.candidates(sentence_TD.cpu().numpy(), number, fewest)
+            return [rows.tolist() for rows in found]
         best_VT = torch.cat([best_frames(sentence_TD.cpu(), tile.float()) for tile in self._tiles(among)])
         return [[among[place] for place in best_V.topk(number).indices.tolist()] for best_V in best_VT.T]
-
-    def shortlist(self, text_D: Tensor, rows: list[int], k: int) -> list[int]:
-        """Those of a text's candidates that shall get the exact score, for ``k`` results."""
-        number = shortlist_size(k)
-        if len(rows) <= number or not Shortlist.applies(self.model.head, self.model.config.model.pooled_by):
-            return rows
-        rows = sorted(rows)  # as they lie in the files
-        score_K = self._scorer.shortlist.scores(text_D.to(self.model.device), self._tiles(rows))
-        return [rows[place] for place in score_K.topk(number).indices.sort().values.tolist()]
 
     def _named(self, name: str | None) -> Collection[int]:
         """Rows of the videos whose id contains ``name``, in any case; of all videos without it."""
@@ -152,25 +151,38 @@ class Searcher:
         for start in range(0, len(rows), TILE_VIDEOS):
             yield self.gallery.half_frames(rows[start : start + TILE_VIDEOS])
 
-    def best(self, text: str, text_D: Tensor, rows: list[int], k: int) -> list[Result]:
-        """The ``k`` of these videos with the highest exact scores, best first."""
+    def best(self, text: str, text_D: Tensor, rows: list[int], k: int, shortlist: int | None = None) -> list[Result]:
+        """The ``k`` of these videos with the highest exact scores, best first.
+
+        Args:
+            text: the query.
+            text_D: its embedding.
+            rows: the videos.
+            k: number of results.
+            shortlist: how many get the exact score, where the head has an approximate one; None: all.
+        """
+        rows = sorted(rows)  # as they lie in the files
         if not rows:
             return []
-        score_K, attention_KF = self._scorer.score(text, text_D, self.gallery.half_frames(rows))
-        if not torch.isfinite(score_K).all():  # the largest of some numbers and NaN is NaN
-            video = self.gallery.video(rows[int(torch.isfinite(score_K).logical_not().nonzero()[0])])
+        if shortlist is not None and len(rows) > shortlist and self._has_shortlist:
+            place_S, score_S, attention_SF = self._scorer.score_shortlist(text, text_D, self._tiles(rows), shortlist)
+            rows = [rows[place] for place in place_S.tolist()]
+        else:
+            score_S, attention_SF = self._scorer.score(text, text_D, self.gallery.half_frames(rows))
+        if not torch.isfinite(score_S).all():  # the largest of some numbers and NaN is NaN
+            video = self.gallery.video(rows[int(torch.isfinite(score_S).logical_not().nonzero()[0])])
             raise UserError(
                 f"the score of {video.id!r} is not a number; check the files of {self.gallery.directory} with "
                 "tmass index --check"
             )
-        order = score_K.topk(min(k, len(rows))).indices.tolist()
-        return [self._result(rows[place], float(score_K[place]), attention_KF[place].numpy()) for place in order]
+        order = score_S.topk(min(k, len(rows))).indices.tolist()
+        return [self._result(rows[place], float(score_S[place]), attention_SF[place].numpy()) for place in order]
 
     def labels(self, k: int = 10, name: str | None = None) -> dict[str, Any]:
         """What the scores of :meth:`search` state; a gallery holds its frames in half precision."""
         total, number = len(self._named(name)), max(k, self.num_candidates)
-        listed = Shortlist.applies(self.model.head, self.model.config.model.pooled_by)
-        search = search_label(total, number, shortlist_size(k) if listed else number)
+        by_graph = name is None and not self.gallery.index.is_exhaustive
+        search = search_label(total, number, shortlist_size(k) if self._has_shortlist else number, at_most=by_graph)
         return self.model.labels() | {"search": search, "feature_precision": "float16"}
 
     def similar(self, row: int, k: int = 10) -> list[Result]:

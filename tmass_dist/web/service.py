@@ -57,7 +57,7 @@ class Service:
     def _run(self) -> None:
         try:
             searcher = self._load()
-            self._texts = TextBatches(searcher.model.encode_text)
+            self._texts = TextBatches(searcher.model.encode_text, self._in_thread)
             self._searcher = searcher
         except Exception as error:
             self._failure = " ".join(str(error).split()) or type(error).__name__
@@ -96,10 +96,8 @@ class Service:
         searcher, texts, text = self.searcher, self._texts, check_query(query)
         assert texts is not None
         with self._place():
-            waiting = texts.add(text)  # the next search that starts encodes all texts that wait for one
-            return await self._in_thread(
-                lambda: self._found(searcher, query, text, texts.embedding(waiting), k, name or None)
-            )
+            text_D = await texts.embedding(text)
+            return await self._in_thread(lambda: self._found(searcher, query, text, text_D, k, name or None))
 
     async def similar(self, row: int, k: int) -> dict[str, Any]:
         """Answer of ``/api/similar``; it raises what :meth:`search` does."""
