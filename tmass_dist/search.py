@@ -26,7 +26,10 @@ def main() -> None:
     parser.add_argument("--file", type=Path, metavar="QUERIES.txt", help="further queries, a line each")
     parser.add_argument("-k", type=int, default=10, help="results of a query (10)")
     parser.add_argument(
-        "--candidates", type=int, default=2000, help="most videos, those with the best frames, that are considered (2000)"
+        "--candidates",
+        type=int,
+        default=2000,
+        help="most videos, those with the best frames, that are considered (2000)",
     )
     parser.add_argument("--name", help="only videos whose id contains this")
     parser.add_argument("--model", help="the model, if it is not where it was when the gallery was made")

@@ -41,7 +41,10 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=8642, help="0: any free one (8642)")
     parser.add_argument(
-        "--candidates", type=int, default=2000, help="most videos, those with the best frames, that are considered (2000)"
+        "--candidates",
+        type=int,
+        default=2000,
+        help="most videos, those with the best frames, that are considered (2000)",
     )
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     arguments = parser.parse_args()
