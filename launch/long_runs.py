@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from launch.paper.long_runs import (  # noqa: E402
     COMPARED,
+    HEAD_RATES,
     IMAGE_TOWERS,
     Setting,
     append_result,
@@ -39,6 +40,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200, help="training steps of batch 32")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--systems", nargs="+", choices=COMPARED, default=COMPARED, metavar="SYSTEM")
+    parser.add_argument(
+        "--head-rate",
+        choices=HEAD_RATES,
+        default="same",
+        help="factor of the head's learning rate to the towers' (same)",
+    )
     parser.add_argument("--max-runs", type=int, help="stop after so many runs")
     parser.add_argument("--minutes", type=float, help="start no run after so many minutes")
     arguments = parser.parse_args()
@@ -62,7 +69,8 @@ def main() -> None:
                 if arguments.minutes is not None and time.monotonic() - began > 60 * arguments.minutes:
                     break
                 done = read_results(arguments.results)
-                run = next(missing_runs(done, setting, list(arguments.systems), arguments.seeds), None)
+                systems, seeds, head = list(arguments.systems), arguments.seeds, arguments.head_rate
+                run = next(missing_runs(done, setting, systems, seeds, head), None)
                 if run is None:
                     break
                 print(f"{time.strftime('%H:%M:%S')} {run.name}", flush=True)

@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.paper.long_runs import Setting, append_result, chosen_rates, hits_of, missing_runs, read_results
+from launch.paper.long_runs import (
+    LongRun,
+    Rates,
+    Setting,
+    append_result,
+    chosen_rates,
+    hits_of,
+    missing_runs,
+    read_results,
+)
 from launch.paper.long_table import calibration_table, long_table
 from tests.conftest import ROOT
 from tmass_dist.errors import UserError
@@ -22,12 +31,12 @@ def _row(system: str, seed: int, rate: float, recall: float) -> dict[str, object
 
 
 def test_first_the_rates_of_seed_0_until_the_best_has_both_neighbours_then_every_seed_at_it() -> None:
-    best = {"xpool": 1.0, "best-frame": 10.0}
+    best = {"xpool": Rates(1.0), "best-frame": Rates(10.0)}
     done: list[dict[str, object]] = []
     order = []
     while run := next(missing_runs(done, SETTING, SYSTEMS, 2), None):
-        order.append((run.system, run.seed, run.rate))
-        done.append(_row(*order[-1], recall=-abs(math.log(run.rate / best[run.system]))))
+        order.append((run.system, run.seed, run.rates.towers))
+        done.append(_row(*order[-1], recall=-abs(math.log(run.rates.towers / best[run.system].towers))))
     assert order == [
         *(("xpool", 0, rate) for rate in (1.0, 0.3, 3.0)),
         *(("best-frame", 0, rate) for rate in (1.0, 0.3, 3.0, 10.0)),
@@ -38,10 +47,23 @@ def test_first_the_rates_of_seed_0_until_the_best_has_both_neighbours_then_every
     assert next(missing_runs(done, Setting("frozen", 400, 1200), SYSTEMS, 1)).seed == 0
 
 
+def test_the_best_rates_may_have_another_rate_of_the_head() -> None:
+    done = [_row("xpool", 0, rate, recall=-abs(math.log(rate))) for rate in (0.3, 1.0, 3.0)]
+    order = []
+    while run := next(missing_runs(done, SETTING, ["xpool"], 2, "third"), None):
+        order.append((run.seed, run.rates))
+        better = 1 - abs(math.log(run.rates.towers / 3))
+        done.append(_row("xpool", run.seed, run.rates.towers, recall=better) | {"head_rate": run.rates.head})
+    thirds = [Rates(rate, "third") for rate in (3.0, 1.0, 10.0)]
+    assert order == [*((0, rates) for rates in thirds), (1, thirds[0])]
+    assert chosen_rates(done, SETTING) == {"xpool": Rates(3.0, "third")}
+    assert LongRun(SETTING, "xpool", 1, thirds[0]).name == "trained-400-1200/xpool/seed-1-rate-3-head-third"
+
+
 def test_a_best_rate_at_the_edge_of_those_measured_is_not_chosen() -> None:
     done = [_row("xpool", 0, rate, recall=rate) for rate in (0.3, 1.0, 3.0)]
     assert chosen_rates(done, SETTING) == {}
-    assert chosen_rates([*done, _row("xpool", 0, 10.0, recall=0.0)], SETTING) == {"xpool": 3.0}
+    assert chosen_rates([*done, _row("xpool", 0, 10.0, recall=0.0)], SETTING) == {"xpool": Rates(3.0)}
 
 
 def test_an_incomplete_last_line_is_left_out_and_another_damaged_line_is_named(tmp_path: Path) -> None:

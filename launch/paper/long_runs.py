@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ COMPARED = (
     "xpool",
     "best-frame",
     "query-scored",
+    "mass-query-scored",
     "tmass",
     "centred",
     "xpool-best-frame",
@@ -36,10 +37,24 @@ COMPARED = (
 """Keys of ``SYSTEMS``; the first is what the others are compared with."""
 RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Factors of both learning rates of ``demo.yaml``, ascending; each system's own is chosen on the validation split."""
-FIRST_RATE = 1.0
-"""The factor that every system starts with."""
+HEAD_RATES = {"same": 1.0, "third": 1 / 3}
+"""A further factor of the head's rate: some heads need a lower rate than the towers."""
+FIRST_RATE = {"same": 1.0, "third": 3.0}
+"""The factor that every system starts with: the head has the rate of ``demo.yaml``."""
 IMAGE_TOWERS = {"trained": ("engine.bf16=true",), "frozen": ("optim.frozen=[towers.clip.visual]",)}
 """``trained``: all weights, towers in bfloat16; ``frozen``: the image tower keeps its pretrained weights, float32."""
+
+
+class Rates(NamedTuple):
+    """Learning rates, as factors of those of ``demo.yaml``."""
+
+    towers: float
+    """An element of ``RATES``."""
+    head: str = "same"
+    """A key of ``HEAD_RATES``."""
+
+    def __str__(self) -> str:
+        return f"{self.towers:g}" + ("" if self.head == "same" else f" (head: a {self.head} of it)")
 
 
 @dataclass(frozen=True, order=True)
@@ -61,26 +76,38 @@ class LongRun:
     system: str
     seed: int
     """Of the training, and of the pretraining of the towers."""
-    rate: float
-    """Factor of both learning rates."""
+    rates: Rates
 
     @property
     def name(self) -> str:
         """Of its directory."""
-        setting = self.setting
+        setting, rates = self.setting, self.rates
+        head = "" if rates.head == "same" else f"-head-{rates.head}"
         return (
-            f"{setting.image_tower}-{setting.videos}-{setting.steps}/{self.system}/seed-{self.seed}-rate-{self.rate:g}"
+            f"{setting.image_tower}-{setting.videos}-{setting.steps}/"
+            f"{self.system}/seed-{self.seed}-rate-{rates.towers:g}{head}"
         )
 
 
-def missing_runs(done: list[dict[str, Any]], setting: Setting, systems: list[str], seeds: int) -> Iterator[LongRun]:
+def missing_runs(
+    done: list[dict[str, Any]], setting: Setting, systems: list[str], seeds: int, head: str = "same"
+) -> Iterator[LongRun]:
     """The runs that a setting still lacks, the most informative first.
 
     First the rates of every system at seed 0, until one is chosen (``chosen_rates``), then all seeds at that rate.
+
+    Args:
+        done: the results so far.
+        setting: which runs.
+        systems: keys of ``COMPARED``.
+        seeds: number of seeds, from 0.
+        head: a key of ``HEAD_RATES``: the rates that are tried.
     """
-    known = {(row["system"], row["seed"], row["rate"]) for row in done if setting_of(row) == setting}
+    known = {(row["system"], row["seed"], rates_of(row)) for row in done if setting_of(row) == setting}
     chosen, recalls = chosen_rates(done, setting), measured_rates(done, setting)
-    runs = [LongRun(setting, system, 0, rate) for system in systems for rate in next_rates(recalls.get(system, {}))]
+    runs = [
+        LongRun(setting, system, 0, rates) for system in systems for rates in next_rates(recalls.get(system, {}), head)
+    ]
     runs += [
         LongRun(setting, system, seed, chosen[system])
         for seed in range(seeds)
@@ -88,7 +115,7 @@ def missing_runs(done: list[dict[str, Any]], setting: Setting, systems: list[str
         if system in chosen
     ]
     for run in runs:
-        if (run.system, run.seed, run.rate) not in known:
+        if (run.system, run.seed, run.rates) not in known:
             yield run
 
 
@@ -97,35 +124,47 @@ def setting_of(row: dict[str, Any]) -> Setting:
     return Setting(row["image_tower"], row["videos"], row["steps"])
 
 
-def measured_rates(done: list[dict[str, Any]], setting: Setting) -> dict[str, dict[float, float]]:
-    """The R@1 on the validation split of each system at each rate, with seed 0."""
-    recalls: dict[str, dict[float, float]] = {}
+def rates_of(row: dict[str, Any]) -> Rates:
+    """The learning rates of a result."""
+    return Rates(row["rate"], row.get("head_rate", "same"))
+
+
+def measured_rates(done: list[dict[str, Any]], setting: Setting) -> dict[str, dict[Rates, float]]:
+    """The R@1 on the validation split of each system at each pair of rates, with seed 0."""
+    recalls: dict[str, dict[Rates, float]] = {}
     for row in done:
         if setting_of(row) == setting and row["seed"] == 0:
-            recalls.setdefault(row["system"], {})[row["rate"]] = row["val_R@1"]
+            recalls.setdefault(row["system"], {})[rates_of(row)] = row["val_R@1"]
     return recalls
 
 
-def best_rate(recall_of: dict[float, float]) -> float:
-    """The rate with the best R@1."""
-    return max(recall_of, key=lambda rate: recall_of[rate])
+def best_rates(recall_of: dict[Rates, float]) -> Rates:
+    """The rates with the best R@1."""
+    return max(recall_of, key=lambda rates: recall_of[rates])
 
 
-def next_rates(recall_of: dict[float, float]) -> list[float]:
-    """The rates that a system still needs: the first one, then the unmeasured neighbours of the best one."""
-    if not recall_of:
-        return [FIRST_RATE]
-    best = RATES.index(best_rate(recall_of))
-    return [rate for rate in RATES[max(0, best - 1) : best + 2] if rate not in recall_of]
+def next_rates(recall_of: dict[Rates, float], head: str) -> list[Rates]:
+    """The rates that a system still needs: the first one, then the unmeasured neighbours of the best one.
+
+    Args:
+        recall_of: those measured.
+        head: a key of ``HEAD_RATES``; only rates with it count.
+    """
+    alike = {rates: recall for rates, recall in recall_of.items() if rates.head == head}
+    if not alike:
+        return [Rates(FIRST_RATE[head], head)]
+    best = RATES.index(best_rates(alike).towers)
+    near = [Rates(towers, head) for towers in RATES[max(0, best - 1) : best + 2]]
+    return [rates for rates in near if rates not in alike]
 
 
-def chosen_rates(done: list[dict[str, Any]], setting: Setting) -> dict[str, float]:
-    """For each system the rate with the best R@1 on the validation split (seed 0), once its neighbours are measured.
+def chosen_rates(done: list[dict[str, Any]], setting: Setting) -> dict[str, Rates]:
+    """For each system the rates with the best R@1 on the validation split (seed 0), once their neighbours are measured.
 
     So no system's rate is at the edge of what was measured, unless it is at the edge of ``RATES``.
     """
-    recalls = measured_rates(done, setting)
-    return {system: best_rate(recall_of) for system, recall_of in recalls.items() if not next_rates(recall_of)}
+    best = {system: (best_rates(recall_of), recall_of) for system, recall_of in measured_rates(done, setting).items()}
+    return {system: rates for system, (rates, recall_of) in best.items() if not next_rates(recall_of, rates.head)}
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -166,7 +205,8 @@ def run_one(run: LongRun, out: Path) -> dict[str, Any]:
     overrides += [f"eval_every={max(1, setting.steps // 6)}", "log_every=100", "evaluation.baselines=features"]
     overrides += [f"data.{split}={data / split}" for split in ("train", "val", "test")]
     overrides += [f"model.architecture={towers / 'demo.json'}", f"model.pretrained={towers / 'demo.safetensors'}"]
-    overrides += [f"optim.lr={1e-3 * run.rate:g}", f"optim.clip_lr={3e-4 * run.rate:g}"]
+    towers_rate, head_rate = run.rates.towers, run.rates.towers * HEAD_RATES[run.rates.head]
+    overrides += [f"optim.lr={1e-3 * head_rate:g}", f"optim.clip_lr={3e-4 * towers_rate:g}"]
     overrides += [*PUBLISHED_NOISE, *IMAGE_TOWERS[setting.image_tower], *SYSTEMS[run.system].overrides]
     directory.mkdir(parents=True, exist_ok=True)
     began = time.time()
@@ -206,7 +246,8 @@ def result_of(run: LongRun, directory: Path) -> dict[str, Any]:
         **asdict(run.setting),
         "system": run.system,
         "seed": run.seed,
-        "rate": run.rate,
+        "rate": run.rates.towers,
+        "head_rate": run.rates.head,
         "version": __version__,
         **{key: metrics[key] for key in LABELS if metrics.get(key) is not None},
         "selected_step": best["step"],

@@ -6,7 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from launch.paper.long_runs import COMPARED, Setting, best_rate, measured_rates, next_rates, setting_of
+from launch.paper.long_runs import (
+    COMPARED,
+    Rates,
+    Setting,
+    best_rates,
+    measured_rates,
+    next_rates,
+    rates_of,
+    setting_of,
+)
 from launch.paper.measure import gain_interval, mean_and_deviation
 from launch.paper.systems import SYSTEMS
 
@@ -21,7 +30,7 @@ def long_table(done: list[dict[str, Any]]) -> str:
 def _table(done: list[dict[str, Any]], setting: Setting) -> str:
     by_rate = measured_rates(done, setting)
     rows = [row for row in done if setting_of(row) == setting]
-    best = {name: _seeds(rows, name, best_rate(by_rate[name])) if name in by_rate else {} for name in COMPARED}
+    best = {name: _seeds(rows, name, best_rates(by_rate[name])) if name in by_rate else {} for name in COMPARED}
     reference = best[COMPARED[0]]
     columns = [
         "system",
@@ -56,8 +65,9 @@ def _table(done: list[dict[str, Any]], setting: Setting) -> str:
             low, high = gain_interval(gain_SV, weights_V)
             each = (100 * gain_SV.sum(axis=1) / weights_V.sum()).tolist()
             gain = [_signed(each), f"{low:+.1f} to {high:+.1f}", str(len(shared))]
-        rate = f"{best_rate(by_rate[name]):g} of {', '.join(f'{rate:g}' for rate in sorted(by_rate[name]))}"
-        if next_rates(by_rate[name]):
+        chosen = best_rates(by_rate[name])
+        rate = f"{chosen} of {', '.join(map(str, sorted(by_rate[name])))}"
+        if next_rates(by_rate[name], chosen.head):
             rate += " (edge)"
         cells = [SYSTEMS[name].title, rate, str(len(recalls)), ", ".join(f"{r:.1f}" for r in recalls)]
         cells += [mean_and_deviation(recalls), *gain]
@@ -71,8 +81,8 @@ def _table(done: list[dict[str, Any]], setting: Setting) -> str:
     return "\n".join(lines)
 
 
-def _seeds(rows: list[dict[str, Any]], system: str, rate: float) -> dict[int, dict[str, Any]]:
-    found = {row["seed"]: row for row in rows if row["system"] == system and row["rate"] == rate}
+def _seeds(rows: list[dict[str, Any]], system: str, rates: Rates) -> dict[int, dict[str, Any]]:
+    found = {row["seed"]: row for row in rows if row["system"] == system and rates_of(row) == rates}
     return dict(sorted(found.items()))
 
 
@@ -100,7 +110,7 @@ def calibration_table(done: list[dict[str, Any]]) -> str:
         of_setting = [row for row in rows if setting_of(row) == setting]
         by_rate = measured_rates(of_setting, setting)
         for name in [name for name in COMPARED if name in by_rate]:
-            runs = list(_seeds(of_setting, name, best_rate(by_rate[name])).values())
+            runs = list(_seeds(of_setting, name, best_rates(by_rate[name])).values())
             cells = [f"{setting.image_tower}, {setting.steps} steps", SYSTEMS[name].title, str(len(runs))]
             lines.append(f"| {' | '.join(cells + [_auroc(runs, signal) for signal in signals])} |")
     return "\n".join(lines)

@@ -72,6 +72,7 @@ SYSTEMS = {
     "centred-best-linear": System("the same with the linear radius", (*_CENTRED, *_BEST_OF_4, "model.radius=linear")),
     "best-frame": System("best frame, trained", ("model.radius=none", "model.pooling=best_frame")),
     "query-scored": System("query scoring, trained, tau learnt", ("model.radius=none", "model.pooling=query_scored")),
+    "mass-query-scored": System("T-MASS, frames by query scoring", ("model.pooling=query_scored",)),
     "xpool-best-frame": System("X-Pool plus the best frame", ("model.radius=none", "model.pooling=xpool_best_frame")),
     "late-interaction": System(
         "late interaction of tokens and frames", ("model.radius=none", "model.pooling=late_interaction")
@@ -118,6 +119,7 @@ PARTS = {
         "centred-falling",
         "best-frame",
         "query-scored",
+        "mass-query-scored",
         "xpool-best-frame",
         "late-interaction",
         "weighted-interaction",
