@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from tests.conftest import ROOT, run
 from tests.hub import TOKEN, running_hub
+from tests.moved_head import moved_head_model
 from tmass_dist import TMass
 from tmass_dist.config import load_config
 from tmass_dist.errors import UserError
@@ -28,16 +29,7 @@ NOT_NEEDED = ("deepspeed", "submitit", "tensorboard", "webdataset", "usearch", "
 
 @pytest.fixture(scope="module")
 def model() -> TMass:
-    """The demo's pretrained towers with a head that was moved away from its initial weights."""
-    torch.manual_seed(0)
-    config = load_config("demo.yaml")
-    whole = build_model(config.model)
-    with torch.no_grad():
-        for value in whole.head.parameters():
-            value.add_(0.05 * torch.randn_like(value))
-    return TMass.of_weights(
-        config, whole.state_dict(), "this test", {"step": 7, "selected_on": "val", "results": "| R@1 |"}
-    )
+    return moved_head_model(result={"step": 7, "selected_on": "val", "results": "| R@1 |"})
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from tmass_dist.config import load_config
+from tests.moved_head import moved_head_model
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation.ranking import metrics, rank
-from tmass_dist.models.tmass import build_model
-from tmass_dist.retrieval.model import TMass
 from tmass_dist.retrieval.mteb import MtebModel
 
 mteb = pytest.importorskip("mteb", reason="the benchmark mteb needs pip install -e '.[mteb]'")
@@ -24,15 +22,9 @@ from mteb.abstasks.task_metadata import TaskMetadata  # noqa: E402
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> MtebModel:
-    """The demo's pretrained towers with a head of random weights, exported and loaded again."""
-    torch.manual_seed(0)
-    config = load_config("demo.yaml")
-    whole = build_model(config.model)
-    with torch.no_grad():
-        for value in whole.head.parameters():
-            value.add_(0.02 * torch.randn_like(value))
+    """Exported and loaded again."""
     out = tmp_path_factory.mktemp("model") / "export"
-    TMass.of_weights(config, whole.state_dict(), "this test", {"selected_on": "val"}).save_pretrained(out)
+    moved_head_model(result={"selected_on": "val"}).save_pretrained(out)
     return MtebModel.from_pretrained(out)
 
 

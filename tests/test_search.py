@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from tests.conftest import ROOT, run
+from tests.moved_head import moved_head_model
 from tests.ranks import on_ranks
 from tmass_dist import TMass
-from tmass_dist.config import load_config
 from tmass_dist.errors import UserError
 from tmass_dist.evaluation.blocks import BlockScorer
 from tmass_dist.evaluation.features import Features
 from tmass_dist.evaluation.search import FrameIndex, candidates
-from tmass_dist.models.tmass import build_model
 from tmass_dist.retrieval import build, compact
 from tmass_dist.retrieval.gallery import VideoGallery
 from tmass_dist.retrieval.searcher import Searcher, open_searcher
@@ -29,14 +28,8 @@ QUERIES = ["a red circle moving left on a plain ground", "on a striped ground a 
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = load_config("demo.yaml")
-    whole = build_model(config.model)
-    with torch.no_grad():
-        for value in whole.head.parameters():
-            value.add_(0.05 * torch.randn_like(value))
     out = tmp_path_factory.mktemp("model") / "export"
-    TMass.of_weights(config, whole.state_dict(), "this test").save_pretrained(out)
+    moved_head_model().save_pretrained(out)
     return out
 
 
@@ -402,13 +395,7 @@ def test_nothing_to_index_is_one_line(export: Path, tmp_path: Path, arguments: l
     ids=lambda changes: ",".join(changes) or "default",
 )
 def test_scores_and_attention_of_one_text_are_those_of_all(changes: list[str]) -> None:
-    torch.manual_seed(0)
-    config = load_config("demo.yaml", changes)
-    whole = build_model(config.model)
-    with torch.no_grad():
-        for value in whole.head.parameters():
-            value.add_(0.05 * torch.randn_like(value))
-    model = TMass.of_weights(config, whole.state_dict(), "this test")
+    model = moved_head_model(*changes)
     frames_VFD, text_TD = torch.randn(9, 12, model.embed_dim), model.encode_text(QUERIES)
     expected_TV, expected_VTF = model.similarity(QUERIES, frames_VFD), model.attention(text_TD, frames_VFD)
     scorer = TextScorer(model)

@@ -8,31 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.moved_head import moved_head_model
 from tmass_dist import TMass
-from tmass_dist.config import load_config
 from tmass_dist.evaluation import search, shortlist
 from tmass_dist.evaluation.blocks import BlockScorer
 from tmass_dist.evaluation.features import Features
 from tmass_dist.evaluation.shortlist import Shortlist
 from tmass_dist.evaluation.two_stage import num_exact, search_ranks
 from tmass_dist.models.pooling import XPool
-from tmass_dist.models.tmass import build_model
 from tmass_dist.retrieval import build
 from tmass_dist.retrieval.gallery import VideoGallery
 from tmass_dist.retrieval.searcher import Searcher
 
 NUM_VIDEOS, NUM_TEXTS, FRAMES = 600, 12, 12
-
-
-def _model(*overrides: str) -> TMass:
-    """The demo's towers with a head that was moved away from its initial weights."""
-    torch.manual_seed(0)
-    config = load_config("demo.yaml", list(overrides))
-    whole = build_model(config.model)
-    with torch.no_grad():
-        for value in whole.head.parameters():
-            value.add_(0.05 * torch.randn_like(value))
-    return TMass.of_weights(config, whole.state_dict(), "this test")
 
 
 def _features(width: int) -> tuple[Tensor, Tensor]:
@@ -51,7 +39,7 @@ def _features(width: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("num_heads", [1, 4])
 def test_the_approximate_score_is_the_dot_product_without_the_deviations(num_heads: int) -> None:
-    model = _model(f"model.num_heads={num_heads}")
+    model = moved_head_model(f"model.num_heads={num_heads}")
     frames_VFD, text_TD = _features(model.embed_dim)
     pool = model.head.pooling
     assert isinstance(pool, XPool)
@@ -76,7 +64,7 @@ def test_the_approximate_score_is_the_dot_product_without_the_deviations(num_hea
 
 
 def test_the_shortlist_keeps_what_the_exact_score_puts_first() -> None:
-    model = _model()
+    model = moved_head_model()
     frames_VFD, text_TD = _features(model.embed_dim)
     exact_TV = model.similarity([f"text {n}" for n in range(NUM_TEXTS)], frames_VFD, text_TD=text_TD)
     by_mean_frame_TV = F.normalize(text_TD, dim=-1) @ F.normalize(frames_VFD.mean(1), dim=-1).T
@@ -92,7 +80,7 @@ def test_the_shortlist_keeps_what_the_exact_score_puts_first() -> None:
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory: pytest.TempPathFactory) -> tuple[TMass, Path]:
     """A gallery of generated frames in several parts, one video of which was removed."""
-    model, out = _model(), tmp_path_factory.mktemp("gallery")
+    model, out = moved_head_model(), tmp_path_factory.mktemp("gallery")
     frames_VFD, _ = _features(model.embed_dim)
     names = []
     for start in range(0, NUM_VIDEOS, 250):
@@ -126,7 +114,7 @@ def test_a_search_and_an_evaluation_score_the_same_videos(
 ) -> None:
     monkeypatch.setattr(shortlist, "SHORTLIST", size)
     monkeypatch.setattr(shortlist, "PER_RESULT", 5)
-    model, opened = _model(), VideoGallery(gallery[1])
+    model, opened = moved_head_model(), VideoGallery(gallery[1])
     _, text_TD = _features(model.embed_dim)
     texts = [f"text {n}" for n in range(NUM_TEXTS)]
     frames_VFD = opened.frames(list(range(NUM_VIDEOS)))
@@ -152,13 +140,13 @@ def test_more_results_have_a_longer_shortlist_and_some_heads_have_none(
 ) -> None:
     monkeypatch.setattr(shortlist, "SHORTLIST", 20)
     monkeypatch.setattr(shortlist, "PER_RESULT", 20)
-    searcher = Searcher(_model(), VideoGallery(gallery[1]), 300)
+    searcher = Searcher(moved_head_model(), VideoGallery(gallery[1]), 300)
     [rows] = searcher.candidates(_features(searcher.model.embed_dim)[1][:1], 300)
     text_D = _features(searcher.model.embed_dim)[1][0]
     sizes = [shortlist.shortlist_size(k) for k in (1, 5, 200)]
     assert [len(searcher.best("text 0", text_D, rows, 300, size)) for size in sizes] == [20, 100, 300]
     for overrides in (["model.pooling=query_scored"], ["model.pooling=xpool_best_frame"], ["model.pooled_by=sample"]):
-        other = _model(*overrides)
+        other = moved_head_model(*overrides)
         assert not Shortlist.applies(other.head, other.config.model.pooled_by)
 
 
@@ -167,7 +155,7 @@ def test_a_large_gallery_may_give_fewer_candidates_and_says_so(
 ) -> None:
     monkeypatch.setattr(search, "EXHAUSTIVE", 0)
     monkeypatch.setattr(search, "FRAMES_PER_CANDIDATE", 1)
-    model, opened = _model(), VideoGallery(gallery[1])
+    model, opened = moved_head_model(), VideoGallery(gallery[1])
     searcher, text_D = Searcher(model, opened, 200), opened.frames([7])[0, 0]
     [few] = opened.index.candidates(text_D[None].numpy(), 200, fewest=1)
     [all_of_them] = opened.index.candidates(text_D[None].numpy(), 200)
