@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
+from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -29,6 +30,15 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
+
+
+class _Number(IntegerConvertor):
+    """Number of a row or a frame. A longer one is in no gallery, and ``int`` refuses thousands of digits."""
+
+    regex = "[0-9]{1,11}"
+
+
+register_url_convertor("number", _Number())
 
 
 class _Headers:
@@ -111,8 +121,8 @@ def make_app(service: Service, hosts: list[str]) -> Starlette:
             Route("/api/state", state),
             Route("/api/search", search),
             Route("/api/similar", similar),
-            Route("/thumbnail/{row:int}/{frame:int}.jpg", thumbnail),
-            Route("/video/{row:int}", video),
+            Route("/thumbnail/{row:number}/{frame:number}.jpg", thumbnail),
+            Route("/video/{row:number}", video),
             *(Route(f"/static/{name}", page(TEMPLATES / name)) for name in SHARED),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
@@ -136,13 +146,17 @@ def _known(service: Service, row: int) -> Any:
 
 
 def _row(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 12):
+    if not _is_number(text):
         raise UserError("row is the number of a video, as in the results of a search")
     return int(text)
 
 
 def _number(request: Request) -> int:
     text = request.query_params.get("k", "10")
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:6]) <= MAX_RESULTS):
+    if not (_is_number(text) and 1 <= int(text) <= MAX_RESULTS):
         raise UserError(f"k is the number of results, from 1 to {MAX_RESULTS}")
     return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 12
