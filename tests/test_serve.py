@@ -1,5 +1,6 @@
 """The search page: its JSON interface over HTTP, and the page itself in a headless Chromium."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from tmass_dist.retrieval import build
 from tmass_dist.retrieval.searcher import open_searcher
 from tmass_dist.retrieval.videos import files_of
 from tmass_dist.web import service
+from tmass_dist.web.app import make_app
 
 CLIPS = ROOT / "tests" / "clips"
 HOSTILE = '<img src=x onerror="document.title=1">.mp4'
@@ -223,6 +225,57 @@ def test_more_searches_than_may_wait_are_refused(monkeypatch: pytest.MonkeyPatch
 
     assert sorted(anyio.run(ask_for, 6)) == ["found"] * 5 + ["too many searches at once; try again in a moment"]
     assert anyio.run(ask_for, 5) == ["found"] * 5  # there is room again
+
+
+@pytest.mark.parametrize("cut_off_at", ["search", "answer"])
+def test_a_request_that_the_end_of_the_server_cuts_off_leaves_no_traceback(cut_off_at: str) -> None:
+    waits = service.Service(lambda: pytest.fail("not loaded here"))
+    sent: list[Any] = []
+
+    async def cut_off() -> None:
+        reached = asyncio.Event()
+
+        async def forever(*_: Any) -> Any:
+            reached.set()
+            await asyncio.Event().wait()
+
+        async def send(message: Any) -> None:
+            if cut_off_at == "answer" and message["type"] == "http.response.body":
+                await forever()  # a video that nobody reads on
+            sent.append(message)
+
+        waits.search = forever  # type: ignore[method-assign]
+        path = "/api/search" if cut_off_at == "search" else "/api"
+        scope = {"type": "http", "method": "GET", "path": path, "query_string": b"q=x", "headers": [(b"host", b"x")]}
+        task = asyncio.create_task(make_app(waits, ["*"])(scope, forever, send))
+        await reached.wait()
+        task.cancel()
+        await task  # it raises nothing, which uvicorn would log
+
+    asyncio.run(cut_off())
+    assert sent[0]["status"] == (503 if cut_off_at == "search" else 200)
+    assert len(sent) == (2 if cut_off_at == "search" else 1)
+
+
+def test_ctrl_c_while_the_model_loads_is_one_line(gallery: Path) -> None:
+    code = f"""
+import os, signal, sys
+import torch
+from tmass_dist import serve
+from tmass_dist.cli import run_command
+from tmass_dist.retrieval import searcher
+
+def load(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+    while True:
+        torch.randn(64, 64) @ torch.randn(64, 64)
+
+searcher.open_searcher = load
+sys.argv = ["serve", {str(gallery)!r}, "--port", "0"]
+run_command(serve.main)
+"""
+    done = run("-c", code)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_unicode_and_markup_are_only_text(server: Server) -> None:

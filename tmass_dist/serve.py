@@ -6,10 +6,12 @@ The server is reachable from this machine only, unless ``--host`` is given. ``/a
 from __future__ import annotations
 
 import argparse
+import os
 import socket
+import sys
 from pathlib import Path
 
-from tmass_dist.cli import program, run_command
+from tmass_dist.cli import INTERRUPTED, program, run_command
 from tmass_dist.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -83,11 +85,6 @@ def main() -> None:
             "There is no password and no encryption.",
             flush=True,
         )
-    service.start()
-    if arguments.open:
-        import webbrowser
-
-        webbrowser.open(f"http://{name}:{port}/")
     config = uvicorn.Config(
         make_app(service, hosts),
         log_level="warning",
@@ -97,7 +94,16 @@ def main() -> None:
         h11_max_incomplete_event_size=1 << 20,
         timeout_graceful_shutdown=2,
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    try:
+        service.start()
+        if arguments.open:
+            import webbrowser
+
+            webbrowser.open(f"http://{name}:{port}/")
+        uvicorn.Server(config).run(sockets=[listener])
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # the end of Python would abort in the thread that loads the model
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,30 @@ class _Number(IntegerConvertor):
 
 
 register_url_convertor("number", _Number())
+
+
+class _CutOff:
+    """Ends the requests that the end of the server cuts off. Without it each would leave a traceback in the log."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, noting)
+        except asyncio.CancelledError:
+            if not started:
+                await JSONResponse({"error": "the server is ending"}, 503)(scope, receive, send)
 
 
 class _Headers:
@@ -126,7 +151,7 @@ def make_app(service: Service, hosts: list[str]) -> Starlette:
             *(Route(f"/static/{name}", page(TEMPLATES / name)) for name in SHARED),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
-        middleware=[Middleware(_Headers), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        middleware=[Middleware(_Headers), Middleware(_CutOff), Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
         exception_handlers={
             UserError: refused,
             NotReadyError: unavailable,
