@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.moved_head import moved_head_model
 from tmass_dist import TMass
+from tmass_dist.errors import UserError
 from tmass_dist.evaluation import search, shortlist
 from tmass_dist.evaluation.blocks import BlockScorer
 from tmass_dist.evaluation.features import Features
@@ -79,9 +80,14 @@ def test_the_shortlist_keeps_what_the_exact_score_puts_first() -> None:
 
 @pytest.fixture(scope="module")
 def gallery(tmp_path_factory: pytest.TempPathFactory) -> tuple[TMass, Path]:
-    """A gallery of generated frames in several parts, one video of which was removed."""
+    """A gallery of generated frames in several parts."""
     model, out = moved_head_model(), tmp_path_factory.mktemp("gallery")
     frames_VFD, _ = _features(model.embed_dim)
+    _write(model, out, frames_VFD)
+    return model, out
+
+
+def _write(model: TMass, out: Path, frames_VFD: Tensor) -> None:
     names = []
     for start in range(0, NUM_VIDEOS, 250):
         some = frames_VFD[start : start + 250].half().numpy()
@@ -90,7 +96,6 @@ def gallery(tmp_path_factory: pytest.TempPathFactory) -> tuple[TMass, Path]:
         names.append(f"part-{start}")
         build.write_part(out, names[-1], videos, [], some, times, [b"jpeg"] * (len(some) * FRAMES))
     build.commit(out, None, names, set(), model.fingerprint(), "this test", (FRAMES, model.embed_dim))
-    return model, out
 
 
 def test_frames_are_read_from_the_files_as_they_are_mapped(gallery: tuple[TMass, Path]) -> None:
@@ -171,12 +176,13 @@ def test_a_large_gallery_may_give_fewer_candidates_and_says_so(
     assert len(searcher.search_encoded(["text"], text_D[None], k=10)[0]) == 10
 
 
-def test_a_gallery_that_changed_while_it_was_open_is_one_line(gallery: tuple[TMass, Path]) -> None:
+@pytest.mark.parametrize("kind", ["frames.npy", "jpegs"])
+def test_a_gallery_that_changed_while_it_was_open_is_one_line(gallery: tuple[TMass, Path], kind: str) -> None:
     opened = VideoGallery(gallery[1])
-    path = gallery[1] / "part-500.frames.npy"
+    path = gallery[1] / f"part-500.{kind}"
     path.rename(path.with_suffix(".away"))
     try:
-        with pytest.raises(Exception, match=r"cannot be read.*Open it again"):
-            opened.half_frames([550])
+        with pytest.raises(UserError, match=r"cannot be read.*Open it again"):
+            opened.half_frames([550]) if kind == "frames.npy" else opened.thumbnail(550, 0)
     finally:
         path.with_suffix(".away").rename(path)

@@ -106,7 +106,7 @@ class Part:
         try:
             file = os.open(path, os.O_RDONLY)
         except OSError as error:
-            raise UserError(f"{path} cannot be read ({error}); was the gallery changed? Open it again") from error
+            raise _unreadable(path, error) from error
         try:
             for number, out_FD in zip(numbers, out_VFD):
                 if os.preadv(file, [out_FD], start + number * size) != size:
@@ -127,14 +127,22 @@ class Part:
 
     @cached_property
     def _thumbnails(self) -> np.ndarray:
-        return np.memmap(self.directory / f"{self.name}.jpegs", np.uint8, mode="r")
+        path = self.directory / f"{self.name}.jpegs"
+        try:
+            return np.memmap(path, np.uint8, mode="r")
+        except OSError as error:
+            raise _unreadable(path, error) from error
 
     @cached_property
     def _ends(self) -> np.ndarray:
         return self._map("thumbnail_ends")
 
     def thumbnail(self, number: int, frame: int) -> bytes:
-        """JPEG of a frame of the part's video ``number``."""
+        """JPEG of a frame of the part's video ``number``.
+
+        Raises:
+            UserError: the file has gone since the gallery was opened.
+        """
         at = number * self.times.shape[1] + frame
         return self._thumbnails[int(self._ends[at - 1]) if at else 0 : int(self._ends[at])].tobytes()
 
@@ -230,7 +238,7 @@ class VideoGallery:
         """JPEG of a frame.
 
         Raises:
-            UserError: no such video or frame.
+            UserError: no such video or frame, or the file has gone.
         """
         part, number = self._part(row)
         if not 0 <= frame < self.num_frames:
@@ -250,6 +258,10 @@ class VideoGallery:
         names = [name for part in self.parts for name in part.damaged()]
         index = self.about["index"]
         return names + ([index["file"]] if sha256_of(self.directory / index["file"]) != index["sha256"] else [])
+
+
+def _unreadable(path: str | Path, error: OSError) -> UserError:
+    return UserError(f"{path} cannot be read ({error}); was the gallery changed? Open it again")
 
 
 def read_gallery(directory: Path) -> dict[str, Any]:
