@@ -186,3 +186,30 @@ def test_a_gallery_that_changed_while_it_was_open_is_one_line(gallery: tuple[TMa
             opened.half_frames([550]) if kind == "frames.npy" else opened.thumbnail(550, 0)
     finally:
         path.with_suffix(".away").rename(path)
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["model.pooled_by=sample"], ["model.pooling=late_interaction", "model.radius=none"]]
+)
+def test_a_video_whose_frames_are_not_numbers_is_named(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shortlist, "SHORTLIST", 50)
+    monkeypatch.setattr(shortlist, "PER_RESULT", 5)
+    model = moved_head_model(*overrides)
+    frames_VFD, _ = _features(model.embed_dim)
+    frames_VFD[8] = frames_VFD[7]
+    _write(model, tmp_path, frames_VFD)
+    path = tmp_path / "part-0.frames.npy"
+    stored_VFD = np.load(path)
+    stored_VFD[7, 3, 5] = np.nan  # after it was indexed, as on a disk that fails
+    np.save(path, stored_VFD)
+    searcher = Searcher(model, VideoGallery(tmp_path))
+    text_TD = model.encode_text(["a text"]).clone()
+    text_TD[0, : model.embed_dim] = frames_VFD[7, 0]
+    for among in (200, NUM_VIDEOS):
+        with pytest.raises(UserError, match=r"the score of 'v7' is not a number; .* --check"):
+            searcher.search_encoded(["a text"], text_TD, candidates=among)
+    for row in (7, 8):
+        with pytest.raises(UserError, match=r"the score of 'v7' is not a number; .* --check"):
+            searcher.similar(row)

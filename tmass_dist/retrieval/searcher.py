@@ -169,12 +169,7 @@ class Searcher:
             rows = [rows[place] for place in place_S.tolist()]
         else:
             score_S, attention_SF = self._scorer.score(text, text_D, self.gallery.half_frames(rows))
-        if not torch.isfinite(score_S).all():  # the largest of some numbers and NaN is NaN
-            video = self.gallery.video(rows[int(torch.isfinite(score_S).logical_not().nonzero()[0])])
-            raise UserError(
-                f"the score of {video.id!r} is not a number; check the files of {self.gallery.directory} with "
-                "tmass index --check"
-            )
+        self._check_scores(rows, score_S)
         order = score_S.topk(min(k, len(rows))).indices.tolist()
         return [self._result(rows[place], float(score_S[place]), attention_SF[place].numpy()) for place in order]
 
@@ -192,9 +187,10 @@ class Searcher:
         so it is not comparable with scores of queries.
 
         Raises:
-            UserError: no such video.
+            UserError: no such video, or frames that are not numbers.
         """
         own_FD = F.normalize(self.gallery.frames([row])[0], dim=-1)
+        self._check_scores([row], own_FD.sum()[None])
         found = self.gallery.index.candidates(own_FD.numpy(), max(2 * k, 20))
         rows = sorted({int(other) for line in found for other in line} - {row} - self.gallery.removed)
         if not rows:
@@ -202,10 +198,24 @@ class Searcher:
         cosine_KFF = F.normalize(self.gallery.frames(rows), dim=-1) @ own_FD.T
         score_K = cosine_KFF.amax(dim=1).mean(dim=-1)
         best_KF = cosine_KFF.amax(dim=2)
+        self._check_scores(rows, score_K)
         return [
             self._result(rows[place], float(score_K[place]), best_KF[place].softmax(dim=0).numpy())
             for place in score_K.topk(min(k, len(rows))).indices.tolist()
         ]
+
+    def _check_scores(self, rows: list[int], score_V: Tensor) -> None:
+        """Refuse scores that are no numbers: the largest of some numbers and NaN is NaN.
+
+        Raises:
+            UserError: one is none; the message names its video.
+        """
+        if not torch.isfinite(score_V).all():
+            video = self.gallery.video(rows[int(torch.isfinite(score_V).logical_not().nonzero()[0])])
+            raise UserError(
+                f"the score of {video.id!r} is not a number; check the files of {self.gallery.directory} with "
+                "tmass index --check"
+            )
 
     def _result(self, row: int, score: float, weights_F: np.ndarray) -> Result:
         video, times_F = self.gallery.video(row), self.gallery.times(row)

@@ -72,7 +72,10 @@ class TextScorer:
         # Each sample, or each token, has frames of its own.
         if model.config.model.pooled_by == "sample" or isinstance(self.head.pooling, LateInteraction):
             frames_VFD = frames_VFD.to(model.device).float()
-            scores_V = model.similarity([text], frames_VFD, text_TD=text_D[None])[0]
+            # It refuses frames that are not numbers; here, as below, only the scores of their videos are none.
+            is_number_V = frames_VFD.isfinite().flatten(1).all(dim=1)
+            finite_VFD = frames_VFD.where(is_number_V[:, None, None], 0)
+            scores_V = model.similarity([text], finite_VFD, text_TD=text_D[None])[0].where(is_number_V, torch.nan)
             return scores_V.cpu(), model.attention(text_D[None], frames_VFD)[:, 0].cpu()
         query = self._query(text, text_D)
         tiles = [self._score_tile(query, tile.to(model.device).float()) for tile in frames_VFD.split(TILE_VIDEOS)]
