@@ -89,6 +89,7 @@ def main() -> None:
         make_app(service, hosts),
         log_level="warning",
         http="h11",
+        lifespan="off",  # the application has none; a second Ctrl-C would leave its traceback
         server_header=False,
         # Room for a query that is far too long, so that it gets an answer that says so.
         h11_max_incomplete_event_size=1 << 20,
