@@ -301,8 +301,12 @@ def test_many_clients_at_once_get_their_own_answers(server: Server) -> None:
     for thread in threads:
         thread.join()
     for query, all_of_one in answers.items():
-        assert all(one == all_of_one[0] for one in all_of_one)
-        assert all_of_one[0][0] == 200 and all_of_one[0][1]["query"] == query
+        first = all_of_one[0][1]["results"]
+        for status, answer in all_of_one:
+            assert status == 200 and answer["query"] == query
+            assert [r["id"] for r in answer["results"]] == [r["id"] for r in first]
+            # Texts that come together are encoded together, so the last digit may differ.
+            assert [r["score"] for r in answer["results"]] == pytest.approx([r["score"] for r in first], abs=1.5e-4)
 
 
 def test_the_page_answers_while_the_model_loads_and_after_it_failed(gallery: Path, tmp_path: Path) -> None:
