@@ -108,6 +108,15 @@ def test_the_command_prints_lines_of_json(gallery: Path, tmp_path: Path) -> None
     assert "noise keyed by seed 0, caption text and trial" in shown.splitlines()[-1]
 
 
+def test_every_remove_on_the_command_line_counts(export: Path, gallery: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(gallery, tmp_path / "gallery")
+    gone = ["test00000.mp4", "test00001.mp4", "test00002.mp4"]
+    remove = ["--remove", *gone[:2], "--remove", gone[2]]
+    done = run("-m", "tmass_dist.index", str(export), "--out", str(copy), *remove)
+    assert done.returncode == 0 and "3 removed" in done.stdout, done.stderr
+    assert set(VideoGallery(copy).rows) == set(VideoGallery(gallery).rows) - set(gone)
+
+
 def test_adding_changing_and_removing_leaves_the_rest_as_it_was(export: Path, videos: Path, tmp_path: Path) -> None:
     changed, model = tmp_path / "gallery", TMass.from_pretrained(export)
     mine = shutil.copytree(videos, tmp_path / "videos")

@@ -21,7 +21,14 @@ def main() -> None:
     group.add_argument("--videos", type=Path, metavar="DIR", help="directory of video files, with subdirectories")
     group.add_argument("--shards", metavar="DIR", help="packed split (a directory, or a URL with --cache)")
     parser.add_argument("--out", type=Path, required=True, metavar="GALLERY", help="directory of the gallery")
-    parser.add_argument("--remove", nargs="+", default=[], metavar="ID", help="remove these videos from the gallery")
+    parser.add_argument(
+        "--remove",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="ID",
+        help="remove these videos from the gallery; may be given several times",
+    )
     parser.add_argument(
         "--compact", action="store_true", help="then give back the space of removed videos; it makes the index anew"
     )
