@@ -111,7 +111,8 @@ def calibration_table(done: list[dict[str, Any]]) -> str:
         by_rate = measured_rates(of_setting, setting)
         for name in [name for name in COMPARED if name in by_rate]:
             runs = list(_seeds(of_setting, name, best_rates(by_rate[name])).values())
-            cells = [f"{setting.image_tower}, {setting.steps} steps", SYSTEMS[name].title, str(len(runs))]
+            where = f"{setting.image_tower}, {setting.videos} videos, {setting.steps} steps"
+            cells = [where, SYSTEMS[name].title, str(len(runs))]
             lines.append(f"| {' | '.join(cells + [_auroc(runs, signal) for signal in signals])} |")
     return "\n".join(lines)
 
