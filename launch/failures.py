@@ -27,6 +27,8 @@ MOST_ALIKE = 3
 """Failures in a row at the same step with the same message after which the job is not queued again."""
 
 _STEP = re.compile(r"step (\d+)/")
+_SECONDS = re.compile(r"\b[\d.]+ s\b")
+"""Durations in a message, which differ between failures that are alike otherwise."""
 
 
 def end_task(
@@ -89,10 +91,10 @@ def _count_alike(path: Path, name: str, restarts: int, step: int, message: str) 
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             past = json.loads(line)
-            by_start.setdefault(past["restart"], []).append((past["step"], past["message"]))
+            by_start.setdefault(past["restart"], []).append((past["step"], _SECONDS.sub("", past["message"])))
         except (ValueError, KeyError, TypeError):
             continue  # an incomplete line: its writer was killed
     alike = 0
-    while (step, message) in by_start.get(restarts - alike, []):
+    while (step, _SECONDS.sub("", message)) in by_start.get(restarts - alike, []):
         alike += 1
     return alike

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.failures import FAILED, FINAL_ERROR, MOST_ALIKE, USER_ERROR
+from launch.failures import FAILED, FINAL_ERROR, MOST_ALIKE, USER_ERROR, _count_alike
 from tests.conftest import ROOT, run
 from tests.loaders import TOKENIZE, make_loaders
 from tmass_dist.cli import MACHINE_FAILURE
@@ -69,6 +69,14 @@ def test_a_store_that_does_not_answer_queues_the_job_again_until_it_fails_alike_
     assert [(one["restart"], one["step"], one["task"]) for one in noted] == [
         (k, 40, "rank 3") for k in range(MOST_ALIKE)
     ]
+
+
+def test_failures_that_differ_in_their_duration_alone_are_alike(tmp_path: Path) -> None:
+    counts = [
+        _count_alike(tmp_path / "failures-7.jsonl", "rank 3", restart, 40, message)
+        for restart, message in enumerate(["no answer after 0 s", "no answer after 12 s", "no answer after 1.5 s", "7"])
+    ]
+    assert counts == [1, 2, 3, 1]
 
 
 def test_a_user_error_is_final_at_once_and_has_no_traceback(tmp_path: Path) -> None:
