@@ -18,6 +18,7 @@ from launch.paper.long_runs import (  # noqa: E402
     COMPARED,
     HEAD_RATES,
     IMAGE_TOWERS,
+    WITHOUT_HEAD,
     Setting,
     append_result,
     missing_runs,
@@ -53,6 +54,9 @@ def main() -> None:
         value = getattr(arguments, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be positive")
+    headless = [system for system in arguments.systems if system in WITHOUT_HEAD]
+    if arguments.head_rate != "same" and headless:
+        raise UserError(f"--head-rate {arguments.head_rate}: {headless[0]} has no weights in its head; name --systems")
     if arguments.table:
         done = read_results(arguments.results)
         print(f"{long_table(done)}\n\n{calibration_table(done)}")

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from launch.paper.long_runs import (
+    COMPARED,
+    WITHOUT_HEAD,
     LongRun,
     Rates,
     Setting,
@@ -18,8 +20,11 @@ from launch.paper.long_runs import (
     read_results,
 )
 from launch.paper.long_table import calibration_table, long_table
-from tests.conftest import ROOT
+from launch.paper.systems import SYSTEMS as PAPER_SYSTEMS
+from tests.conftest import ROOT, run
+from tmass_dist.config import load_config
 from tmass_dist.errors import UserError
+from tmass_dist.models.head import build_head
 
 SETTING = Setting("trained", 400, 1200)
 SYSTEMS = ["xpool", "best-frame"]
@@ -58,6 +63,16 @@ def test_the_best_rates_may_have_another_rate_of_the_head() -> None:
     assert order == [*((0, rates) for rates in thirds), (1, thirds[0])]
     assert chosen_rates(done, SETTING) == {"xpool": Rates(3.0, "third")}
     assert LongRun(SETTING, "xpool", 1, thirds[0]).name == "trained-400-1200/xpool/seed-1-rate-3-head-third"
+
+
+def test_a_rate_of_a_head_without_weights_is_refused(tmp_path: Path) -> None:
+    heads = {
+        name: build_head(load_config("demo.yaml", list(PAPER_SYSTEMS[name].overrides)).model, 8) for name in COMPARED
+    }
+    assert tuple(name for name, head in heads.items() if not list(head.parameters())) == WITHOUT_HEAD
+    done = run("launch/long_runs.py", "--out", str(tmp_path / "out"), "--head-rate", "third")
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    assert done.stderr == "error: --head-rate third: best-frame has no weights in its head; name --systems\n"
 
 
 def test_a_best_rate_at_the_edge_of_those_measured_is_not_chosen() -> None:

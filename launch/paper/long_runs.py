@@ -39,6 +39,8 @@ RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 """Factors of both learning rates of ``demo.yaml``, ascending; each system's own is chosen on the validation split."""
 HEAD_RATES = {"same": 1.0, "third": 1 / 3}
 """A further factor of the head's rate: some heads need a lower rate than the towers."""
+WITHOUT_HEAD = ("best-frame", "late-interaction")
+"""Systems whose head has no weights, and so no rate of its own."""
 FIRST_RATE = {"same": 1.0, "third": 3.0}
 """The factor that every system starts with: the head has the rate of ``demo.yaml``."""
 IMAGE_TOWERS = {"trained": ("engine.bf16=true",), "frozen": ("optim.frozen=[towers.clip.visual]",)}

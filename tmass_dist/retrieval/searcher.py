@@ -119,7 +119,7 @@ class Searcher:
         number = max(k, candidates or self.num_candidates)
         among = self._named(name)
         if len(among) <= number:
-            return [self.best(text, text_D, sorted(among), k) for text, text_D in zip(texts, text_TD)]
+            return [self.best(text, text_D, list(among), k) for text, text_D in zip(texts, text_TD)]
         rows_T = self.candidates(text_TD, number, None if name is None else sorted(among), shortlist_size(k))
         return [
             self.best(text, text_D, rows, k, shortlist_size(k)) for text, text_D, rows in zip(texts, text_TD, rows_T)
