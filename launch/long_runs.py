@@ -25,7 +25,6 @@ from launch.paper.long_runs import (  # noqa: E402
     read_results,
     run_one,
 )
-from launch.paper.long_table import calibration_table, long_table  # noqa: E402
 from tmass_dist.cli import program, run_command, writable_dir  # noqa: E402
 from tmass_dist.errors import UserError  # noqa: E402
 from tmass_dist.score_labels import label_words  # noqa: E402
@@ -58,6 +57,11 @@ def main() -> None:
     if arguments.head_rate != "same" and headless:
         raise UserError(f"--head-rate {arguments.head_rate}: {headless[0]} has no weights in its head; name --systems")
     if arguments.table:
+        for name, value in vars(arguments).items():
+            if name not in ("table", "results") and value != parser.get_default(name):
+                raise UserError(f"--{name.replace('_', '-')} does not go with --table, which trains nothing")
+        from launch.paper.long_table import calibration_table, long_table  # torch, which --help need not wait for
+
         done = read_results(arguments.results)
         print(f"{long_table(done)}\n\n{calibration_table(done)}")
         return

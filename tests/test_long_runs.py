@@ -75,6 +75,12 @@ def test_a_rate_of_a_head_without_weights_is_refused(tmp_path: Path) -> None:
     assert done.stderr == "error: --head-rate third: best-frame has no weights in its head; name --systems\n"
 
 
+def test_options_of_training_do_not_go_with_the_table() -> None:
+    done = run("launch/long_runs.py", "--table", "--seeds", "3")
+    assert done.returncode == 2
+    assert done.stderr == "error: --seeds does not go with --table, which trains nothing\n"
+
+
 def test_a_best_rate_at_the_edge_of_those_measured_is_not_chosen() -> None:
     done = [_row("xpool", 0, rate, recall=rate) for rate in (0.3, 1.0, 3.0)]
     assert chosen_rates(done, SETTING) == {}
